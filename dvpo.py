@@ -1,0 +1,186 @@
+"""The objective, in the order in which the numbers flow: token rewards, advantages and targets, policy loss, critic loss.
+
+All functions are pure. Response tensors are (B, T), right-padded; `mask` (B, T) bool is True on the tokens that the policy chose,
+and whatever stands where it is False (NaN included) changes nothing. Losses are sums over tokens divided by `num_tokens`: pass
+the whole minibatch's count and micro-batches add up to exactly its gradient.
+"""
+
+import torch
+
+from critic import head_consistency, quantile_huber_loss
+from risk import lower_tail_mean, risk_regularizer, upper_tail_mean
+
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far inside fp32
+
+
+def masked_mean(values, mask, num_tokens=None):
+    """The mean of values (B, T) over the True slots of mask, as a scalar; 0 where there are none.
+
+    num_tokens: divide by this count instead, so that micro-batches add up to the minibatch's mean.
+    """
+    assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
+    count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=values.device)
+    return torch.where(mask, values, 0).sum() / count.clamp(min=1)
+
+
+def masked_whiten(values, mask, shift_mean=True):
+    """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots of mask, and 0 in the others.
+
+    shift_mean=False divides only and keeps the mean (used for rewards). Fewer than two valid tokens: centred, not scaled.
+    """
+    mean = masked_mean(values, mask)
+    centred = torch.where(mask, values - mean, 0)
+    count = mask.sum()
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    scaled = torch.where(count < 2, centred, centred * (variance + 1e-8).rsqrt())
+    return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
+
+
+def kl_estimate(logprobs, ref_logprobs, kind):
+    """Per-token estimates of KL(policy || ref) from tokens that the policy sampled: same shape as the inputs, in nats.
+
+    k1 = logp - ref (unbiased, may be negative);  k2 = k1^2 / 2;  k3 = exp(-k1) - 1 + k1 (unbiased, never negative).
+    k1 is clamped to +-20 in k3's exponent. Raises ValueError for another kind. (Schulman, "Approximating KL divergence".)
+    """
+    k1 = logprobs - ref_logprobs
+    if kind == "k1":
+        return k1
+    if kind == "k2":
+        return k1.square() / 2
+    if kind == "k3":
+        k1 = k1.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        return torch.expm1(-k1) + k1
+    raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', found {kind!r}")
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """The reward of every token: -kl_coef * k1 on each, plus the sequence's score on the last True slot of its mask row.
+
+    scores (B,), the rest (B, T) -> (B, T), reward units, without gradient. ref_logprobs may be None if kl_coef is 0.
+    A row without a True slot (an empty completion) gets no reward at all. [ours]: KL in the reward, as in InstructGPT and TRL.
+    """
+    assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
+    rewards = torch.zeros_like(logprobs, requires_grad=False)
+    if kl_coef != 0:
+        rewards = torch.where(mask, -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1"), 0)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
+    return rewards + torch.where(is_last, scores.detach().to(rewards.dtype).unsqueeze(1), 0)
+
+
+@torch.no_grad()
+def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None):
+    """Generalised advantage estimation for each quantile index on its own, over the policy's tokens.
+
+    rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0 where mask is False.
+    bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for truncated rows.
+    [ours], after the [paper]'s token-level value distributions; index j is paired with index j over time (comonotone returns):
+
+        delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t),  A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
+
+    t + 1 means the policy's next token: a gap in the mask (a user's or a tool's turn) is carried across, undiscounted.
+    The mean over j is scalar GAE on the mean value, exactly (tests/test_dvpo.py).
+    """
+    assert rewards.shape == mask.shape == quantiles.shape[:2], f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
+    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
+    rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
+    advantages = torch.zeros_like(quantiles)
+    next_advantage = torch.zeros_like(quantiles[:, 0])
+    next_quantiles = next_advantage if bootstrap is None else bootstrap.sort(dim=-1).values
+    for t in reversed(range(mask.shape[1])):
+        valid = mask[:, t, None]
+        delta = rewards[:, t] + gamma * next_quantiles - quantiles[:, t]
+        advantage = delta + gamma * lam * next_advantage
+        advantages[:, t] = torch.where(valid, advantage, 0)
+        next_advantage = torch.where(valid, advantage, next_advantage)
+        next_quantiles = torch.where(valid, quantiles[:, t], next_quantiles)
+    return advantages, quantiles + advantages
+
+
+def scalar_advantage(advantages):
+    """What the policy sees of a distributional advantage, its mean over quantiles: (B, T, M) -> (B, T). [ours], see the README."""
+    return advantages.mean(dim=-1)
+
+
+def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
+    """PPO's clipped surrogate, averaged over tokens: -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A).
+
+    All tensors (B, T); gradient reaches logprobs only -> loss, {clipfrac, approx_kl, ratio}, scalars that add up like the loss.
+    ratio = exp(logp - old), log-ratio clamped to +-20. clipfrac: share of tokens where the clip binds. approx_kl: mean k2 (as TRL).
+    """
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape, f"logprobs {tuple(logprobs.shape)}, mask {tuple(mask.shape)}"
+    log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0)  # where, not *: 0 * NaN is NaN
+    advantages = torch.where(mask, advantages.detach(), 0)
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
+    loss = masked_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
+    metrics = {
+        "clipfrac": masked_mean((clipped > unclipped).float(), mask, num_tokens),
+        "approx_kl": masked_mean(kl_estimate(log_ratio.detach(), 0.0, "k2"), mask, num_tokens),
+        "ratio": masked_mean(ratio.detach(), mask, num_tokens),
+    }
+    return loss, metrics
+
+
+def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=None):
+    """Every head regressed on the targets, plus the tail terms on the heads' mean and their consistency.
+
+    head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in reward units, risk a RiskConfig or None
+    -> loss, {quantile, calibration, shift, shape, curvature, consistency}, scalars that add up like the loss.
+    kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1 there), and no tail terms.
+    """
+    assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
+    head_quantiles = torch.where(mask[:, :, None, None], head_quantiles, 0)
+    targets = torch.where(mask.unsqueeze(-1), targets.detach(), 0)
+    if kappa is None:
+        error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
+        return masked_mean(error.square().mean(dim=-1) / 2, mask, num_tokens), {}
+    # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the mean over it is over heads too.
+    num_heads = head_quantiles.shape[2]
+    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels.repeat(num_heads), kappa)
+    terms = {"quantile": token_loss.detach()}
+    if risk is not None:
+        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=2), targets, risk)
+        consistency = head_consistency(head_quantiles)
+        token_loss = token_loss + tail_loss
+        if risk.consistency != 0:
+            token_loss = token_loss + risk.consistency * consistency
+        terms.update(tail_terms, consistency=consistency.detach())
+    return masked_mean(token_loss, mask, num_tokens), {name: masked_mean(term, mask, num_tokens) for name, term in terms.items()}
+
+
+def explained_variance(values, targets, mask):
+    """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors: 1 perfect, 0 no better than a constant.
+
+    A scalar; NaN where the targets do not vary or fewer than two tokens are valid. Meant for a whole batch: averages of it mislead.
+    """
+    def variance(x):
+        return masked_mean((x - masked_mean(x, mask)).square(), mask)
+    spread = variance(targets)
+    return torch.where(spread > 0, 1 - variance(targets - values) / spread, torch.nan)
+
+
+@torch.no_grad()
+def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
+    """What the critic believes, and whether it is right, as scalars over the True slots of mask.
+
+    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
+    crossing_frac: share of neighbouring quantiles out of order;  std, lower_tail, upper_tail: spread, S_low, S_up (reward units);
+    coverage: share of returns within [Q(alpha), Q(1 - beta)], calibrated at 1 - alpha - beta or more (ties count as inside);
+    head_spread: root mean square distance of a head from the heads' mean (reward units).
+    """
+    unsorted = head_quantiles.mean(dim=2)
+    q = unsorted.sort(dim=-1).values
+    mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
+    outside_low, outside_high = (min(int(share * num_quantiles + 1e-6), num_quantiles - 1) for share in (alpha, beta))
+    low, high = q[..., outside_low], q[..., num_quantiles - 1 - outside_high]
+    crossing = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1) / max(num_quantiles - 1, 1)
+    per_token = {
+        "crossing_frac": crossing,
+        "std": q.std(dim=-1, unbiased=False),
+        "lower_tail": mean - lower_tail_mean(q, alpha),
+        "upper_tail": upper_tail_mean(q, beta) - mean,
+        "coverage": ((returns >= low) & (returns <= high)).float(),
+        "head_spread": head_consistency(head_quantiles).sqrt(),
+    }
+    return {name: masked_mean(value, mask) for name, value in per_token.items()}

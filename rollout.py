@@ -1,0 +1,439 @@
+"""From prompts to scored samples: tasks, prompt encoding, sampling, log-probs, verifiers, reward noise. Top to bottom as data flows.
+
+Two rules keep the importance ratio honest. What was sampled is what is trained on: token ids in, token ids out, text only for
+the reward. And one function computes log-probs, for sampling's record and for the update alike.
+"""
+
+import importlib
+import inspect
+import math
+import random
+import re
+import sys
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+
+class InputError(ValueError):
+    """What the user gave cannot work. The message is one line: the flag or row, what was found, what is expected."""
+
+
+# ---------------------------------------------------------------- built-in tasks
+
+SLOTS = {
+    "area": "north south east west".split(),
+    "food": "thai greek indian french".split(),
+    "price": "cheap fair dear".split(),
+    "day": "monday tuesday friday sunday".split(),
+    "people": "two three four five six".split(),
+}
+TASKS = {  # per split: number of terms or user turns, and share of turns that revise an earlier one
+    "sums": {"warm": ((2, 4), 0.0), "train": ((2, 5), 0.0), "test": ((2, 5), 0.0), "ood": ((6, 7), 0.0)},
+    "dialogue": {"warm": ((2, 5), 0.03), "train": ((2, 5), 0.5), "test": ((2, 5), 0.5), "ood": ((6, 8), 0.5)},
+}
+
+
+def task_row(task, split, rng):
+    """One example of a built-in task as {prompt, answer, completion}; rng a random.Random.
+
+    sums: `12+7+40=` -> `19,59#59`, running totals and then the answer.  dialogue: a user fills the slots of a booking turn by
+    turn, sometimes changing their mind, and then asks for it -> the slots as they stand at the end.  [ours]
+    """
+    (low, high), revision_rate = TASKS[task][split]
+    length = rng.randint(low, high)
+    if task == "sums":
+        terms = [rng.randint(1, 49) for _ in range(length)]
+        totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
+        return {"prompt": "+".join(map(str, terms)) + "=", "answer": totals[-1], "completion": ",".join(totals) + "#" + totals[-1]}
+    state, messages = {}, []
+    for _ in range(length):
+        unset = [slot for slot in SLOTS if slot not in state]
+        revise = state and (not unset or rng.random() < revision_rate)
+        slot = rng.choice(list(state) if revise else unset)
+        state[slot] = rng.choice([value for value in SLOTS[slot] if value != state.get(slot)])
+        messages += [{"role": "user", "content": f"{slot} {state[slot]}"}, {"role": "assistant", "content": "ok"}]
+    messages.append({"role": "user", "content": "book"})
+    answer = " ".join(f"{slot} {state[slot]}" for slot in SLOTS if slot in state)
+    return {"prompt": messages, "answer": answer, "completion": answer}
+
+
+def task_rows(task, split, num_rows, seed, exclude=()):
+    """num_rows distinct examples, none of whose prompts is in exclude (a set of str(prompt))."""
+    rng, rows, seen = random.Random(f"{task}/{split}/{seed}"), [], set(exclude)
+    while len(rows) < num_rows:
+        row = task_row(task, split, rng)
+        if str(row["prompt"]) not in seen:
+            seen.add(str(row["prompt"]))
+            rows.append(row)
+    return rows
+
+
+def task_tokenizer(task):
+    """A small real tokenizer: characters for sums, words and a chat template for dialogue."""
+    special = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
+    if task == "sums":
+        words, pattern = list("0123456789+=,#"), "."
+    else:
+        words, pattern = [*SLOTS, *(value for values in SLOTS.values() for value in values), "ok", "book"], r"\s+"
+    vocabulary = {word: index for index, word in enumerate([*special, *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    if task == "sums":
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+        tokenizer.decoder = decoders.Fuse()
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+                                   extra_special_tokens=["<user>", "<assistant>"], padding_side="left")  # fmt: skip
+    if task == "dialogue":
+        fast.chat_template = (
+            "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
+            "{% if message['role'] == 'assistant' %} <eos>{% endif %} {% endfor %}"
+            "{% if add_generation_prompt %}<assistant>{% endif %}"
+        )
+    return fast
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def encode_prompts(prompts, tokenizer, use_chat_template=True):
+    """Token ids of each prompt: a list of messages goes through the chat template, and so does a string if the model has one.
+
+    prompts: list of str or of lists of {role, content} -> list of lists of int. Raises InputError naming the row.
+    The template writes its own special tokens, so none are added to its text: no double BOS.
+    """
+    encoded = []
+    for row, prompt in enumerate(prompts):
+        if isinstance(prompt, str) and prompt and not (tokenizer.chat_template and use_chat_template):
+            ids = tokenizer(prompt)["input_ids"]
+        else:
+            ids = tokenizer(render_chat(prompt, tokenizer, row), add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise InputError(f"row {row}: the prompt has no tokens: {prompt!r}")
+        encoded.append(ids)
+    return encoded
+
+
+def render_chat(prompt, tokenizer, row=0, **template_kwargs):
+    """The text of a prompt (a string is one user's message) after the tokenizer's chat template; raises InputError."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+    well_formed = isinstance(messages, list) and messages and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    )  # fmt: skip
+    if not well_formed:
+        raise InputError(f"row {row}: prompt: expected a text or a list of {{role, content}}, found {str(prompt)[:80]!r}")
+    if not tokenizer.chat_template:
+        raise InputError(f"row {row}: prompt is a list of messages, but the model's tokenizer has no chat template")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
+    except Exception as error:  # a template is a program of the model's author, and raises what it likes
+        raise InputError(f"row {row}: prompt: the chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+# ---------------------------------------------------------------- sampling
+
+
+@dataclass
+class Rollout:
+    """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T.
+
+    input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
+    truncated (B,) True where the response ran out of room before a stop token.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    position_ids: torch.Tensor
+    mask: torch.Tensor
+    truncated: torch.Tensor
+
+    def __getitem__(self, rows):
+        """The given rows, without the columns that are padding in all of them."""
+        mask, attention = self.mask[rows], self.attention_mask[rows]
+        width, used = attention.shape[1] - mask.shape[1], int(mask.any(0).sum())
+        start, stop = int(attention[:, :width].any(0).long().argmax()), width + used
+        columns = (x[rows][:, start:stop] for x in (self.input_ids, self.attention_mask, self.position_ids))
+        return Rollout(*columns, mask[:, :used], self.truncated[rows])
+
+    @property
+    def response_ids(self):
+        return self.input_ids[:, -self.mask.shape[1] :]
+
+
+def stop_token_ids(model, tokenizer, stop_token=None):
+    """Every id that ends a response: the tokenizer's EOS, all of the model's, and --stop-token."""
+    listed = model.generation_config.eos_token_id
+    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])} - {None}
+    if stop_token is not None:
+        stop_id = tokenizer.convert_tokens_to_ids(stop_token)
+        if stop_id is None or (stop_id == tokenizer.unk_token_id and stop_token != tokenizer.unk_token):
+            raise InputError(f"--stop-token: {stop_token!r} is not one token of the model's vocabulary")
+        ids.add(stop_id)
+    if not ids:
+        raise InputError("--stop-token: the model names no end-of-sequence token; expected one here")
+    return sorted(ids)
+
+
+@torch.no_grad()
+def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature):
+    """Samples one response per prompt (temperature 0: greedy) with transformers' generate, and says what was sampled.
+
+    prompt_ids: list of B lists of int -> Rollout on the model's device. Draws from torch's global generator.
+    The model's own generation settings (top-k, penalties, ...) are put aside: they would shape the samples but not the log-probs.
+    """
+    width = max(map(len, prompt_ids))
+    device = model.device
+    prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
+    attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    settings = GenerationConfig(max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+    own_settings, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig()
+    model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
+    try:
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, use_cache=True)
+    finally:
+        model.generation_config = own_settings
+        model.train(was_training)
+    # The mask comes from the first stop token, never from `ids != pad`: pad may be the stop token, or be sampled.
+    is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
+    mask = is_stop.cumsum(1) - is_stop.long() == 0
+    attention = torch.cat([attention, mask.long()], dim=1)
+    return Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
+
+
+def completion_texts(rollout, tokenizer):
+    """The text of each response, special tokens dropped: what rewards read."""
+    ids = [row[keep].tolist() for row, keep in zip(rollout.response_ids.cpu(), rollout.mask.cpu())]
+    return tokenizer.batch_decode(ids, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------- log-probs
+
+
+def token_logprobs(logits, ids, temperature, chunk_size=2**24):
+    """log softmax(logits / temperature) at ids: (B, T, V), (B, T) -> (B, T) fp32, in nats; logits stay as they are.
+
+    Rows go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
+    """
+
+    def chunk_logprobs(logits, ids):
+        return (logits.float() / temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    rows = max(1, chunk_size // max(1, logits[0].numel()))
+    chunks = zip(logits.split(rows), ids.split(rows))
+    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+
+
+def response_logprobs(model, rollout, temperature):
+    """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats.
+
+    The logits one position before a token are the ones that chose it; no others are computed.
+    """
+    num_tokens = rollout.mask.shape[1]
+    output = model(rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids,
+                   use_cache=False, logits_to_keep=num_tokens + 1)  # fmt: skip
+    return token_logprobs(output.logits[:, :-1], rollout.response_ids, temperature)
+
+
+def response_quantiles(critic, rollout):
+    """The critic's quantiles at the state before every response token, and after the last: Rollout -> (B, T + 1, N, M) fp32."""
+    return critic(rollout.input_ids, rollout.attention_mask, rollout.position_ids, num_last=rollout.mask.shape[1] + 1)
+
+
+# ---------------------------------------------------------------- rewards
+# TRL's signature: f(prompts, completions, **columns) -> list of float, columns being the data set's other columns as lists.
+
+NUMBER = re.compile(r"(?<![\d)])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?")
+LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+
+
+def text_of(completion):
+    """A completion's text, whether a string or a list of messages."""
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def boxed(text):
+    """What stands in the last \\boxed{...} of text, braces balanced; None if there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    depth = 0
+    for end in range(start + 6, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start + 7 : end]
+    return None
+
+
+def last_number(text):
+    """The last number in text as a Fraction (commas as thousands, decimals, a/b, \\frac{a}{b}); None if there is none."""
+    text = LATEX_FRACTION.sub(r"\1/\2", text.replace("\\!", "").replace("{,}", ",").replace("\u2212", "-"))
+    for found in reversed(NUMBER.findall(text[-4000:])):  # an answer stands at the end; int() of a huge string is slow
+        digits = found.replace(",", "").replace(" ", "")
+        if len(digits) <= 100 and not re.search(r"/0+$", digits):
+            whole, _, denominator = digits.partition("/")
+            return Fraction(whole) / int(denominator or 1)
+    return None
+
+
+def plain_answer(text):
+    """A LaTeX answer as a bare string, to compare answers that are not numbers."""
+    text = re.sub(r"\\(?:text|mbox|mathrm|left|right|displaystyle|,|;|!| )|[\s${}]", "", text)
+    return text.rstrip(".").lower()
+
+
+def math_reward(prompts, completions, answer, **columns):
+    """1.0 where the answer (in \\boxed{}, else the last number) equals the answer column's, as numbers or as plain strings, else 0.0."""
+    scores = []
+    for completion, expected in zip(completions, answer):
+        text, expected = text_of(completion), str(expected)
+        given = boxed(text)
+        if is_number(expected):
+            number = last_number(given if given is not None else text)
+            scores.append(float(number is not None and number == last_number(expected)))
+        else:
+            scores.append(float(given is not None and plain_answer(given) == plain_answer(expected)))
+    return scores
+
+
+def is_number(text):
+    """True if text is one number, units and signs around it aside."""
+    rest = LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ","))
+    rest = NUMBER.sub("", rest, count=1)
+    return last_number(text) is not None and not re.search(r"[\d\\(){}\[\]^=]", re.sub(r"\\(?:text|mbox)\{[^{}]*\}|\\[%$!]", "", rest))
+
+
+def chosen_letter(text, choices):
+    """The option that an answer names, by letter or by its text; None if it names none, or more than one."""
+    letters = [chr(ord("A") + i) for i in range(len(choices) or 26)]
+    for pattern in (r"(?i:answer)\W{0,5}(?i:is|:)?\W{0,5}([A-Z])\b(?!['’])", r"^\W*([A-Za-z])(?:\W*$|[.):,])", r"\(([A-Z])\)"):
+        found = [letter.upper() for letter in re.findall(pattern, text.strip()) if letter.upper() in letters]
+        if found:
+            return found[-1]
+    named = [letter for letter, choice in zip(letters, choices) if choice.strip().lower() in text.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+def choice_reward(prompts, completions, answer, choices=None, **columns):
+    """1.0 where the completion names the option whose letter is in the answer column (by letter or by its text), else 0.0."""
+    options = choices if choices is not None else [[] for _ in answer]
+    named = [chosen_letter(text_of(completion), option) for completion, option in zip(completions, options)]
+    return [float(letter == str(expected).strip().upper()) for letter, expected in zip(named, answer)]
+
+
+def exact_reward(prompts, completions, answer, **columns):
+    """1.0 where the completion is the answer column's text, white space aside, else 0.0."""
+    return [float(text_of(completion).split() == str(expected).split()) for completion, expected in zip(completions, answer)]
+
+
+def model_reward(name, device, batch_size=16):
+    """A reward function that scores with a sequence classifier: its one logit, or the probability of its last label."""
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).to(device).eval()
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
+
+    @torch.no_grad()
+    def reward(prompts, completions, **columns):
+        texts = []
+        for prompt, completion in zip(prompts, completions):
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            messages = [*messages, {"role": "assistant", "content": text_of(completion)}]
+            if tokenizer.chat_template:
+                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
+            else:
+                texts.append("\n".join(f"{m['role']}: {m['content']}" for m in messages))
+        scores, add_special = [], not tokenizer.chat_template
+        tokenizer.truncation_side = "left"  # the judged turn is the last one
+        for start in range(0, len(texts), batch_size):
+            batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, truncation=True,
+                              add_special_tokens=add_special).to(device)  # fmt: skip
+            logits = model(**batch).logits.float()
+            scores += (logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]).tolist()
+        return scores
+
+    return reward
+
+
+def load_reward(spec, device="cpu"):
+    """The reward function behind --reward: math, choice, exact, model:NAME or module:function. Raises InputError."""
+    built_in = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
+    if spec in built_in:
+        return built_in[spec]
+    module, colon, function = spec.partition(":")
+    if not (module and colon and function):
+        raise InputError(f"--reward: expected {', '.join(built_in)}, model:NAME or module:function, found {spec!r}")
+    try:
+        if module == "model":
+            return model_reward(function, device)
+        sys.path.insert(0, "")
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, OSError, ValueError) as error:
+        raise InputError(f"--reward: cannot load {spec!r}: {' '.join(str(error).split())[:200]}") from error
+
+
+def score(reward, prompts, completions, columns):
+    """Calls a reward function and checks what it gives: (B,) fp32. Raises InputError naming the row.
+
+    Conversational prompts get conversational completions, [{role, content}], as in TRL. columns: {name: list of B values}.
+    """
+    needed = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
+    missing = [p.name for p in needed if p.name not in {"prompts", "completions", *columns}]
+    if missing:
+        raise InputError(f"--reward: it needs the column {missing[0]!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
+    shaped = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions)]
+    scores = reward(prompts=prompts, completions=shaped, **columns)
+    if not hasattr(scores, "__len__") or len(scores) != len(prompts):
+        found = f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
+        raise InputError(f"--reward: expected a list of {len(prompts)} numbers, one per completion, found {found}")
+    checked = []
+    for row, value in enumerate(scores):
+        try:
+            number = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {value!r}")
+        checked.append(number)
+    return torch.tensor(checked, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- reward noise
+
+
+def noisy_scores(scores, fp, fn, outlier, generator):
+    """Scores as a careless judge would give them: (B,) -> (B,). [ours]
+
+    fp, fn: the probability that a 0 becomes 1, and a 1 becomes 0. outlier (p, scale): with probability p the score loses
+    scale * U(0, 1), a heavy negative tail. Raises InputError if fp or fn meet a score other than 0 and 1.
+    Draws the same numbers whatever the scores are, so that two algorithms meet the same noise.
+    """
+    flip, hit, size = torch.rand(3, len(scores), generator=generator)
+    if fp or fn:
+        odd = ((scores != 0) & (scores != 1)).nonzero().flatten().tolist()
+        if odd:
+            raise InputError(f"--reward-noise-fp, --reward-noise-fn: they flip 0/1 scores, found {scores[odd[0]]:g} in row {odd[0]} of the batch")
+        scores = torch.where(flip < torch.where(scores == 1, fn, fp), 1 - scores, scores)
+    return scores - (hit < outlier[0]).float() * outlier[1] * size
+
+
+def pseudo_labels(answers, share, generator):
+    """Labels as a majority vote would leave them: a fixed `share` of the answers replaced by another, different one.
+
+    answers: list -> list. A letter A-D becomes another of the letters that occur, a sum another row's sum. [ours]
+    Raises InputError if all answers are the same.
+    """
+    if share and len(set(map(str, answers))) < 2:
+        raise InputError("--pseudo-label-noise: expected at least two different values in the column 'answer', found one")
+    labels = list(answers)
+    for row in torch.randperm(len(answers), generator=generator)[: round(share * len(answers))].tolist():
+        while str(labels[row]) == str(answers[row]):
+            labels[row] = answers[int(torch.randint(len(answers), (1,), generator=generator))]
+    return labels
