@@ -155,7 +155,8 @@ class Rollout:
     def __getitem__(self, rows):
         """The given rows, without the columns that are padding in all of them."""
         mask, attention = self.mask[rows], self.attention_mask[rows]
-        width, used = attention.shape[1] - mask.shape[1], int(mask.any(0).sum())
+        width = attention.shape[1] - mask.shape[1]
+        used = int(attention[:, width:].any(0).sum())
         start, stop = int(attention[:, :width].any(0).long().argmax()), width + used
         columns = (x[rows][:, start:stop] for x in (self.input_ids, self.attention_mask, self.position_ids))
         return Rollout(*columns, mask[:, :used], self.truncated[rows])
