@@ -130,23 +130,22 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1 there), and no tail terms.
     """
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
-    head_quantiles = torch.where(mask[:, :, None, None], head_quantiles, 0)
-    targets = torch.where(mask.unsqueeze(-1), targets.detach(), 0)
+    head_quantiles, targets = head_quantiles[mask], targets[mask].detach()  # (tokens, N, M), (tokens, K): no work on padding
+    count = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=targets.device).clamp(min=1)
     if kappa is None:
         error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
-        return masked_mean(error.square().mean(dim=-1) / 2, mask, num_tokens), {}
+        return error.square().mean(dim=-1).sum() / 2 / count, {}
     # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the mean over it is over heads too.
-    num_heads = head_quantiles.shape[2]
-    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels.repeat(num_heads), kappa)
-    terms = {"quantile": token_loss.detach()}
+    num_heads = head_quantiles.shape[1]
+    token_loss = quantile_huber_loss(head_quantiles.flatten(1), targets, levels.repeat(num_heads), kappa)
+    terms = {"quantile": token_loss}
     if risk is not None:
-        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=2), targets, risk)
-        consistency = head_consistency(head_quantiles)
+        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=1), targets, risk)
+        terms |= tail_terms | {"consistency": head_consistency(head_quantiles)}
         token_loss = token_loss + tail_loss
         if risk.consistency != 0:
-            token_loss = token_loss + risk.consistency * consistency
-        terms.update(tail_terms, consistency=consistency.detach())
-    return masked_mean(token_loss, mask, num_tokens), {name: masked_mean(term, mask, num_tokens) for name, term in terms.items()}
+            token_loss = token_loss + risk.consistency * terms["consistency"]
+    return token_loss.sum() / count, {name: term.detach().sum() / count for name, term in terms.items()}
 
 
 def explained_variance(values, targets, mask):

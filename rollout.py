@@ -32,8 +32,8 @@ SLOTS = {
     "day": "monday tuesday friday sunday".split(),
     "people": "two three four five six".split(),
 }
-TASKS = {  # per split: number of terms or user turns, and share of turns that revise an earlier one
-    "sums": {"warm": ((2, 4), 0.0), "train": ((2, 5), 0.0), "test": ((2, 5), 0.0), "ood": ((6, 7), 0.0)},
+TASKS = {  # per split: range of the number of terms or user turns, and the share of long sums or of turns that revise an earlier one
+    "sums": {"warm": ((2, 3), 0.1), "train": ((2, 5), 0.0), "test": ((2, 5), 0.0), "ood": ((6, 6), 0.0)},
     "dialogue": {"warm": ((2, 5), 0.03), "train": ((2, 5), 0.5), "test": ((2, 5), 0.5), "ood": ((6, 8), 0.5)},
 }
 
@@ -44,16 +44,17 @@ def task_row(task, split, rng):
     sums: `12+7+40=` -> `19,59#59`, running totals and then the answer.  dialogue: a user fills the slots of a booking turn by
     turn, sometimes changing their mind, and then asks for it -> the slots as they stand at the end.  [ours]
     """
-    (low, high), revision_rate = TASKS[task][split]
+    (low, high), rare = TASKS[task][split]
     length = rng.randint(low, high)
     if task == "sums":
+        length = rng.randint(4, 6) if rng.random() < rare else length
         terms = [rng.randint(1, 49) for _ in range(length)]
         totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
         return {"prompt": "+".join(map(str, terms)) + "=", "answer": totals[-1], "completion": ",".join(totals) + "#" + totals[-1]}
     state, messages = {}, []
     for _ in range(length):
         unset = [slot for slot in SLOTS if slot not in state]
-        revise = state and (not unset or rng.random() < revision_rate)
+        revise = state and (not unset or rng.random() < rare)
         slot = rng.choice(list(state) if revise else unset)
         state[slot] = rng.choice([value for value in SLOTS[slot] if value != state.get(slot)])
         messages += [{"role": "user", "content": f"{slot} {state[slot]}"}, {"role": "assistant", "content": "ok"}]
@@ -192,12 +193,12 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature):
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    settings = GenerationConfig(max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+    settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
-        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, use_cache=True)
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings)
     finally:
         model.generation_config = own_settings
         model.train(was_training)

@@ -221,7 +221,7 @@ def warm_start(args, folder):
         return
     torch.manual_seed(args.seed)
     tokenizer = ro.task_tokenizer(args.task)
-    hidden, layers, steps = {"dialogue": (64, 3, 120), "sums": (96, 3, 500)}[args.task]
+    hidden, layers, steps, batch_size = {"dialogue": (64, 3, 120, 64), "sums": (96, 3, 700, 128)}[args.task]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
         max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
@@ -229,11 +229,11 @@ def warm_start(args, folder):
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    rows = ro.task_rows(args.task, "warm", 64 * 64, args.seed)
+    rows = ro.task_rows(args.task, "warm", 4096 if args.task == "dialogue" else 16384, args.seed)
     prompts = ro.encode_prompts([row["prompt"] for row in rows], tokenizer)
     answers = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
     for step in tqdm(range(steps), desc="warm start", leave=False):
-        batch = torch.randperm(len(rows))[:64].tolist()
+        batch = torch.randperm(len(rows))[:batch_size].tolist()
         width = max(len(prompts[i]) + len(answers[i]) for i in batch)
         pads = [width - len(prompts[i]) - len(answers[i]) for i in batch]
         ids = torch.tensor([prompts[i] + answers[i] + [0] * pad for i, pad in zip(batch, pads)])

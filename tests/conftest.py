@@ -1,0 +1,47 @@
+"""Fixtures that several test modules share: tiny models with a real tokenizer on disk."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a defect
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+
+import rollout
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
+
+FAMILIES = ("gpt2", "llama")
+
+
+def tiny_config(family, vocab_size=40):
+    if family == "gpt2":  # learned positions, and dropout on by default
+        return GPT2Config(vocab_size=vocab_size, n_embd=32, n_layer=2, n_head=2, n_positions=64, eos_token_id=1, bos_token_id=2)
+    return LlamaConfig(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=64, eos_token_id=1, bos_token_id=2, initializer_range=0.2)  # fmt: skip
+
+
+@pytest.fixture(params=FAMILIES)
+def model(request):
+    """A random causal LM of either family, sharp enough that positions and masks matter."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(request.param))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A GPT-2-like model with the dialogue task's tokenizer, as from_pretrained reads it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = rollout.task_tokenizer("dialogue")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("gpt2", len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -1,0 +1,216 @@
+"""risk.py: exact tail means, each term by hand, and the property that the terms exist for."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from critic import head_consistency, quantile_huber_loss, quantile_levels
+from risk import (
+    RiskConfig,
+    lower_tail_mean,
+    mean_shift_loss,
+    risk_regularizer,
+    tail_calibration_loss,
+    tail_curvature_loss,
+    tail_shape_loss,
+    upper_tail_mean,
+)
+
+OFF = {"calibration": 0.0, "shift": 0.0, "shape": 0.0, "curvature": 0.0, "consistency": 0.0}
+
+
+# ---- tail means
+
+
+def test_tail_means_by_hand():
+    """q = 1, 2, 4, 8, given unsorted. alpha 0.3 covers 1.2 quantiles: (1 + 0.2 * 2) / 1.2; beta 0.3: (8 + 0.2 * 4) / 1.2."""
+    q = torch.tensor([8.0, 1.0, 4.0, 2.0])
+    assert lower_tail_mean(q, 0.25).item() == 1 and upper_tail_mean(q, 0.25).item() == 8
+    assert lower_tail_mean(q, 0.5).item() == 1.5 and upper_tail_mean(q, 0.5).item() == 6
+    assert lower_tail_mean(q, 0.3).item() == pytest.approx(1.4 / 1.2) and upper_tail_mean(q, 0.3).item() == pytest.approx(8.8 / 1.2)
+    assert lower_tail_mean(q, 1.0).item() == upper_tail_mean(q, 1.0).item() == 3.75
+    assert lower_tail_mean(q, 0.01).item() == 1  # int(alpha * M) would be 0
+
+
+@pytest.mark.parametrize("m", [1, 8, 200])
+@pytest.mark.parametrize("share", [0.001, 0.07, 0.1, 0.29, 1.0])
+def test_tail_means_at_awkward_counts(m, share):
+    """int(0.29 * 100) is 28 and ceil(0.07 * 100) is 8; the integral does not care. A constant has constant tails."""
+    assert lower_tail_mean(torch.full((3, m), 2.5), share).tolist() == pytest.approx([2.5] * 3)
+    assert upper_tail_mean(torch.full((3, m), 2.5), share).tolist() == pytest.approx([2.5] * 3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(m=st.integers(1, 40), share=st.floats(1e-3, 1.0), seed=st.integers(0, 2**31))
+def test_tail_means_integrate_the_step_function(m, share, seed):
+    q = torch.randn(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    steps = sorted(q.tolist())
+    area = sum(value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(steps))
+    assert lower_tail_mean(q, share).item() == pytest.approx(area / share, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(upper_tail_mean(q, share), -lower_tail_mean(-q, share))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])
+@pytest.mark.parametrize("function", [lower_tail_mean, upper_tail_mean])
+def test_tail_means_refuse_shares_outside_0_1(function, share):
+    with pytest.raises(ValueError, match=r"\(0, 1\]"):
+        function(torch.zeros(4), share)
+
+
+# ---- terms
+
+
+def test_calibration_by_hand():
+    """q = 0, 1, 2, 3, alpha = beta = 0.5: CVaR 0.5, gain 2.5, v = Q(1/2) = 1, w = the first of the upper tail = 2.
+
+    y = -1, 0, 4, 5: t_low = 1 - (2 + 1) / 4 / 0.5 = -0.5, the mean of -1 and 0; t_up = 2 + (2 + 3) / 4 / 0.5 = 4.5, that of 4 and 5.
+    (0.5 + 0.5)^2 + (2.5 - 4.5)^2 = 5.
+    """
+    q, y = torch.tensor([2.0, 0.0, 3.0, 1.0]), torch.tensor([4.0, -1.0, 5.0, 0.0])
+    assert tail_calibration_loss(q, y, 0.5, 0.5).item() == pytest.approx(5.0)
+
+
+def test_calibration_target_is_the_true_tail_mean_where_the_quantiles_are_right():
+    torch.manual_seed(0)
+    y = torch.randn(200_000, dtype=torch.float64)
+    q = torch.special.ndtri(quantile_levels(400).double())
+    single = torch.stack([tail_calibration_loss(q + shift, y, 0.1, 0.1) for shift in (-0.1, 0.0, 0.1)])
+    assert single.argmin() == 1 and single[1] < 1e-3
+
+
+def test_calibration_of_a_single_atom_is_finite_and_targets_get_no_gradient():
+    q, y = torch.tensor([0.5], requires_grad=True), torch.tensor([1.0], requires_grad=True)
+    tail_calibration_loss(q, y, 0.1, 0.1).backward()
+    assert torch.isfinite(q.grad).all() and y.grad is None
+
+
+def test_shift_by_hand():
+    assert mean_shift_loss(torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [1.0]
+
+
+def test_shape_by_hand():
+    """q = 0, 4, 5, 7: mean 4, S_low = 4 - 0, S_up = 7 - 4 at share 1/4: 4 - 0.5 * 3 = 2.5; at ratio 2 the hinge is shut."""
+    q = torch.tensor([5.0, 7.0, 0.0, 4.0])
+    assert tail_shape_loss(q, 0.25, 0.25, 0.5).item() == 2.5
+    assert tail_shape_loss(q, 0.25, 0.25, 2.0).item() == 0.0
+
+
+def test_curvature_by_hand():
+    """q = 0, 4, 6, 7, 7: D2 = -2, -1, -1. Lowest third of them: -2; highest third: -1. Penalty 2 + 1. A convex end costs nothing."""
+    q = torch.tensor([7.0, 0.0, 6.0, 4.0, 7.0])
+    assert tail_curvature_loss(q, 1 / 3, 1 / 3).item() == pytest.approx(3.0)
+    assert tail_curvature_loss(torch.tensor([0.0, 1.0, 3.0, 6.0]), 0.5, 0.5).item() == 0.0
+    assert tail_curvature_loss(torch.tensor([1.0, 2.0]), 0.1, 0.1).item() == 0.0
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 8])
+def test_terms_are_finite_for_any_number_of_quantiles(m):
+    q = torch.randn(5, m, requires_grad=True)
+    loss, parts = risk_regularizer(q, torch.randn(5, 1), RiskConfig())
+    loss.sum().backward()
+    assert loss.shape == (5,) and torch.isfinite(loss).all() and torch.isfinite(q.grad).all()
+    assert all(value.shape == (5,) and not value.requires_grad for value in parts.values())
+
+
+def test_every_term_sorts_its_input():
+    torch.manual_seed(0)
+    q, y = torch.randn(4, 30), torch.randn(4, 20)
+    shuffled = q[:, torch.randperm(30)]
+    for function in (
+        lambda q: lower_tail_mean(q, 0.2), lambda q: upper_tail_mean(q, 0.2), lambda q: tail_calibration_loss(q, y, 0.1, 0.2),
+        lambda q: tail_shape_loss(q, 0.1, 0.2, 0.5), lambda q: tail_curvature_loss(q, 0.1, 0.2), lambda q: risk_regularizer(q, y, RiskConfig())[0],
+    ):  # fmt: skip
+        torch.testing.assert_close(function(q), function(shuffled))
+
+
+def test_regularizer_is_the_weighted_sum_of_its_terms():
+    torch.manual_seed(0)
+    q, y = torch.randn(3, 16), torch.randn(3, 4)
+    config = RiskConfig(alpha=0.2, beta=0.3, ratio=0.7, calibration=0.5, shift=2.0, shape=3.0, curvature=5.0)
+    loss, parts = risk_regularizer(q, y, config)
+    expected = {
+        "calibration": tail_calibration_loss(q, y, 0.2, 0.3), "shift": mean_shift_loss(q, y),
+        "shape": tail_shape_loss(q, 0.2, 0.3, 0.7), "curvature": tail_curvature_loss(q, 0.2, 0.3),
+    }  # fmt: skip
+    assert parts.keys() == expected.keys()
+    for name in parts:
+        torch.testing.assert_close(parts[name], expected[name])
+    torch.testing.assert_close(loss, sum(getattr(config, name) * value for name, value in expected.items()))
+
+
+def test_weight_0_turns_a_term_off_exactly():
+    q, y = torch.randn(3, 16, requires_grad=True), torch.full((3, 4), 1e30)  # (1e30)^2 overflows in fp32
+    loss, _ = risk_regularizer(q, y, RiskConfig(**{**OFF, "shape": 0.1}))
+    torch.testing.assert_close(loss, 0.1 * tail_shape_loss(q, 0.1, 0.1, 0.5))
+    loss, _ = risk_regularizer(q, y, RiskConfig(**OFF))
+    assert torch.equal(loss, torch.zeros(3)) and not loss.requires_grad
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"beta": 1.5}, {"ratio": -1}, {"shift": float("nan")}, {"curvature": float("inf")}])
+def test_config_refuses(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RiskConfig(**wrong)
+
+
+def test_regularizer_asserts_shapes():
+    with pytest.raises(AssertionError):
+        risk_regularizer(torch.zeros(3, 8), torch.zeros(8), RiskConfig())
+
+
+# ---- the property: against plain quantile regression the lower tail contracts, the upper one expands, the mean stays
+
+RETURNS = {
+    "gaussian": lambda shape, g: torch.randn(shape, generator=g),
+    "heavy lower tail": lambda shape, g: torch.randn(shape, generator=g) - 6 * (torch.rand(shape, generator=g) < 0.1) * torch.rand(shape, generator=g),
+    "coin": lambda shape, g: (torch.rand(shape, generator=g) < 0.5).float(),
+}
+
+
+def target_quantile_form(q, targets, config):
+    """The mutant: the tails of q drawn to the tails of the target's own atoms, which for a sampled return are one number."""
+    tail = (lower_tail_mean(q, 0.1) - lower_tail_mean(targets, 0.1)).square() + (upper_tail_mean(q, 0.1) - upper_tail_mean(targets, 0.1)).square()
+    return 0.1 * tail, {}
+
+
+def fitted_tails(returns, regularizer=None, config=None, heads=4, m=64, steps=700):
+    """(mean, S_low, S_up) of quantiles fitted to 256 sampled returns a step, one atom each."""
+    generator = torch.Generator().manual_seed(0)
+    head_quantiles = (0.01 * torch.randn(heads, m, generator=generator)).requires_grad_()
+    optimizer, levels = torch.optim.Adam([head_quantiles], lr=0.05), quantile_levels(m)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        targets = RETURNS[returns]((256, 1), generator)
+        expanded = head_quantiles.expand(256, heads, m)
+        loss = quantile_huber_loss(expanded.flatten(1), targets, levels.repeat(heads), 0.01).mean()
+        if regularizer is not None:
+            loss = loss + regularizer(expanded.mean(1), targets, config)[0].mean() + config.consistency * head_consistency(expanded).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    q = head_quantiles.detach().mean(0)
+    mean = q.mean()
+    return mean.item(), (mean - lower_tail_mean(q, 0.1)).item(), (upper_tail_mean(q, 0.1) - mean).item()
+
+
+@pytest.mark.parametrize("returns", RETURNS)
+def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns):
+    mean, low, up = fitted_tails(returns)
+    risk_mean, risk_low, risk_up = fitted_tails(returns, risk_regularizer, RiskConfig())
+    assert abs(risk_mean - mean) < 0.05
+    if returns == "coin":  # already as short as it can be: it must not grow
+        assert risk_low < low + 0.01
+    else:
+        assert risk_low < 0.8 * low
+        assert risk_up > 1.15 * up
+
+
+def test_mutant_that_reads_tails_off_the_targets_own_quantiles_fails():
+    _, _, up = fitted_tails("gaussian")
+    _, _, mutant_up = fitted_tails("gaussian", target_quantile_form, RiskConfig(**OFF))
+    assert mutant_up < 0.5 * up  # its "gain" pulls the upper tail down
+
+
+def test_ladder_of_ablations_is_made_of_weights_alone():
+    """All weights 0 is plain quantile regression, to the last bit."""
+    assert fitted_tails("coin", risk_regularizer, RiskConfig(**OFF), steps=20) == fitted_tails("coin", steps=20)
