@@ -297,7 +297,7 @@ def load_data(args, tokenizer, context):
             held_out = load_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval-dataset-name")
             held_out = take(held_out, range(min(args.eval_samples, len(held_out["prompt"]))))
         else:
-            num_held_out = min(args.eval_samples, len(order) // 5)
+            num_held_out = min(args.eval_samples, len(order) // 2)
             held_out, train = take(train, order[:num_held_out]), take(train, order[num_held_out:])
         evals = {"held out": held_out} if held_out["prompt"] else {}
     if args.pseudo_label_noise:
