@@ -1,0 +1,377 @@
+"""dvpo.py: hand-derived rewards, advantages and losses; the identities; padding, NaN and micro-batches that change nothing."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from critic import pairwise_quantile_huber_loss, quantile_levels
+from dvpo import (
+    clipped_policy_loss,
+    critic_loss,
+    distributional_gae,
+    explained_variance,
+    kl_estimate,
+    masked_mean,
+    masked_whiten,
+    quantile_metrics,
+    scalar_advantage,
+    token_rewards,
+)
+from risk import RiskConfig, risk_regularizer
+
+NAN = float("nan")
+
+
+def ragged_mask(lengths, width):
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def random_mask(generator, batch, length):
+    """Any mask: gaps, empty rows, full rows."""
+    return torch.rand(batch, length, generator=generator) < 0.7
+
+
+def scalar_gae(rewards, values, gamma, lam, last_value=0.0):
+    """The textbook recursion on plain lists, float64: the reference."""
+    advantages, next_value, next_advantage = [0.0] * len(rewards), last_value, 0.0
+    for t in reversed(range(len(rewards))):
+        next_advantage = rewards[t] + gamma * next_value - values[t] + gamma * lam * next_advantage
+        advantages[t], next_value = next_advantage, values[t]
+    return advantages
+
+
+# ---- token rewards
+
+
+def test_score_stands_on_the_last_valid_token_and_nowhere_else():
+    """Ragged rows, a gap, an empty row; the slot after EOS stays 0."""
+    mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
+    scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    rewards = token_rewards(scores, torch.zeros(5, 4), None, mask, 0.0)
+    assert rewards.tolist() == [[0, 0, 1, 0], [2, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0], [0, 0, 0, 5]]
+
+
+def test_kl_in_the_reward_by_hand_without_gradient_and_past_nan():
+    """logp - ref = 1, -2; kl_coef 0.1: -0.1, 0.2 and the score 3 on the last."""
+    logprobs = torch.tensor([[-1.0, -3.0, NAN]], requires_grad=True)
+    ref_logprobs = torch.tensor([[-2.0, -1.0, 0.0]], requires_grad=True)
+    rewards = token_rewards(torch.tensor([3.0]), logprobs, ref_logprobs, torch.tensor([[True, True, False]]), 0.1)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.1, 3.2, 0.0]]))
+    assert not rewards.requires_grad
+
+
+# ---- advantages
+
+
+def test_gae_of_two_rows_by_hand():
+    """gamma 1, lam 0.5, M = 2 with means V. Row 0 finished after two tokens, row 1 truncated after three.
+
+    Row 0: q = (0, 1), (1, 3), rewards 0, 2:  A_1 = 2 - q = (1, -1);  A_0 = q_1 - q_0 + A_1 / 2 = (1 + 0.5, 2 - 0.5) = (1.5, 1.5).
+    Row 1: q = 0 throughout, rewards 0, 0, 1: A = 1/4, 1/2, 1; with V = 2 after the last token: 3/4, 3/2, 3.
+    """
+    rewards = torch.tensor([[0.0, 2.0, 0.0], [0.0, 0.0, 1.0]])
+    quantiles = torch.tensor([[[0.0, 1.0], [3.0, 1.0], [9.0, 9.0]], [[0.0, 0.0]] * 3])
+    mask = ragged_mask([2, 3], 3)
+    advantages, targets = distributional_gae(rewards, quantiles, mask, 1.0, 0.5)
+    assert advantages.tolist() == [[[1.5, 1.5], [1.0, -1.0], [0, 0]], [[0.25, 0.25], [0.5, 0.5], [1, 1]]]
+    assert targets.tolist() == [[[1.5, 2.5], [2.0, 2.0], [0, 0]], [[0.25, 0.25], [0.5, 0.5], [1, 1]]]
+    bootstrap = torch.tensor([[0.0, 0.0], [2.0, 2.0]])
+    advantages, _ = distributional_gae(rewards, quantiles, mask, 1.0, 0.5, bootstrap)
+    assert scalar_advantage(advantages).tolist() == [[1.5, 0.0, 0.0], [0.75, 1.5, 3.0]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 4), length=st.integers(1, 7), m=st.integers(1, 9), gamma=st.sampled_from([0.0, 0.9, 1.0]),
+    lam=st.sampled_from([0.0, 0.5, 0.95, 1.0]), seed=st.integers(0, 2**31),
+)  # fmt: skip
+def test_mean_of_distributional_gae_is_scalar_gae_of_the_mean(batch, length, m, gamma, lam, seed):
+    """The identity of the README, over any mask: gaps are carried across, padding counts for nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, quantiles = torch.randn(batch, length, generator=generator).double(), torch.randn(batch, length, m, generator=generator).double()
+    mask = random_mask(generator, batch, length)
+    advantages, targets = distributional_gae(rewards, quantiles, mask, gamma, lam)
+    for row in range(batch):
+        kept = mask[row]
+        expected = scalar_gae(rewards[row, kept].tolist(), quantiles[row, kept].mean(-1).tolist(), gamma, lam)
+        torch.testing.assert_close(scalar_advantage(advantages)[row, kept].tolist(), expected, rtol=1e-9, atol=1e-9)
+    assert (advantages[~mask] == 0).all() and (targets[~mask] == 0).all()
+    torch.testing.assert_close(targets.mean(-1)[mask], (quantiles.mean(-1) + scalar_advantage(advantages))[mask])
+
+
+def test_undiscounted_lambda_1_makes_every_atom_the_sampled_return():
+    torch.manual_seed(0)
+    rewards, quantiles, mask = torch.randn(4, 6).double(), torch.randn(4, 6, 5).double(), ragged_mask([6, 3, 1, 5], 6)
+    _, targets = distributional_gae(rewards, quantiles, mask, 1.0, 1.0)
+    returns = torch.where(mask, rewards, 0).flip(1).cumsum(1).flip(1)
+    torch.testing.assert_close(targets[mask], returns[mask].unsqueeze(-1).expand(-1, 5))
+
+
+def test_targets_of_crossed_quantiles_are_in_order_and_carry_no_gradient():
+    torch.manual_seed(0)
+    quantiles = torch.randn(3, 5, 8, requires_grad=True)
+    advantages, targets = distributional_gae(torch.randn(3, 5), quantiles, ragged_mask([5, 2, 4], 5), 1.0, 0.9)
+    assert (targets.diff(dim=-1) >= -1e-5).all()
+    assert not targets.requires_grad and not advantages.requires_grad
+
+
+def test_a_gap_is_carried_across():
+    """A user's turn between two tokens of the policy: the same numbers as without it."""
+    rewards, quantiles = torch.tensor([[0.0, 7.0, 7.0, 1.0]]), torch.tensor([[[0.2], [50.0], [NAN], [0.4]]])
+    mask = torch.tensor([[True, False, False, True]])
+    advantages, _ = distributional_gae(rewards, quantiles, mask, 0.9, 0.5)
+    short, _ = distributional_gae(rewards[:, [0, 3]], quantiles[:, [0, 3]], torch.ones(1, 2, dtype=torch.bool), 0.9, 0.5)
+    assert torch.equal(advantages[:, [0, 3]], short) and torch.equal(advantages[:, 1:3], torch.zeros(1, 2, 1))
+
+
+# ---- masked statistics
+
+
+def test_masked_mean_by_hand():
+    values, mask = torch.tensor([[1.0, NAN], [3.0, 8.0]]), torch.tensor([[True, False], [True, True]])
+    assert masked_mean(values, mask).item() == 4
+    assert masked_mean(values, mask, num_tokens=6).item() == 2
+    assert masked_mean(values, torch.zeros_like(mask)).item() == 0
+
+
+def test_whiten_gives_mean_0_and_variance_1_over_valid_tokens_whatever_the_padding():
+    torch.manual_seed(0)
+    values, mask = torch.randn(8, 9) * 3 + 5, ragged_mask([9, 1, 4, 4, 2, 8, 8, 3], 9)
+    white = masked_whiten(values, mask)
+    assert white[mask].mean().abs() < 1e-6 and white[mask].var().item() == pytest.approx(1, abs=1e-4)
+    assert torch.equal(masked_whiten(torch.where(mask, values, NAN), mask), white) and (white[~mask] == 0).all()
+    kept = masked_whiten(values, mask, shift_mean=False)
+    assert kept[mask].mean().item() == pytest.approx(values[mask].mean().item(), rel=1e-5)
+
+
+def test_whiten_of_0_1_and_2_tokens():
+    """One token: variance of one element is NaN, so it is centred only. Two: 1 and 3 have mean 2 and std sqrt(2)."""
+    values = torch.tensor([[1.0, 3.0]])
+    assert masked_whiten(values, ragged_mask([0], 2)).tolist() == [[0, 0]]
+    assert masked_whiten(values, ragged_mask([1], 2)).tolist() == [[0, 0]]
+    assert masked_whiten(values, ragged_mask([2], 2))[0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    assert masked_whiten(torch.full((2, 3), 7.0), ragged_mask([3, 2], 3)).abs().max() == 0
+
+
+# ---- KL
+
+
+def test_kl_estimators_against_the_exact_kl_of_a_small_vocabulary():
+    torch.manual_seed(0)
+    logp, ref = torch.randn(50).double().log_softmax(-1), torch.randn(50).double().log_softmax(-1)
+    exact = (logp.exp() * (logp - ref)).sum()
+    for kind in ("k1", "k3"):  # expectation by enumeration: exact, not Monte Carlo
+        torch.testing.assert_close((logp.exp() * kl_estimate(logp, ref, kind)).sum(), exact)
+    close = (0.9 * logp + 0.1 * ref).log_softmax(-1)  # k2 is biased, by little near the reference
+    exact = (logp.exp() * (logp - close)).sum()
+    assert (logp.exp() * kl_estimate(logp, close, "k2")).sum().item() == pytest.approx(exact.item(), rel=0.15)
+
+
+def test_kl_signs_by_hand_and_overflow():
+    """logp - ref = ln 2: k1 = ln 2, k2 = ln(2)^2 / 2, k3 = 1/2 - 1 + ln 2."""
+    one, two = torch.tensor([math.log(0.5)]), torch.tensor([math.log(0.25)])
+    expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": math.log(2) - 0.5}
+    for kind, value in expected.items():
+        assert kl_estimate(one, two, kind).item() == pytest.approx(value, rel=1e-6)
+    assert torch.isfinite(kl_estimate(torch.tensor([-500.0]), torch.tensor([0.0]), "k3")).all()
+    with pytest.raises(ValueError, match="k4"):
+        kl_estimate(one, two, "k4")
+
+
+# ---- policy loss
+
+
+def test_policy_loss_by_hand():
+    """Ratios 1.5, 1.5, 0.5, 0.5, cliprange 0.2; A = 1, -1, 1, -1. -min(rA, clip(r)A) = -1.2, 1.5, -0.5, 0.8; mean 0.15.
+
+    The clip binds on the first and the last: clipfrac 1/2, and no gradient there. approx_kl: mean of ln(r)^2 / 2.
+    """
+    logprobs = torch.tensor([[1.5, 1.5], [0.5, 0.5]]).log().requires_grad_()
+    advantages = torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+    loss, metrics = clipped_policy_loss(logprobs, torch.zeros(2, 2), advantages, torch.ones(2, 2, dtype=torch.bool), 0.2)
+    assert loss.item() == pytest.approx(0.15)
+    assert metrics["clipfrac"].item() == 0.5 and metrics["ratio"].item() == pytest.approx(1.0)
+    assert metrics["approx_kl"].item() == pytest.approx((math.log(1.5) ** 2 + math.log(0.5) ** 2) / 4, rel=1e-5)
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 1.5], [-0.5, 0.0]]) / 4)
+
+
+def policy_inputs(length=7):
+    torch.manual_seed(0)
+    logprobs, old_logprobs = -torch.rand(6, length).double(), -torch.rand(6, length).double()
+    return logprobs, old_logprobs, torch.randn(6, length).double(), ragged_mask([7, 1, 3, 0, 6, 2], length)
+
+
+def padded(tensor, columns=50, fill=NAN):
+    """The tensor with garbage in further columns (dim 1)."""
+    extra = torch.full((tensor.shape[0], columns, *tensor.shape[2:]), 0 if tensor.dtype == torch.bool else fill).to(tensor.dtype)
+    return torch.cat([tensor, extra], dim=1)
+
+
+def test_policy_loss_ignores_padding_and_nan_in_value_gradient_and_metrics():
+    logprobs, old_logprobs, advantages, mask = policy_inputs()
+    logprobs.requires_grad_()
+    loss, metrics = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, 0.2)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    wide = [padded(torch.where(mask, x.detach(), NAN)) for x in (logprobs, old_logprobs, advantages)]
+    wide[0].requires_grad_()
+    wide_loss, wide_metrics = clipped_policy_loss(*wide, padded(mask), 0.2)
+    (wide_gradient,) = torch.autograd.grad(wide_loss, wide[0])
+    torch.testing.assert_close(wide_loss, loss)
+    torch.testing.assert_close(wide_gradient, padded(gradient, fill=0.0))
+    for name in metrics:
+        torch.testing.assert_close(wide_metrics[name], metrics[name])
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_micro_batches_add_up_to_the_minibatch_loss_gradient_and_metrics(size):
+    logprobs, old_logprobs, advantages, mask = policy_inputs()
+    logprobs.requires_grad_()
+    loss, metrics = clipped_policy_loss(logprobs, old_logprobs, advantages, mask, 0.2)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    parts = [
+        clipped_policy_loss(logprobs[rows], old_logprobs[rows], advantages[rows], mask[rows], 0.2, num_tokens=mask.sum())
+        for rows in torch.arange(6).split(size)
+    ]
+    torch.testing.assert_close(torch.autograd.grad(sum(part for part, _ in parts), logprobs)[0], gradient)
+    for name in metrics:
+        torch.testing.assert_close(sum(part[name] for _, part in parts), metrics[name])
+
+
+def test_policy_loss_of_an_all_masked_batch_is_0_and_of_a_huge_ratio_finite():
+    logprobs = torch.full((1, 2), 300.0, requires_grad=True)
+    empty, _ = clipped_policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), 0.2)
+    huge, metrics = clipped_policy_loss(logprobs, torch.zeros(1, 2), -torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), 0.2)
+    (empty + huge).backward()
+    assert empty.item() == 0 and torch.isfinite(huge) and torch.isfinite(logprobs.grad).all() and torch.isfinite(metrics["ratio"])
+
+
+def test_policy_loss_sends_no_gradient_to_old_logprobs_or_advantages():
+    logprobs, old_logprobs, advantages, mask = (x.requires_grad_() if x.dtype != torch.bool else x for x in policy_inputs())
+    clipped_policy_loss(logprobs, old_logprobs, advantages, mask, 0.2)[0].backward()
+    assert old_logprobs.grad is None and advantages.grad is None and logprobs.grad.abs().sum() > 0
+
+
+# ---- critic loss
+
+
+def critic_inputs(heads=3, m=8, k=5):
+    torch.manual_seed(0)
+    return torch.randn(4, 6, heads, m).double(), torch.randn(4, 6, k).double(), ragged_mask([6, 1, 0, 4], 6), quantile_levels(m).double()
+
+
+def test_critic_loss_is_every_heads_loss_plus_weighted_terms():
+    """Against a loop over tokens and heads with the pairwise definition."""
+    head_quantiles, targets, mask, levels = critic_inputs()
+    risk = RiskConfig(calibration=0.3, shift=0.4, shape=0.5, curvature=0.6, consistency=0.7)
+    loss, metrics = critic_loss(head_quantiles, targets, mask, levels, 0.1, risk)
+    quantile, tails, consistency = [], [], []
+    for heads, atoms in zip(head_quantiles[mask], targets[mask]):
+        quantile += [sum(pairwise_quantile_huber_loss(head, atoms, levels, 0.1) for head in heads) / len(heads)]
+        tails += [risk_regularizer(heads.mean(0), atoms, risk)[0]]
+        consistency += [((heads - heads.mean(0)) ** 2).mean()]
+    mean = lambda values: torch.stack(values).mean()
+    torch.testing.assert_close(loss, mean(quantile) + mean(tails) + 0.7 * mean(consistency))
+    torch.testing.assert_close(metrics["quantile"], mean(quantile))
+    torch.testing.assert_close(metrics["consistency"], mean(consistency))
+    assert metrics.keys() == {"quantile", "calibration", "shift", "shape", "curvature", "consistency"}
+
+
+def test_every_head_gets_a_gradient_of_its_own():
+    """A loss on the heads' mean alone would pull heads 0 and 10 equally; each must be drawn towards the target 5."""
+    head_quantiles = torch.tensor([0.0, 10.0]).view(1, 1, 2, 1).requires_grad_()
+    critic_loss(head_quantiles, torch.full((1, 1, 1), 5.0), torch.ones(1, 1, dtype=torch.bool), torch.tensor([0.5]), 0.01, None)[0].backward()
+    assert head_quantiles.grad.flatten().sign().tolist() == [-1, 1]
+
+
+@pytest.mark.parametrize("kappa,risk", [(None, None), (0.01, None), (0.0, RiskConfig()), (0.01, RiskConfig())])
+def test_critic_loss_ignores_padding_and_nan_and_micro_batches(kappa, risk):
+    head_quantiles, targets, mask, levels = critic_inputs(heads=1 if kappa is None else 3)
+    head_quantiles.requires_grad_()
+    loss, metrics = critic_loss(head_quantiles, targets, mask, levels, kappa, risk)
+    (gradient,) = torch.autograd.grad(loss, head_quantiles)
+    wide = padded(torch.where(mask[..., None, None], head_quantiles.detach(), NAN)).requires_grad_()
+    wide_loss, wide_metrics = critic_loss(wide, padded(torch.where(mask[..., None], targets, NAN)), padded(mask), levels, kappa, risk)
+    torch.testing.assert_close(wide_loss, loss)
+    torch.testing.assert_close(torch.autograd.grad(wide_loss, wide)[0], padded(gradient, fill=0.0))
+    parts = [critic_loss(head_quantiles[[row]], targets[[row]], mask[[row]], levels, kappa, risk, mask.sum()) for row in range(4)]
+    torch.testing.assert_close(torch.autograd.grad(sum(part for part, _ in parts), head_quantiles)[0], gradient)
+    for name in metrics:
+        torch.testing.assert_close(wide_metrics[name], metrics[name])
+        torch.testing.assert_close(sum(part[name] for _, part in parts), metrics[name])
+
+
+def test_scalar_critic_is_half_the_squared_error_and_dvpo_with_equal_quantiles_is_ppo():
+    """M = N = 1, tau = 1/2, kappa beyond all errors: gradients are those of the squared error times 1 / (2 kappa)."""
+    values, targets = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 1, dtype=torch.float64)
+    mask = ragged_mask([3, 2], 3)
+    scalar, _ = critic_loss(values, targets, mask, torch.tensor([0.5]), None, None)
+    torch.testing.assert_close(scalar, (values[..., 0] - targets)[mask].square().mean() / 2)
+    quantile, _ = critic_loss(values, targets, mask, torch.tensor([0.5]).double(), 100.0, None)
+    torch.testing.assert_close(quantile * 2 * 100, scalar)
+    rewards = torch.randn(2, 3, dtype=torch.float64)
+    equal = distributional_gae(rewards, values[:, :, 0].expand(2, 3, 7), mask, 0.99, 0.9)[0]
+    torch.testing.assert_close(scalar_advantage(equal), distributional_gae(rewards, values[:, :, 0], mask, 0.99, 0.9)[0][..., 0])
+
+
+def test_critic_loss_of_an_all_masked_batch_is_0():
+    head_quantiles, targets, mask, levels = critic_inputs()
+    loss, metrics = critic_loss(head_quantiles.requires_grad_(), targets, torch.zeros_like(mask), levels, 0.01, RiskConfig())
+    loss.backward()
+    assert loss.item() == 0 and (head_quantiles.grad == 0).all() and all(value == 0 for value in metrics.values())
+
+
+def test_targets_get_no_gradient():
+    head_quantiles, targets, mask, levels = critic_inputs()
+    targets.requires_grad_()
+    critic_loss(head_quantiles.requires_grad_(), targets, mask, levels, 0.01, RiskConfig())[0].backward()
+    assert targets.grad is None
+
+
+# ---- metrics
+
+
+def test_explained_variance_by_hand():
+    """targets 0, 2, 4: variance 8/3. Errors 0, 1, -1: variance 2/3. 1 - 1/4. A constant offset costs nothing."""
+    targets, mask = torch.tensor([[0.0, 2.0, 4.0, NAN]]), ragged_mask([3], 4)
+    assert explained_variance(torch.tensor([[0.0, 1.0, 5.0, 7.0]]), targets, mask).item() == pytest.approx(0.75)
+    assert explained_variance(targets + 9, targets, mask).item() == 1
+    assert explained_variance(torch.zeros(1, 4), targets, mask).item() == 0
+    assert explained_variance(torch.zeros(1, 4), torch.ones(1, 4), mask).isnan()
+
+
+def test_quantile_metrics_of_a_calibrated_critic():
+    torch.manual_seed(0)
+    q = torch.special.ndtri(quantile_levels(200).double()).float().expand(1, 20_000, 2, 200)
+    returns, mask = torch.randn(1, 20_000), torch.ones(1, 20_000, dtype=torch.bool)
+    metrics = quantile_metrics(q, returns, mask, 0.1, 0.1)
+    expected = {"crossing_frac": 0.0, "std": 1.0, "lower_tail": 1.755, "upper_tail": 1.755, "coverage": 0.8, "head_spread": 0.0}
+    for name, value in expected.items():
+        assert metrics[name].item() == pytest.approx(value, abs=0.02), name
+
+
+def test_quantile_metrics_see_crossing_spread_and_ignore_padding():
+    """Heads (3, 1, 2, 0) and the same + 2: mean (4, 2, 3, 1), two of three neighbours out of order, head distance 1."""
+    heads = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 3.0, 4.0, 2.0]]).view(1, 1, 2, 4)
+    metrics = quantile_metrics(padded(heads), padded(torch.zeros(1, 1)), padded(torch.ones(1, 1, dtype=torch.bool)), 0.25, 0.25)
+    assert metrics["crossing_frac"].item() == pytest.approx(2 / 3) and metrics["head_spread"].item() == 1
+    assert metrics["coverage"].item() == 0 and metrics["lower_tail"].item() == 1.5
+    assert quantile_metrics(heads[..., :1], torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0, 1.0)["crossing_frac"].item() == 0
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: token_rewards(torch.zeros(3), torch.zeros(2, 4), None, torch.ones(2, 4, dtype=torch.bool), 0.0),
+        lambda: distributional_gae(torch.zeros(2, 4), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), 1, 1),
+        lambda: clipped_policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 4, dtype=torch.bool), 0.2),
+        lambda: critic_loss(torch.zeros(2, 4, 1, 5), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), quantile_levels(5), 0, None),
+        lambda: masked_mean(torch.zeros(2, 4), torch.ones(2, 1, dtype=torch.bool)),
+    ],
+)
+def test_shapes_are_asserted(call):
+    with pytest.raises(AssertionError):
+        call()
