@@ -268,12 +268,16 @@ def load_rows(name, split, flag):
     return data.to_dict()
 
 
-def encode(columns, tokenizer, args, context):
+def encode(columns, tokenizer, args, context, flag):
     """{prompt, ...} -> {prompt, prompt_ids, ...}; raises InputError for a prompt that leaves no room for the response."""
-    prompt_ids = ro.encode_prompts(columns["prompt"], tokenizer, args.chat_template == "auto")
+    try:
+        prompt_ids = ro.encode_prompts(columns["prompt"], tokenizer, args.chat_template == "auto")
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
     for row, ids in enumerate(prompt_ids):
         if len(ids) + args.response_length > context:
-            raise InputError(f"row {row}: prompt of {len(ids)} tokens + --response-length {args.response_length}: expected at most {context} in all")
+            found = f"a prompt of {len(ids)} tokens + --response-length {args.response_length}"
+            raise InputError(f"{flag}: row {row}: {found}: expected at most {context} tokens, the model's context")
     return {**columns, "prompt_ids": prompt_ids}
 
 
@@ -284,18 +288,20 @@ def take(data, rows):
 def load_data(args, tokenizer, context):
     """-> training data and {name: evaluation data}, each {prompt, prompt_ids, columns for the reward...}."""
     if args.dataset_name is None:
-        def split_columns(split, size, exclude=()):
-            rows = ro.task_rows(args.task, split, size, args.seed, exclude)
-            return {name: [row[name] for row in rows] for name in ("prompt", "answer")}
 
-        evals = {name: split_columns(split, args.eval_samples) for name, split in (("in domain", "test"), ("out of domain", "ood"))}
-        train = split_columns("train", 4096, {str(prompt) for prompt in evals["in domain"]["prompt"]})
+        def rows_of(split, size, exclude=()):
+            rows = ro.task_rows(args.task, split, size, args.seed, exclude)
+            return encode({name: [row[name] for row in rows] for name in ("prompt", "answer")}, tokenizer, args, context, "--task")
+
+        evals = {"in domain": rows_of("test", args.eval_samples), "out of domain": rows_of("ood", args.eval_samples)}
+        train = rows_of("train", 4096, {str(prompt) for prompt in evals["in domain"]["prompt"]})
     else:
-        train = load_rows(args.dataset_name, args.dataset_split, "--dataset-name")
+        train = encode(load_rows(args.dataset_name, args.dataset_split, "--dataset-name"), tokenizer, args, context, "--dataset-name")
         order = torch.randperm(len(train["prompt"]), generator=torch.Generator().manual_seed(args.seed)).tolist()
         if args.eval_dataset_name:
             held_out = load_rows(args.eval_dataset_name, args.eval_dataset_split, "--eval-dataset-name")
             held_out = take(held_out, range(min(args.eval_samples, len(held_out["prompt"]))))
+            held_out = encode(held_out, tokenizer, args, context, "--eval-dataset-name")
         else:
             num_held_out = min(args.eval_samples, len(order) // 2)
             held_out, train = take(train, order[:num_held_out]), take(train, order[num_held_out:])
@@ -304,7 +310,7 @@ def load_data(args, tokenizer, context):
         if "answer" not in train:
             raise InputError("--pseudo-label-noise: expected a column 'answer' in the data set, found none")
         train["label"] = ro.pseudo_labels(train["answer"], args.pseudo_label_noise, torch.Generator().manual_seed(args.reward_noise_seed))
-    return encode(train, tokenizer, args, context), {name: encode(data, tokenizer, args, context) for name, data in evals.items()}
+    return train, evals
 
 
 def batch_rows(num_rows, episode, batch_size, seed):

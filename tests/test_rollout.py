@@ -1,0 +1,470 @@
+"""rollout.py: masks, log-probs against samples, verifiers, noise, and every known way to get them subtly wrong."""
+
+import json
+import random
+import time
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+import rollout
+from conftest import tiny_config
+from rollout import (
+    InputError,
+    boxed,
+    choice_reward,
+    chosen_letter,
+    completion_texts,
+    encode_prompts,
+    exact_reward,
+    last_number,
+    load_reward,
+    math_reward,
+    noisy_scores,
+    pseudo_labels,
+    response_logprobs,
+    response_quantiles,
+    sample,
+    score,
+    stop_token_ids,
+    task_row,
+    task_rows,
+    task_tokenizer,
+    token_logprobs,
+)
+
+PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]  # ragged: left padding
+
+
+def rolled(model, stop_ids=(1,), temperature=1.0, length=8, pad_id=0, prompts=PROMPTS, seed=0):
+    torch.manual_seed(seed)
+    return sample(model, prompts, pad_id, list(stop_ids), length, temperature)
+
+
+def favour(model, token, bonus):
+    """Makes a token likelier, through a bias on the head."""
+    bias = torch.zeros(model.config.vocab_size)
+    bias[token] = bonus
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: output + bias)
+    return model
+
+
+# ---- tasks
+
+
+@pytest.mark.parametrize("task", ["sums", "dialogue"])
+@pytest.mark.parametrize("split", ["warm", "train", "test", "ood"])
+def test_task_rows_are_right_and_their_answers_earn_the_reward(task, split):
+    for row in task_rows(task, split, 50, seed=3):
+        reward = {"sums": math_reward, "dialogue": exact_reward}[task]
+        assert reward([row["prompt"]], [row["completion"]], [row["answer"]]) == [1.0]
+        assert reward([row["prompt"]], [row["completion"][:-1]], [row["answer"]]) == [0.0]
+        if task == "sums":
+            assert eval(row["prompt"][:-1]) == int(row["answer"])  # our own text, not a model's
+        else:
+            state = dict(m["content"].split() for m in row["prompt"] if m["role"] == "user" and m["content"] != "book")
+            assert dict(zip(row["answer"].split()[::2], row["answer"].split()[1::2])) == state
+
+
+@pytest.mark.parametrize("task", ["sums", "dialogue"])
+def test_tasks_are_seeded_and_held_out_prompts_stay_out(task):
+    test = task_rows(task, "test", 40, seed=0)
+    assert test == task_rows(task, "test", 40, seed=0) != task_rows(task, "test", 40, seed=1)
+    seen = {str(row["prompt"]) for row in test}
+    assert len(seen) == 40
+    assert not seen & {str(row["prompt"]) for row in task_rows(task, "train", 400, 0, exclude=seen)}
+
+
+def test_out_of_domain_is_longer():
+    rng = random.Random(0)
+    turns = {split: [len(task_row("dialogue", split, rng)["prompt"]) for _ in range(200)] for split in ("train", "ood")}
+    assert min(turns["ood"]) > max(turns["train"])
+    terms = {split: [task_row("sums", split, rng)["prompt"].count("+") for _ in range(200)] for split in ("train", "ood")}
+    assert min(terms["ood"]) > max(terms["train"])
+
+
+@pytest.mark.parametrize("task", ["sums", "dialogue"])
+def test_task_tokenizer_round_trips_through_a_folder(task, tmp_path):
+    tokenizer = task_tokenizer(task)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    row = task_row(task, "ood", random.Random(0))
+    ids = loaded(row["completion"])["input_ids"]
+    assert ids == tokenizer(row["completion"])["input_ids"] and loaded.pad_token_id not in ids
+    assert loaded.decode(ids) == row["completion"]
+    assert encode_prompts([row["prompt"]], loaded) == encode_prompts([row["prompt"]], tokenizer)
+
+
+# ---- prompts
+
+
+def bos_tokenizer(template=None):
+    """A word tokenizer that puts <bos> before every text, as Llama's does."""
+    inner = Tokenizer(models.WordLevel({"<unk>": 0, "<bos>": 1, "hello": 2, "there": 3, "[user]": 4}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", unk_token="<unk>")
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TEMPLATE = "{{ bos_token }} {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
+
+
+def test_one_bos_with_and_without_a_template():
+    messages = [{"role": "user", "content": "hello there"}]
+    assert encode_prompts(["hello there"], bos_tokenizer()) == [[1, 2, 3]]
+    assert encode_prompts(["hello there", messages], bos_tokenizer(TEMPLATE)) == [[1, 4, 2, 3]] * 2
+    assert encode_prompts(["hello there"], bos_tokenizer(TEMPLATE), use_chat_template=False) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("prompt", [[], "", None, 7, [{"role": "user"}], [{"role": "user", "content": 3}], ["hello"]])
+def test_malformed_prompts_are_refused_with_their_row(prompt):
+    with pytest.raises(InputError, match="row 1: prompt"):
+        encode_prompts(["hello", prompt], bos_tokenizer(TEMPLATE))
+
+
+def test_messages_without_a_template_and_templates_that_raise_are_one_line():
+    messages = [{"role": "user", "content": "hello"}]
+    with pytest.raises(InputError, match="row 0: .*no chat template"):
+        encode_prompts([messages], bos_tokenizer())
+    with pytest.raises(InputError, match="row 0: .*refuses it: only two roles"):
+        encode_prompts([messages], bos_tokenizer("{{ raise_exception('only two\n roles') }}"))
+
+
+# ---- sampling
+
+
+def test_mask_ends_with_the_first_stop_token_and_truncation_is_not_guessed_from_width(model):
+    favour(model, 1, 2.0)
+    found = rolled(model, length=8, prompts=PROMPTS * 8)
+    for ids, mask, truncated in zip(found.response_ids, found.mask, found.truncated):
+        stops = (ids == 1).nonzero().flatten().tolist()
+        assert bool(truncated) == (not stops)
+        assert mask.sum() == (stops[0] + 1 if stops else 8)
+        assert mask[: mask.sum()].all()
+    assert found.truncated.any() and not found.truncated.all()
+    longest_finished = found.mask.sum(1)[~found.truncated].max()
+    assert longest_finished <= 8
+
+
+def test_a_row_that_stops_on_the_last_slot_is_not_truncated(model):
+    found = rolled(favour(model, 1, 100.0), length=1)
+    assert found.mask.tolist() == [[True]] * 4 and not found.truncated.any()
+
+
+@pytest.mark.parametrize("pad_id", [0, 1])
+def test_pad_equal_to_eos_keeps_exactly_one_eos_in_mask_and_attention(model, pad_id):
+    found = rolled(favour(model, 1, 2.5), pad_id=pad_id, prompts=PROMPTS * 4)
+    for ids, mask in zip(found.response_ids, found.mask):
+        assert (ids[mask] == 1).sum() <= 1
+    assert torch.equal(found.attention_mask[:, 6:].bool(), found.mask)
+    assert (found.mask & (found.response_ids == 1)).sum() == (~found.truncated).sum()
+
+
+def test_a_sampled_pad_token_is_an_action_like_any_other(model):
+    found = rolled(favour(model, 0, 3.0), stop_ids=[1], pad_id=0)
+    assert ((found.response_ids == 0) & found.mask).any()
+
+
+def test_several_stop_ids_and_a_custom_one(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
+    book = tokenizer.convert_tokens_to_ids("book")
+    ids = stop_token_ids(model, tokenizer, "book")
+    assert ids == sorted({tokenizer.eos_token_id, 7, book})
+    found = rolled(favour(model, book, 3.0), stop_ids=ids, prompts=PROMPTS * 4)
+    ends = [row[mask][-1].item() for row, mask in zip(found.response_ids, found.mask)]
+    assert book in ends and all(end in ids for end, cut in zip(ends, found.truncated) if not cut)
+    with pytest.raises(InputError, match="--stop-token: 'no such'"):
+        stop_token_ids(model, tokenizer, "no such")
+
+
+def test_positions_count_real_tokens_only(model):
+    found = rolled(model)
+    assert found.position_ids[1, :6].tolist() == [0, 0, 0, 0, 0, 0] and found.position_ids[2, :6].tolist() == [0, 1, 2, 3, 4, 5]
+    last = found.attention_mask.sum(1) - 1
+    assert torch.equal(found.position_ids.max(1).values, last)
+
+
+def test_greedy_takes_the_likeliest_token_and_leaves_the_generator_alone(model):
+    model.eval()
+    state = torch.get_rng_state()
+    found = sample(model, PROMPTS, 0, [1], 5, 0.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    logits = model(found.input_ids, attention_mask=found.attention_mask, position_ids=found.position_ids).logits[:, 5:-1]
+    assert torch.equal(logits.argmax(-1)[found.mask], found.response_ids[found.mask])
+
+
+def test_completions_are_never_re_encoded(model_folder):
+    """What is trained on are the sampled ids, special tokens included; text drops them."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    found = rollout.Rollout(torch.tensor([[5, 4, 9, 10, 1, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.arange(6)[None],
+                            torch.tensor([[1, 1, 1, 1, 0]]).bool(), torch.tensor([False]))  # fmt: skip
+    text = completion_texts(found, tokenizer)[0]
+    assert text == tokenizer.decode([9, 10]) and tokenizer(text)["input_ids"] != found.response_ids[found.mask].tolist()
+
+
+def test_the_models_own_generation_settings_do_not_shape_the_samples(model):
+    """A repetition penalty, top-k or minimum length in the model's file would make log-probs those of another distribution."""
+    plain = rolled(model)
+    model.generation_config = GenerationConfig(repetition_penalty=5.0, top_k=1, top_p=0.1, min_new_tokens=7, no_repeat_ngram_size=1, temperature=0.1, do_sample=True)
+    own = model.generation_config
+    assert torch.equal(rolled(model).input_ids, plain.input_ids)
+    assert model.generation_config is own
+
+
+def test_generate_under_gradient_checkpointing_and_train_mode_keeps_its_cache(model):
+    plain = rolled(model.eval())
+    widths = []
+    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: widths.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True)
+    model.gradient_checkpointing_enable()
+    model.train()
+    assert torch.equal(rolled(model).input_ids, plain.input_ids)
+    assert model.training and set(widths[1:]) == {1}  # one new token at a time: the cache holds the rest
+
+
+# ---- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_frequencies_are_the_scored_probabilities(model, temperature):
+    """6,000 one-token samples against exp(logprobs) of the same prompt: within five standard errors for every token."""
+    found = rolled(model, temperature=temperature, length=1, prompts=[[3, 4, 5]] * 6000)
+    counts = torch.bincount(found.response_ids[:, 0], minlength=40)
+    with torch.no_grad():
+        expected = torch.stack([
+            response_logprobs(model, rollout.Rollout(torch.tensor([[3, 4, 5, token]]), torch.ones(1, 4).long(), torch.arange(4)[None],
+                                                     torch.ones(1, 1).bool(), torch.zeros(1)), temperature)[0, 0]
+            for token in range(40)
+        ]).exp()  # fmt: skip
+    assert expected.sum().item() == pytest.approx(1, abs=1e-5)
+    error = (expected * (1 - expected) / 6000).sqrt() + 1e-4
+    assert ((counts / 6000 - expected).abs() < 5 * error).all()
+
+
+def test_ratio_is_1_before_any_update_under_ragged_left_padding(model):
+    """Scored as one batch, then in micro-batches of other widths in train mode: log-ratios within 1e-5 on every valid token."""
+    found = rolled(favour(model, 1, 1.0), prompts=PROMPTS * 3)
+    with torch.no_grad():
+        old = response_logprobs(model, found, 0.7)
+    model.train()
+    for rows in torch.randperm(12).split(5):
+        part = found[rows]
+        new = response_logprobs(model, part, 0.7)
+        assert new.requires_grad
+        difference = (new - old[rows, : part.mask.shape[1]])[part.mask]
+        assert difference.abs().max() < 1e-5
+    unpadded = [found[torch.tensor([row])] for row in range(12)]
+    assert any(part.input_ids.shape[1] < found.input_ids.shape[1] for part in unpadded)
+    for row, part in enumerate(unpadded):
+        assert (response_logprobs(model, part, 0.7)[part.mask] - old[row][found.mask[row]]).abs().max() < 1e-5
+
+
+def test_left_padding_without_positions_is_what_the_ratio_test_would_catch(model):
+    """The check has teeth: GPT-2 with positions counted from the padding disagrees (rotary models only see differences)."""
+    found = rolled(model)
+    right = response_logprobs(model, found, 1.0)
+    found.position_ids = torch.arange(found.input_ids.shape[1]).expand_as(found.input_ids)
+    wrong = (response_logprobs(model, found, 1.0) - right)[found.mask].abs().max()
+    assert wrong > 1e-3 if model.config.model_type == "gpt2" else wrong < 1e-4
+
+
+def test_logprobs_and_values_pair_token_t_with_the_position_before_it(model):
+    """A model whose logits say where they were computed: token t is judged by position prompt + t - 1."""
+    found = rolled(model, prompts=[[3, 4, 5], [6, 7, 8]], length=4)
+
+    def forward(input_ids, attention_mask, position_ids, use_cache, logits_to_keep):
+        logits = torch.zeros(*input_ids.shape, 40)
+        logits[..., 0] = position_ids  # the log-prob of token 0 grows with the position
+        return type("Output", (), {"logits": logits[:, -logits_to_keep:]})
+
+    found.input_ids[:, 3:] = 0
+    expected = [(torch.tensor([float(position)] + [0.0] * 39).log_softmax(-1)[0]).item() for position in (2, 3, 4, 5)]
+    assert response_logprobs(forward, found, 1.0)[0].tolist() == pytest.approx(expected, rel=1e-5)
+    critic = lambda ids, attention, positions, num_last: positions[:, -num_last:, None, None].float()
+    assert response_quantiles(critic, found)[0].flatten().tolist() == [2, 3, 4, 5, 6]  # the last: after the last token
+
+
+def test_token_logprobs_values_gradient_chunks_and_untouched_logits():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(5, 3, 7, requires_grad=True), torch.randint(7, (5, 3))
+    before = logits.detach().clone()
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    for chunk_size in (1, 42, 10**6):
+        found = token_logprobs(logits, ids, 0.5, chunk_size)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0])
+    assert torch.equal(logits.detach(), before)
+    half = token_logprobs(logits.bfloat16(), ids, 0.5)
+    assert half.dtype == torch.float32
+
+
+def test_logits_are_computed_at_response_positions_only(model):
+    found, seen = rolled(model), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    response_logprobs(model, found, 1.0)
+    assert seen == [found.mask.shape[1] + 1]
+
+
+# ---- verifiers
+
+MATH = [  # (completion, answer column, right)
+    ("The answer is 72.", "72", True), ("72", "72", True), ("so 48 + 24 = 72 clips", "72", True), ("71", "72", False), ("", "72", False),
+    ("no idea", "72", False), ("First 72, then 71", "72", False), ("#### 1,234", "1234", True), ("1,234,567", "1234567", True),
+    ("$18", "18", True), ("18 dollars", "$18", True), ("It costs $1,000.50.", "1000.5", True), ("3.50", "3.5", True), ("-4", "-4", True),
+    ("\u22124", "-4", True), ("4", "-4", False), ("7-4=3", "3", True), ("10 - -2 = 12", "12", True), ("x=-3.", "-3", True), ("50%", "50", True),
+    ("\\boxed{42} and then 7", "42", True), ("\\boxed{41} \\boxed{42}", "42", True), ("\\boxed{\\frac{3}{4}}", "0.75", True),
+    ("\\boxed{3/4}", "\\frac{3}{4}", True), ("\\boxed{\\text{42 apples}}", "42", True), ("\\boxed{}", "42", False), ("\\boxed{42", "42", True),
+    ("12+7+40=19,59#59", "59", True), ("19,59#60", "59", False), ("0.50", "1/2", True), (".5", "0.5", True), ("1/0", "1", False),
+    ("\\boxed{x^2+1}", "x^2 + 1", True), ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\pi/2 \\right)", True), ("\\boxed{x^2}", "x^2+1", False),
+    ("the set [1,2]", "[1,2]", False), ("\\boxed{[1,2]}", "[1,2]", True), ("1e3", "1000", False), ("answer: 6 eggs", "6.0", True),
+    ("\u0663", "3", True), ("12 3", "3", True), ("2 1/2", "1/2", True), ("1,23", "23", True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("completion,answer,right", MATH)
+def test_math_verifier(completion, answer, right):
+    assert math_reward([""], [completion], [answer]) == [float(right)]
+    assert math_reward([""], [[{"role": "assistant", "content": completion}]], [answer]) == [float(right)]
+
+
+def test_math_reads_numeric_answer_columns():
+    assert math_reward([""] * 2, ["5", "2.5"], [5, 2.5]) == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("text", ["(" * 100_000, "\\boxed{" * 20_000, "9" * 100_000, "1,111" * 20_000, "-" * 100_000, "\\frac{1}" * 20_000, "1/" * 50_000])
+def test_verifiers_are_linear_on_hostile_text(text):
+    start = time.perf_counter()
+    math_reward([""], [text], ["42"])
+    choice_reward([""], [text], ["A"], [["one", "two"]])
+    assert time.perf_counter() - start < 1.0
+
+
+def test_nothing_of_the_models_text_is_evaluated():
+    assert math_reward([""], ["__import__('os').abort()"], ["1"]) == [0.0]
+    assert last_number("9**9**9**9") == 9
+    assert boxed("a \\boxed{b {c} d} e") == "b {c} d" and boxed("none") is None
+
+
+CHOICES = ["a leg muscle", "a bacterial population", "viral particles", "carbohydrates"]
+CHOICE = [
+    ("B", "B"), ("b", "B"), ("B.", "B"), ("(B)", "B"), ("B) a bacterial population", "B"), ("The answer is B.", "B"), ("Answer: C", "C"),
+    ("**B**", "B"), ("The correct answer is (D) because A is wrong", "D"), ("a bacterial population", "B"), ("It is viral particles.", "C"),
+    ("A leg muscle relaxing", "A"), ("A plant grows", None), ("E", None), ("", None), ("viral particles or carbohydrates", None),
+    ("I think it's a bacterial population", "B"), ("B: yes", "B"), ("the answer is a", None), ("The answer is A's friend", None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text,letter", CHOICE)
+def test_choice_verifier(text, letter):
+    assert chosen_letter(text, CHOICES) == letter
+    assert choice_reward([""], [text], ["B"], [CHOICES]) == [float(letter == "B")]
+
+
+def test_choice_without_a_choices_column_and_exact():
+    assert choice_reward(["", ""], ["The answer is C", "D"], ["C", "A"]) == [1.0, 0.0]
+    assert exact_reward(["", ""], [" a  b ", "a"], ["a b", "b"]) == [1.0, 0.0]
+
+
+# ---- reward functions
+
+
+def test_columns_reach_the_reward_and_conversations_stay_conversations():
+    seen = {}
+
+    def reward(prompts, completions, level, **columns):
+        seen.update(prompts=prompts, completions=completions, level=level, others=columns)
+        return [True, 0]
+
+    prompts = ["text", [{"role": "user", "content": "hi"}]]
+    assert score(reward, prompts, ["a", "b"], {"level": [1, 2], "more": ["x", "y"]}).tolist() == [1.0, 0.0]
+    assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]] and seen["level"] == [1, 2] and seen["others"] == {"more": ["x", "y"]}
+
+
+@pytest.mark.parametrize(
+    "returned,found",
+    [([1.0], "1 values"), (1.0, "float"), (None, "NoneType"), ([1.0, float("nan")], "row 1.*nan"), ([float("inf"), 0], "row 0.*inf"),
+     ([0, "1.0"], "row 1.*'1.0'"), ([0, None], "row 1.*None"), ([0, [1]], r"row 1.*\[1\]")],
+)  # fmt: skip
+def test_bad_reward_values_are_one_line_with_the_row(returned, found):
+    with pytest.raises(InputError, match=f"--reward: .*{found}"):
+        score(lambda prompts, completions, **columns: returned, ["p", "q"], ["a", "b"], {})
+
+
+def test_rewards_may_be_tensors_and_a_missing_column_is_named():
+    assert score(lambda prompts, completions, **columns: torch.tensor([0.5, 2.0]), ["p", "q"], ["a", "b"], {}).tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
+        score(math_reward, ["p"], ["a"], {"level": [1]})
+
+
+def test_load_reward(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_reward.py").write_text("def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n")
+    assert load_reward("my_reward:short")(["p"], ["abc"]) == [-3]
+    assert load_reward("math") is math_reward
+    for wrong in ("maths", "my_reward:long", "no_such_module:f", ":f", "model:", "model:/no/such/folder"):
+        with pytest.raises(InputError, match="--reward"):
+            load_reward(wrong)
+
+
+@pytest.mark.parametrize("num_labels", [1, 2])
+def test_model_reward_reads_the_last_real_token_whatever_the_batch(tmp_path, num_labels):
+    torch.manual_seed(0)
+    tokenizer = task_tokenizer("dialogue")
+    tokenizer.chat_template = None
+    config = LlamaConfig(**{**tiny_config("llama", len(tokenizer)).to_dict(), "num_labels": num_labels, "pad_token_id": 0})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = load_reward(f"model:{tmp_path}")
+    prompts, completions = ["area north", [{"role": "user", "content": "food thai food greek"}]], ["ok", [{"role": "assistant", "content": "book book book"}]]
+    together = score(reward, prompts, ["ok", "book book book"], {})
+    alone = [reward([prompt], [completion])[0] for prompt, completion in zip(prompts, completions)]
+    assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    assert num_labels == 1 or all(0 < value < 1 for value in alone)
+
+
+# ---- noise
+
+
+def test_flips_have_their_own_rates_and_noise_is_seeded():
+    scores = torch.cat([torch.zeros(20_000), torch.ones(20_000)])
+    noisy = noisy_scores(scores, 0.1, 0.3, (0.0, 0.0), torch.Generator().manual_seed(0))
+    assert noisy[:20_000].mean().item() == pytest.approx(0.1, abs=0.01) and noisy[20_000:].mean().item() == pytest.approx(0.7, abs=0.01)
+    assert torch.equal(noisy, noisy_scores(scores, 0.1, 0.3, (0.0, 0.0), torch.Generator().manual_seed(0)))
+    assert not torch.equal(noisy, noisy_scores(scores, 0.1, 0.3, (0.0, 0.0), torch.Generator().manual_seed(1)))
+    assert torch.equal(scores, noisy_scores(scores, 0.0, 0.0, (0.0, 0.0), torch.Generator()))
+    assert torch.equal(1 - scores, noisy_scores(scores, 1.0, 1.0, (0.0, 0.0), torch.Generator()))
+
+
+def test_outliers_are_a_negative_tail():
+    noisy = noisy_scores(torch.zeros(40_000), 0.0, 0.0, (0.3, 2.0), torch.Generator().manual_seed(0))
+    assert (noisy < 0).float().mean().item() == pytest.approx(0.3, abs=0.01) and noisy.min() >= -2 and noisy.max() == 0
+    assert noisy.mean().item() == pytest.approx(-0.3, abs=0.01)
+
+
+def test_noise_does_not_depend_on_the_scores_and_flips_need_0_or_1():
+    a, b = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    noisy_scores(torch.zeros(9), 0.2, 0.2, (0.1, 1.0), a), noisy_scores(torch.ones(9), 0.0, 0.0, (0.0, 0.0), b)
+    assert torch.equal(a.get_state(), b.get_state())
+    with pytest.raises(InputError, match="--reward-noise-fp.*0.5 in row 1"):
+        noisy_scores(torch.tensor([1.0, 0.5]), 0.1, 0.0, (0.0, 0.0), torch.Generator())
+
+
+def test_pseudo_labels_are_wrong_for_a_fixed_share():
+    answers = [str(i % 7) for i in range(1000)]
+    labels = pseudo_labels(answers, 0.3, torch.Generator().manual_seed(0))
+    assert sum(a != b for a, b in zip(answers, labels)) == 300
+    assert labels == pseudo_labels(answers, 0.3, torch.Generator().manual_seed(0)) and set(labels) <= set(answers)
+    assert pseudo_labels(answers, 0.0, torch.Generator()) == answers
+    with pytest.raises(InputError, match="--pseudo-label-noise"):
+        pseudo_labels(["same"] * 3, 0.5, torch.Generator())
+
+
+def test_tasks_need_no_json_tricks():
+    """Rows survive json, as a data file of one's own would hold them."""
+    row = task_row("dialogue", "train", random.Random(0))
+    assert json.loads(json.dumps(row)) == row

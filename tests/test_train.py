@@ -1,0 +1,345 @@
+"""train.py: the run from end to end, equal seeds, resuming, and bad input in one line."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+import rollout as ro
+import train
+from critic import QuantileCritic
+
+# A run of seconds: noise off, so that the reward's rise is not luck.
+SMALL = """--total-episodes 1536 --batch-size 64 --micro-batch-size 48 --num-ppo-epochs 2 --critic-warmup-steps 1 --num-quantiles 16
+    --num-heads 2 --eval-samples 384 --learning-rate 2e-4 --reward-noise-fp 0 --reward-noise-fn 0 --response-length 12""".split()
+MODEL = ["--total-episodes", "8", "--batch-size", "8", "--micro-batch-size", "3", "--response-length", "4", "--num-quantiles", "8",
+         "--critic-warmup-steps", "0", "--eval-samples", "2"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def warm_start(tmp_path_factory):
+    """The built-in model of seed 0, made once."""
+    folder = tmp_path_factory.mktemp("warm") / "warm_start"
+    train.warm_start(train.parse_args([]), folder)
+    return folder
+
+
+def run(folder, warm_start, *flags):
+    """train.main in process; the exit status."""
+    if not (folder / "warm_start").exists():
+        shutil.copytree(warm_start, folder / "warm_start")
+    return train.main([*SMALL, "--output-dir", str(folder), *flags])
+
+
+def log(folder):
+    """The metrics without those that are clocks."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "eps"} for row in rows]
+
+
+def weights(folder):
+    """Every number of the newest checkpoint's policy and critic."""
+    folder = train.find_checkpoint(folder)
+    policy, critic = AutoModelForCausalLM.from_pretrained(folder / "policy"), QuantileCritic.from_pretrained(folder / "critic")
+    return torch.cat([p.flatten() for model in (policy, critic) for p in model.parameters()])
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, warm_start):
+    folder = tmp_path_factory.mktemp("finished")
+    assert run(folder, warm_start, "--save-steps", "8") == 0
+    return folder
+
+
+# ---- the run
+
+
+def test_end_to_end_the_reward_rises_and_what_is_left_behind_loads(finished, capsys):
+    rows = log(finished)
+    assert [row["iteration"] for row in rows] == list(range(1, 25)) and rows[-1]["episode"] == 1536
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss/policy_avg", "loss/value_avg", "objective/kl"))
+    first, last = (sum(row["objective/true_scores"] for row in part) / 6 for part in (rows[:6], rows[-6:]))
+    assert last > first + 0.02
+    results = json.loads((finished / "results.json").read_text())
+    assert all(results["after"][f"in domain, {mode}"] > results["before"][f"in domain, {mode}"] + 0.03 for mode in ("greedy", "sampled"))
+    assert results["before"].keys() == {f"{domain}, {mode}" for domain in ("in domain", "out of domain") for mode in ("greedy", "sampled")}
+    folder = finished / "checkpoint-000024"
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
+    ids = tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": "area north"}], tokenize=False, add_generation_prompt=True), return_tensors="pt")
+    assert model.generate(**ids, max_new_tokens=3).shape[1] > ids["input_ids"].shape[1]
+    AutoModel.from_pretrained(folder / "critic")
+    flags = json.loads((finished / "args.json").read_text())["flags"]
+    assert flags["num_quantiles"] == 16 and flags["batch_size"] == 64
+    assert not list(finished.glob("*.tmp"))
+
+
+def test_metrics_have_trls_names_and_the_quantile_ones(finished):
+    names = """objective/kl objective/scores objective/entropy objective/rlhf_reward policy/approxkl_avg policy/clipfrac_avg loss/policy_avg loss/value_avg
+        val/ratio val/num_eos_tokens lr episode val/explained_var completions/mean_length completions/clipped_ratio objective/true_scores
+        quantile/crossing_frac quantile/std quantile/lower_tail quantile/upper_tail quantile/coverage quantile/head_spread""".split()
+    assert set(names) <= log(finished)[0].keys() and "eps" in (finished / "metrics.jsonl").read_text()
+
+
+def test_same_seed_same_run_bit_for_bit_and_another_seed_another(finished, warm_start, tmp_path):
+    run(tmp_path / "again", warm_start, "--total-episodes", "512")
+    assert log(tmp_path / "again") == log(finished)[:8]
+    assert torch.equal(weights(tmp_path / "again"), weights(finished / "checkpoint-000008"))
+    run(tmp_path / "other", warm_start, "--seed", "1", "--total-episodes", "64")
+    assert log(tmp_path / "other")[0] != log(finished)[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+    """As after a crash in iteration 17 or later: the checkpoint of iteration 16, and a log that had gone on."""
+    for name in ("checkpoint-000016", "args.json", "metrics.jsonl", "warm_start"):
+        (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, tmp_path / name)
+    assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    assert log(tmp_path) == log(finished) and torch.equal(weights(tmp_path), weights(finished))
+    assert json.loads((tmp_path / "results.json").read_text())["after"] == json.loads((finished / "results.json").read_text())["after"]
+
+
+def test_ppo_shares_every_line_but_the_critics_loss(warm_start, tmp_path):
+    assert run(tmp_path, warm_start, "--algo", "ppo", "--total-episodes", "128") == 0
+    row = log(tmp_path)[-1]
+    assert not any(name.startswith("quantile/") for name in row) and row["val/ratio"] == pytest.approx(1, abs=0.1)
+    assert weights(tmp_path).isfinite().all()
+
+
+def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
+    run(tmp_path, warm_start, "--total-episodes", "64")
+    first = log(tmp_path)
+    made = (tmp_path / "warm_start" / "model.safetensors").stat().st_mtime_ns
+    run(tmp_path, warm_start, "--total-episodes", "64", "--algo", "ppo")
+    assert log(tmp_path / "earlier-1") == first != log(tmp_path)
+    assert (tmp_path / "warm_start" / "model.safetensors").stat().st_mtime_ns == made
+    assert "earlier-1" in capsys.readouterr().out
+
+
+def test_warm_up_trains_the_critic_only(warm_start, tmp_path):
+    run(tmp_path, warm_start, "--critic-warmup-steps", "2", "--total-episodes", "128")
+    policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path) / "policy")
+    start = AutoModelForCausalLM.from_pretrained(warm_start)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters()))
+    assert log(tmp_path)[-1]["objective/kl"] == 0 and log(tmp_path)[-1]["val/ratio"] == 1
+
+
+def state_of(warm_start, tmp_path, *flags):
+    if not (tmp_path / "warm_start").exists():
+        shutil.copytree(warm_start, tmp_path / "warm_start")
+    args = train.parse_args([*SMALL, "--output-dir", str(tmp_path), *flags])
+    return train.build(args), args
+
+
+def test_ratio_is_1_in_the_first_minibatch_and_old_values_stay_as_rolled_out(warm_start, tmp_path):
+    state, args = state_of(warm_start, tmp_path, "--num-mini-batches", "1", "--num-ppo-epochs", "1")
+    experience, _ = train.collect(state, args)
+    targets = experience["targets"].clone()
+    state.iteration = 5
+    metrics = train.update(state, args, experience)
+    assert metrics["val/ratio"].item() == pytest.approx(1, abs=1e-5) and metrics["policy/approxkl_avg"] < 1e-10
+    assert torch.equal(experience["targets"], targets) and not targets.requires_grad
+
+
+def test_micro_batch_size_changes_no_gradient(warm_start, tmp_path):
+    """One optimiser step of SGD with micro-batches of 64 and of 7: the same weights to rounding."""
+    moved = []
+    for size in ("64", "7"):
+        state, args = state_of(warm_start, tmp_path, "--num-mini-batches", "1", "--num-ppo-epochs", "1", "--micro-batch-size", size, "--critic-warmup-steps", "0")
+        torch.manual_seed(0)
+        state.optimizer, state.critic_optimizer = (torch.optim.SGD(model.parameters(), lr=1.0) for model in (state.policy, state.critic))
+        before = torch.cat([p.detach().flatten() for model in (state.policy, state.critic) for p in model.parameters()])
+        experience, _ = train.collect(state, args)
+        train.update(state, args, experience)
+        moved.append(torch.cat([p.detach().flatten() for model in (state.policy, state.critic) for p in model.parameters()]) - before)
+    assert moved[0].abs().max() > 1e-3
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_path):
+    state, args = state_of(warm_start, tmp_path, "--reward-noise-fp", "1", "--reward-noise-fn", "1", "--reward-noise-outlier", "1", "5")
+    rng, noise = torch.get_rng_state(), state.noise.get_state()
+    results = train.evaluate(state, args)
+    assert all(0 <= value <= 1 for value in results.values()) and results["in domain, greedy"] > 0.3
+    assert torch.equal(torch.get_rng_state(), rng) and torch.equal(state.noise.get_state(), noise)
+    _, metrics = train.collect(state, args)
+    assert metrics["objective/scores"] < 0 < metrics["objective/true_scores"]
+
+
+def test_pseudo_labels_reach_training_but_not_true_scores_or_evaluation(warm_start, tmp_path):
+    state, args = state_of(warm_start, tmp_path, "--pseudo-label-noise", "1")
+    assert all(label != answer for label, answer in zip(state.data["label"], state.data["answer"]))
+    assert all("label" not in data for data in state.evals.values())
+    _, metrics = train.collect(state, args)
+    assert metrics["objective/scores"] < 0.05 < metrics["objective/true_scores"]
+
+
+def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
+    """Two tokens are too few for nearly every booking: each such row loses 3."""
+    state, args = state_of(warm_start, tmp_path, "--response-length", "2", "--missing-eos-penalty", "3")
+    _, metrics = train.collect(state, args)
+    clipped = metrics["completions/clipped_ratio"].item()
+    assert clipped > 0.9 and metrics["objective/scores"].item() == pytest.approx(metrics["objective/true_scores"].item() - 3 * clipped)
+    state.reward = lambda prompts, completions, **columns: [0.0] * len(prompts)
+    state.critic.heads.bias.data.fill_(2.0)  # V = 2 everywhere: without a reward, targets are 2 if truncation counts on it, else fall to 0
+    for flag, last_target in (((), 0.0), (("--bootstrap-truncated",), 2.0)):
+        args = train.parse_args([*SMALL, "--output-dir", str(tmp_path), "--response-length", "2", "--kl-coef", "0", *flag])
+        experience, _ = train.collect(state, args)
+        targets = experience["targets"][experience["rollout"].truncated, -1]
+        assert targets.mean().item() == pytest.approx(last_target, abs=0.01)
+
+
+def test_batches_are_seeded_permutations_of_the_data():
+    first = train.batch_rows(10, 0, 10, seed=0)
+    assert sorted(first) == list(range(10)) and first != list(range(10))
+    assert train.batch_rows(10, 5, 10, seed=0)[:5] == first[5:] and train.batch_rows(10, 0, 25, 0)[:10] == first
+    assert train.batch_rows(10, 0, 10, seed=1) != first != train.batch_rows(10, 10, 10, 0)
+
+
+# ---- a model and data of one's own
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(count=12, **extra):
+    return [{**row, **extra} for row in ro.task_rows("dialogue", "train", count, 0)]
+
+
+def test_a_folder_a_file_and_a_python_reward(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own_reward.py").write_text("def f(prompts, completions, level, **columns):\n    return [level[0] + len(c[-1]['content']) for c in completions]\n")
+    data = write_rows(tmp_path / "data.jsonl", rows_of(level=3))
+    flags = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "own_reward:f", "--gradient-checkpointing", "--eval-steps", "1"]
+    assert train.main([*MODEL, *flags, "--output-dir", "run"]) == 0
+    row = log(tmp_path / "run")[0]
+    assert row["objective/scores"] >= 3 and "eval/held_out/greedy" in row
+
+
+def test_parquet_and_an_evaluation_set(model_folder, tmp_path):
+    from datasets import Dataset
+
+    Dataset.from_list(rows_of()).to_parquet(tmp_path / "data.parquet")
+    evaluation = write_rows(tmp_path / "eval.json", rows_of(3))
+    flags = ["--model-name-or-path", model_folder, "--dataset-name", str(tmp_path / "data.parquet"), "--eval-dataset-name", evaluation]
+    assert train.main([*MODEL, *flags, "--reward", "exact", "--critic-model-name-or-path", model_folder, "--output-dir", str(tmp_path / "run")]) == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["before"].keys() == {"held out, greedy", "held out, sampled"}
+
+
+def test_dropout_is_off_even_in_train_mode_and_weights_are_fp32(model_folder, tmp_path):
+    """The folder's GPT-2 has dropout 0.1 in its config; a bf16 copy of it is trained in fp32 all the same."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert model.config.resid_pdrop == 0.1
+    model.bfloat16().save_pretrained(tmp_path)
+    policy = train.load(AutoModelForCausalLM, str(tmp_path), "--model-name-or-path").train()
+    ids = torch.arange(6)[None]
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+def test_bf16_weights_lose_adam_steps():
+    """Why fp32 is asserted: 100 AdamW steps at 1e-6 leave most bf16 weights where they were, and move every fp32 one."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        weight = torch.nn.Parameter((0.02 * torch.randn(2000)).to(dtype))
+        start, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
+        for _ in range(100):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[dtype] = (weight != start).float().mean().item()
+    assert moved[torch.float32] > 0.99 and moved[torch.bfloat16] < 0.2
+
+
+def test_tensorboard_is_imported_lazily(monkeypatch, tmp_path):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    args = train.parse_args(["--report-to", "tensorboard", "--output-dir", str(tmp_path)])
+    with pytest.raises(ro.InputError, match="--report-to: tensorboard"):
+        train.make_logger(args)
+
+
+# ---- bad input: exit status 2, one line that names the culprit, nothing written
+
+BAD_FLAGS = [
+    ("--alpha 0", "--alpha"), ("--alpha 1.5", "--alpha"), ("--beta -1", "--beta"), ("--alpha nan", "--alpha"), ("--num-mini-batches 3", "--num-mini-batches"),
+    ("--num-mini-batches 0", "--num-mini-batches"), ("--batch-size 0", "--batch-size"), ("--batch-size x", "--batch-size"), ("--kappa -1", "--kappa"),
+    ("--learning-rate 0", "--learning-rate"), ("--learning-rate inf", "--learning-rate"), ("--lam 1.1", "--lam"), ("--gamma -0.1", "--gamma"),
+    ("--temperature 0", "--temperature"), ("--reward-noise-fp 2", "--reward-noise-fp"), ("--reward-noise-outlier 0.5", "--reward-noise-outlier"),
+    ("--reward-noise-outlier 2 1", "--reward-noise-outlier"), ("--algo sac", "--algo"), ("--no-such-flag", "--no-such-flag"), ("--seed -1", "--seed"),
+    ("--dataset-name data.jsonl", "--model-name-or-path"), ("--model-name-or-path x --dataset-name data.jsonl", "--reward"),
+    ("--resume", "--resume"), ("--resume nowhere", "--resume"), ("--model-name-or-path ./no/such/folder", "--model-name-or-path"),
+    ("--reward nonsense", "--reward"), ("--shape-weight -1", "--shape-weight"), ("--num-quantiles 0", "--num-quantiles"), ("--task chess", "--task"),
+    ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"), ("--critic-model-name-or-path ./nowhere", "--critic"),
+]  # fmt: skip
+
+
+def refused(capsys, argv, *words):
+    """train.main exits with 2 after one line on stderr that holds the words."""
+    try:
+        status = train.main(argv)
+    except SystemExit as error:
+        status = error.code
+    lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("train.py: error: ")]
+    assert status == 2 and len(lines) == 1, (status, lines)
+    assert all(word in lines[0] for word in words), lines
+
+
+@pytest.mark.parametrize("flags,culprit", BAD_FLAGS)
+def test_bad_flags(flags, culprit, tmp_path, capsys, warm_start, monkeypatch):
+    if culprit == "--device" and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(warm_start, tmp_path / "run" / "warm_start")
+    refused(capsys, [*flags.split(), "--output-dir", "run"], culprit)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["warm_start"]
+
+
+LONG = [{"role": "user", "content": "area north " * 40}]  # 80 words and two of the template
+BAD_DATA = [
+    ([], "", ["--dataset-name"]), ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
+    ([{"prompt": [{"role": "user", "content": "area"}], "answer": "x"}, {"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "--response-length 4", "64"]), ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]), ("{broken", "", ["--dataset-name"]), (None, "", ["--dataset-name", "no such file"]),
+    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]), ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": "area", "answer": "x"}], "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
+    ([{"prompt": "area", "answer": "x"}], "--reward bad:nan", ["--reward", "row 7", "nan"]),
+    ([{"prompt": "area", "answer": "x"}], "--reward bad:text", ["--reward", "row 0", "'1'"]),
+    ([{"prompt": "area", "answer": "x"}], "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("rows,flags,words", BAD_DATA)
+def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys, monkeypatch):
+    """And what stood in the output folder before is still there, moved or not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.py").write_text(
+        "def short(prompts, **columns): return [0.0]\ndef half(prompts, **columns): return [0.5] * len(prompts)\n"
+        "def nan(prompts, **columns): return [0.0] * 7 + [float('nan')]\ndef text(prompts, **columns): return ['1'] * len(prompts)\n"
+    )
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
+    if isinstance(rows, str):
+        (tmp_path / "data.jsonl").write_text(rows)
+    elif rows is not None:
+        write_rows(tmp_path / "data.jsonl", rows)
+    argv = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--output-dir", "run", "--reward", "exact", *flags.split()]
+    refused(capsys, argv, *words)
+    kept = [path.read_text() for path in (tmp_path / "run").rglob("metrics.jsonl")]
+    assert "precious\n" in kept
+
+
+def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_start, tmp_path, capsys):
+    refused(capsys, ["--resume", str(finished), "--seed", "5"], "--seed", "5 here", "0 in the run")
+    args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
+    assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
+
+
+def test_help_names_every_flag_and_both_spellings_work(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        train.main(["--help"])
+    text = capsys.readouterr().out
+    assert exit_info.value.code == 0 and "--reward-noise-fp" in text and "default 0.95" in text
+    assert train.parse_args(["--batch_size", "64"]).batch_size == 64
