@@ -6,6 +6,7 @@ the whole minibatch's count and micro-batches add up to exactly its gradient.
 """
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from critic import head_consistency, quantile_huber_loss
 from risk import lower_tail_mean, risk_regularizer, upper_tail_mean
@@ -34,6 +35,20 @@ def masked_whiten(values, mask, shift_mean=True):
     variance = centred.square().sum() / (count - 1).clamp(min=1)
     scaled = torch.where(count < 2, centred, centred * (variance + 1e-8).rsqrt())
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
+
+
+def token_logprobs(logits, ids, temperature, chunk_size=2**24):
+    """log softmax(logits / temperature) at ids: (B, T, V), (B, T) -> (B, T) fp32, in nats; logits stay as they are.
+
+    Rows go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
+    """
+
+    def chunk_logprobs(logits, ids):
+        return (logits.float() / temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+
+    rows = max(1, chunk_size // max(1, logits[0].numel()))
+    chunks = zip(logits.split(rows), ids.split(rows))
+    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -153,10 +168,28 @@ def explained_variance(values, targets, mask):
 
     A scalar; NaN where the targets do not vary or fewer than two tokens are valid. Meant for a whole batch: averages of it mislead.
     """
+
     def variance(x):
         return masked_mean((x - masked_mean(x, mask)).square(), mask)
+
     spread = variance(targets)
     return torch.where(spread > 0, 1 - variance(targets - values) / spread, torch.nan)
+
+
+@torch.no_grad()
+def rollout_metrics(scores, logprobs, ref_logprobs, quantiles, targets, mask, kl_coef):
+    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T), quantiles and targets (B, T, M).
+
+    objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward = scores - kl_coef * kl.
+    """
+    kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
+    return {
+        "objective/kl": kl,
+        "objective/scores": scores.mean(),
+        "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
+        "objective/rlhf_reward": scores.mean() - kl_coef * kl,
+        "val/explained_var": explained_variance(quantiles.mean(dim=-1), targets.mean(dim=-1), mask),
+    }
 
 
 @torch.no_grad()

@@ -12,15 +12,22 @@ import re
 import sys
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import torch
+from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from dvpo import token_logprobs
 
 
 class InputError(ValueError):
     """What the user gave cannot work. The message is one line: the flag or row, what was found, what is expected."""
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:160]
 
 
 # ---------------------------------------------------------------- built-in tasks
@@ -63,15 +70,13 @@ def task_row(task, split, rng):
     return {"prompt": messages, "answer": answer, "completion": answer}
 
 
-def task_rows(task, split, num_rows, seed, exclude=()):
-    """num_rows distinct examples, none of whose prompts is in exclude (a set of str(prompt))."""
-    rng, rows, seen = random.Random(f"{task}/{split}/{seed}"), [], set(exclude)
+def task_rows(task, split, num_rows, seed):
+    """num_rows examples with distinct prompts, the same for the same seed."""
+    rng, rows = random.Random(f"{task}/{split}/{seed}"), {}
     while len(rows) < num_rows:
         row = task_row(task, split, rng)
-        if str(row["prompt"]) not in seen:
-            seen.add(str(row["prompt"]))
-            rows.append(row)
-    return rows
+        rows[str(row["prompt"])] = row
+    return list(rows.values())
 
 
 def task_tokenizer(task):
@@ -100,6 +105,35 @@ def task_tokenizer(task):
 
 
 # ---------------------------------------------------------------- prompts
+
+
+def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True):
+    """A data set with its prompts' ids in a column prompt_ids; raises InputError naming the flag and the row.
+
+    name: a hub name, a json, jsonl or parquet file, or a built-in task whose split is (split, number of rows, seed).
+    """
+    kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    try:
+        if name in TASKS:
+            data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in task_rows(name, *split)])
+        elif kind and not Path(name).is_file():
+            raise FileNotFoundError("no such file")
+        else:
+            data = load_dataset(kind, data_files=name, split="train") if kind else load_dataset(name, split=split)
+    except Exception as error:  # datasets raises many kinds; the cause of the last one says most
+        raise InputError(f"{flag}: cannot load {name!r}: {one_line(error.__cause__ or error)}") from error
+    if "prompt" not in data.column_names or len(data) == 0:
+        found = f"{len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
+        raise InputError(f"{flag}: {name!r}: expected a column 'prompt' and at least one row, found {found}")
+    try:
+        prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
+    except InputError as error:
+        raise InputError(f"{flag}: {error}") from error
+    for row, ids in enumerate(prompt_ids):
+        if len(ids) > max_tokens:
+            expected = f"at most {max_tokens}, the model's context less --response-length"
+            raise InputError(f"{flag}: row {row}: prompt of {len(ids)} tokens, expected {expected}")
+    return data.add_column("prompt_ids", prompt_ids)
 
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True):
@@ -133,7 +167,7 @@ def render_chat(prompt, tokenizer, row=0, **template_kwargs):
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
-        raise InputError(f"row {row}: prompt: the chat template refuses it: {' '.join(str(error).split())}") from error
+        raise InputError(f"row {row}: prompt: the chat template refuses it: {one_line(error)}") from error
 
 
 # ---------------------------------------------------------------- sampling
@@ -218,20 +252,6 @@ def completion_texts(rollout, tokenizer):
 # ---------------------------------------------------------------- log-probs
 
 
-def token_logprobs(logits, ids, temperature, chunk_size=2**24):
-    """log softmax(logits / temperature) at ids: (B, T, V), (B, T) -> (B, T) fp32, in nats; logits stay as they are.
-
-    Rows go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
-    """
-
-    def chunk_logprobs(logits, ids):
-        return (logits.float() / temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-
-    rows = max(1, chunk_size // max(1, logits[0].numel()))
-    chunks = zip(logits.split(rows), ids.split(rows))
-    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
-
-
 def response_logprobs(model, rollout, temperature):
     """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats.
 
@@ -246,6 +266,19 @@ def response_logprobs(model, rollout, temperature):
 def response_quantiles(critic, rollout):
     """The critic's quantiles at the state before every response token, and after the last: Rollout -> (B, T + 1, N, M) fp32."""
     return critic(rollout.input_ids, rollout.attention_mask, rollout.position_ids, num_last=rollout.mask.shape[1] + 1)
+
+
+def in_micro_batches(function, rollout, size):
+    """function(rollout of some rows) for all rows, a few at a time by length, put together with zeros where rows are shorter."""
+    lengths, result = rollout.attention_mask.sum(1), None
+    for rows in lengths.argsort(descending=True, stable=True).split(size):
+        micro = rollout[rows]
+        part = function(micro)
+        if result is None:  # some functions give one column more than there are tokens
+            width = rollout.mask.shape[1] + part.shape[1] - micro.mask.shape[1]
+            result = part.new_zeros(len(lengths), width, *part.shape[2:])
+        result[rows, : part.shape[1]] = part
+    return result
 
 
 # ---------------------------------------------------------------- rewards
@@ -378,7 +411,7 @@ def load_reward(spec, device="cpu"):
         sys.path.insert(0, "")
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, OSError, ValueError) as error:
-        raise InputError(f"--reward: cannot load {spec!r}: {' '.join(str(error).split())[:200]}") from error
+        raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
 def score(reward, prompts, completions, columns):

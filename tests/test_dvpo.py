@@ -18,6 +18,7 @@ from dvpo import (
     masked_whiten,
     quantile_metrics,
     scalar_advantage,
+    token_logprobs,
     token_rewards,
 )
 from risk import RiskConfig, risk_regularizer
@@ -179,6 +180,23 @@ def test_kl_signs_by_hand_and_overflow():
     assert torch.isfinite(kl_estimate(torch.tensor([-500.0]), torch.tensor([0.0]), "k3")).all()
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(one, two, "k4")
+
+
+# ---- log-probs
+
+
+def test_token_logprobs_values_gradient_chunks_and_untouched_logits():
+    torch.manual_seed(0)
+    logits, ids = torch.randn(5, 3, 7, requires_grad=True), torch.randint(7, (5, 3))
+    before = logits.detach().clone()
+    expected = (logits / 0.5).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    for chunk_size in (1, 42, 10**6):
+        found = token_logprobs(logits, ids, 0.5, chunk_size)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0])
+    assert torch.equal(logits.detach(), before)
+    half = token_logprobs(logits.bfloat16(), ids, 0.5)
+    assert half.dtype == torch.float32
 
 
 # ---- policy loss

@@ -32,7 +32,6 @@ from rollout import (
     task_row,
     task_rows,
     task_tokenizer,
-    token_logprobs,
 )
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]  # ragged: left padding
@@ -69,12 +68,10 @@ def test_task_rows_are_right_and_their_answers_earn_the_reward(task, split):
 
 
 @pytest.mark.parametrize("task", ["sums", "dialogue"])
-def test_tasks_are_seeded_and_held_out_prompts_stay_out(task):
+def test_tasks_are_seeded_and_prompts_distinct(task):
     test = task_rows(task, "test", 40, seed=0)
     assert test == task_rows(task, "test", 40, seed=0) != task_rows(task, "test", 40, seed=1)
-    seen = {str(row["prompt"]) for row in test}
-    assert len(seen) == 40
-    assert not seen & {str(row["prompt"]) for row in task_rows(task, "train", 400, 0, exclude=seen)}
+    assert len({str(row["prompt"]) for row in test}) == 40
 
 
 def test_out_of_domain_is_longer():
@@ -287,20 +284,6 @@ def test_logprobs_and_values_pair_token_t_with_the_position_before_it(model):
     assert response_logprobs(forward, found, 1.0)[0].tolist() == pytest.approx(expected, rel=1e-5)
     critic = lambda ids, attention, positions, num_last: positions[:, -num_last:, None, None].float()
     assert response_quantiles(critic, found)[0].flatten().tolist() == [2, 3, 4, 5, 6]  # the last: after the last token
-
-
-def test_token_logprobs_values_gradient_chunks_and_untouched_logits():
-    torch.manual_seed(0)
-    logits, ids = torch.randn(5, 3, 7, requires_grad=True), torch.randint(7, (5, 3))
-    before = logits.detach().clone()
-    expected = (logits / 0.5).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    for chunk_size in (1, 42, 10**6):
-        found = token_logprobs(logits, ids, 0.5, chunk_size)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0])
-    assert torch.equal(logits.detach(), before)
-    half = token_logprobs(logits.bfloat16(), ids, 0.5)
-    assert half.dtype == torch.float32
 
 
 def test_logits_are_computed_at_response_positions_only(model):

@@ -191,6 +191,12 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
         assert targets.mean().item() == pytest.approx(last_target, abs=0.01)
 
 
+def test_held_out_prompts_stay_out_of_training(warm_start, tmp_path):
+    state, _ = state_of(warm_start, tmp_path)
+    held_out = set(map(str, state.evals["in domain"]["prompt"]))
+    assert len(held_out) == 384 and not held_out & set(map(str, state.data["prompt"])) and len(state.data) > 3500
+
+
 def test_batches_are_seeded_permutations_of_the_data():
     first = train.batch_rows(10, 0, 10, seed=0)
     assert sorted(first) == list(range(10)) and first != list(range(10))
@@ -301,7 +307,7 @@ def test_bad_flags(flags, culprit, tmp_path, capsys, warm_start, monkeypatch):
 LONG = [{"role": "user", "content": "area north " * 40}]  # 80 words and two of the template
 BAD_DATA = [
     ([], "", ["--dataset-name"]), ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
-    ([{"prompt": [{"role": "user", "content": "area"}], "answer": "x"}, {"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "--response-length 4", "64"]), ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [{"role": "user", "content": "area"}], "answer": "x"}, {"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length"]), ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]), ("{broken", "", ["--dataset-name"]), (None, "", ["--dataset-name", "no such file"]),
     ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]), ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": "area", "answer": "x"}], "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
