@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from dvpo import token_logprobs
 
@@ -29,8 +29,6 @@ class InputError(ValueError):
 def one_line(error):
     return " ".join(str(error).split())[:160]
 
-
-# ---------------------------------------------------------------- built-in tasks
 
 SLOTS = {
     "area": "north south east west".split(),
@@ -104,9 +102,6 @@ def task_tokenizer(task):
     return fast
 
 
-# ---------------------------------------------------------------- prompts
-
-
 def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True):
     """A data set with its prompts' ids in a column prompt_ids; raises InputError naming the flag and the row.
 
@@ -168,9 +163,6 @@ def render_chat(prompt, tokenizer, row=0, **template_kwargs):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise InputError(f"row {row}: prompt: the chat template refuses it: {one_line(error)}") from error
-
-
-# ---------------------------------------------------------------- sampling
 
 
 @dataclass
@@ -249,9 +241,6 @@ def completion_texts(rollout, tokenizer):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-# ---------------------------------------------------------------- log-probs
-
-
 def response_logprobs(model, rollout, temperature):
     """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats.
 
@@ -281,8 +270,7 @@ def in_micro_batches(function, rollout, size):
     return result
 
 
-# ---------------------------------------------------------------- rewards
-# TRL's signature: f(prompts, completions, **columns) -> list of float, columns being the data set's other columns as lists.
+# Reward functions have TRL's signature: f(prompts, completions, **columns) -> list of float, columns being the data set's other columns as lists.
 
 NUMBER = re.compile(r"(?<![\d)])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?")
 LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
@@ -367,32 +355,24 @@ def exact_reward(prompts, completions, answer, **columns):
     return [float(text_of(completion).split() == str(expected).split()) for completion, expected in zip(completions, answer)]
 
 
-def model_reward(name, device, batch_size=16):
+def model_reward(name, device="cpu", batch_size=16):
     """A reward function that scores with a sequence classifier: its one logit, or the probability of its last label."""
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="right")
-    model = AutoModelForSequenceClassification.from_pretrained(name, dtype=torch.float32).to(device).eval()
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
+    classify = pipeline("text-classification", name, device=device, dtype=torch.float32, top_k=None)
+    tokenizer, config = classify.tokenizer, classify.model.config
+    tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the judged turn is the last one
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
+    function, last_label = ("none" if config.num_labels == 1 else "softmax"), config.id2label[config.num_labels - 1]
 
-    @torch.no_grad()
     def reward(prompts, completions, **columns):
         texts = []
         for prompt, completion in zip(prompts, completions):
             messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             messages = [*messages, {"role": "assistant", "content": text_of(completion)}]
-            if tokenizer.chat_template:
-                texts.append(tokenizer.apply_chat_template(messages, tokenize=False))
-            else:
-                texts.append("\n".join(f"{m['role']}: {m['content']}" for m in messages))
-        scores, add_special = [], not tokenizer.chat_template
-        tokenizer.truncation_side = "left"  # the judged turn is the last one
-        for start in range(0, len(texts), batch_size):
-            batch = tokenizer(texts[start : start + batch_size], return_tensors="pt", padding=True, truncation=True,
-                              add_special_tokens=add_special).to(device)  # fmt: skip
-            logits = model(**batch).logits.float()
-            scores += (logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, -1]).tolist()
-        return scores
+            plain = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            texts.append(tokenizer.apply_chat_template(messages, tokenize=False) if tokenizer.chat_template else plain)
+        found = classify(texts, batch_size=batch_size, truncation=True, function_to_apply=function, add_special_tokens=not tokenizer.chat_template)
+        return [next(label["score"] for label in labels if label["label"] == last_label) for labels in found]
 
     return reward
 
@@ -414,33 +394,31 @@ def load_reward(spec, device="cpu"):
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
-def score(reward, prompts, completions, columns):
-    """Calls a reward function and checks what it gives: (B,) fp32. Raises InputError naming the row.
+def score(reward, batch, completions, answer="answer"):
+    """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
-    Conversational prompts get conversational completions, [{role, content}], as in TRL. columns: {name: list of B values}.
+    Conversational prompts get conversational completions, [{role, content}], as in TRL. `answer` names the column that the
+    function sees under that name: pseudo-labels stand in another one.
     """
-    needed = [p for p in inspect.signature(reward).parameters.values() if p.default is p.empty and p.kind == p.POSITIONAL_OR_KEYWORD]
-    missing = [p.name for p in needed if p.name not in {"prompts", "completions", *columns}]
-    if missing:
-        raise InputError(f"--reward: it needs the column {missing[0]!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
-    shaped = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in zip(prompts, completions)]
-    scores = reward(prompts=prompts, completions=shaped, **columns)
-    if not hasattr(scores, "__len__") or len(scores) != len(prompts):
+    columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompt_ids", "answer", "label")}
+    columns |= {"answer": batch[answer]} if answer in batch else {}
+    for name, parameter in inspect.signature(reward).parameters.items():
+        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in {"prompts", "completions", *columns}:
+            raise InputError(f"--reward: it needs the column {name!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
+    pairs = zip(batch["prompt"], completions)
+    shaped = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in pairs]
+    scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
+    if not hasattr(scores, "__len__") or len(scores) != len(shaped):
         found = f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
-        raise InputError(f"--reward: expected a list of {len(prompts)} numbers, one per completion, found {found}")
-    checked = []
+        raise InputError(f"--reward: expected a list of {len(shaped)} numbers, one per completion, found {found}")
     for row, value in enumerate(scores):
         try:
-            number = math.nan if isinstance(value, (str, bytes)) else float(value)
+            is_good = not isinstance(value, (str, bytes)) and math.isfinite(float(value))
         except (TypeError, ValueError):
-            number = math.nan
-        if not math.isfinite(number):
+            is_good = False
+        if not is_good:
             raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {value!r}")
-        checked.append(number)
-    return torch.tensor(checked, dtype=torch.float32)
-
-
-# ---------------------------------------------------------------- reward noise
+    return torch.tensor([float(value) for value in scores], dtype=torch.float32)
 
 
 def noisy_scores(scores, fp, fn, outlier, generator):

@@ -11,7 +11,7 @@ import argparse
 import collections
 import contextlib
 import copy
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -23,9 +23,8 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import dvpo
 import rollout as ro
@@ -145,8 +144,9 @@ def parse_args(argv=None):
     """Flags with every default filled in; raises InputError for combinations that cannot work. A resumed run keeps its flags."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    args.output_dir = args.output_dir or f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
     if args.resume is not None:
-        folder = find_checkpoint(Path(args.resume or args.output_dir or default_output_dir(args)))
+        folder = find_checkpoint(Path(args.resume or args.output_dir))
         saved = json.loads((folder.parent / "args.json").read_text())["flags"]
         given = {key: value for key, value in vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved)))).items() if value is not None}
         for key in given.keys() - CHANGEABLE:
@@ -156,21 +156,17 @@ def parse_args(argv=None):
     for key, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
-    args.output_dir = args.output_dir or default_output_dir(args)
     for wrong, message in (
         (args.batch_size % args.num_mini_batches, f"--num-mini-batches: expected a divisor of --batch-size {args.batch_size}, found {args.num_mini_batches}"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
+        (args.report_to != "none" and not importlib.util.find_spec(args.report_to), f"--report-to: expected {args.report_to} to be installed, found no such package"),
         (args.device.startswith("cuda") and not torch.cuda.is_available(), f"--device: expected cpu or auto (torch finds no CUDA), found {args.device}"),
     ):
         if wrong:
             raise InputError(message)
     return args
-
-
-def default_output_dir(args):
-    return f"runs/{Path(args.dataset_name).stem if args.dataset_name else args.task}-{args.algo}-seed{args.seed}"
 
 
 def load(auto_class, name, flag):
@@ -187,42 +183,6 @@ def load(auto_class, name, flag):
         raise InputError(f"{flag}: cannot load {str(name)!r}: {ro.one_line(error)}") from error
 
 
-def warm_start(args, folder):
-    """Makes the built-in model: a tiny Llama, briefly taught the task by examples (few of them revised or long), saved in folder.
-
-    A run with the same task and seed finds it there and skips the work.
-    """
-    settings = json.dumps({"task": args.task, "seed": args.seed, "version": 1})
-    if (folder / "settings.json").exists() and (folder / "settings.json").read_text() == settings:
-        return
-    torch.manual_seed(args.seed)
-    tokenizer = ro.task_tokenizer(args.task)
-    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "sums": (96, 700, 128, 16384)}[args.task]
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05, **special,
-    ))  # fmt: skip
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    rows = ro.task_rows(args.task, "warm", num_rows, args.seed)
-    prompts = ro.encode_prompts([row["prompt"] for row in rows], tokenizer)
-    answers = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
-    ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
-    labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
-    for _ in tqdm(range(steps), desc="warm start", leave=False):
-        batch = torch.randperm(len(rows))[:batch_size].tolist()
-        batch_ids, batch_labels = (pad_sequence([x[i] for i in batch], True, fill) for x, fill in ((ids, 0), (labels, -100)))
-        model(batch_ids, attention_mask=torch.ones_like(batch_ids), labels=batch_labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / "settings.json").write_text(settings)
-
-
 def load_data(args, tokenizer, context):
     """-> training data, {name: evaluation data}; held-out prompts do not stand in the training data."""
 
@@ -230,8 +190,8 @@ def load_data(args, tokenizer, context):
         return ro.load_prompts(flag, name, split, tokenizer, context - args.response_length, args.chat_template == "auto")
 
     if args.dataset_name is None:
-        evals = {"in domain": prompts("--task", args.task, ("test", args.eval_samples, args.seed))}
-        evals["out of domain"] = prompts("--task", args.task, ("ood", args.eval_samples, args.seed))
+        splits = {"in domain": "test", "out of domain": "ood"}
+        evals = {name: prompts("--task", args.task, (split, args.eval_samples, args.seed)) for name, split in splits.items()}
         seen = set(map(str, evals["in domain"]["prompt"]))
         train = prompts("--task", args.task, ("train", 4096, args.seed)).filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
     else:
@@ -260,16 +220,10 @@ def batch_rows(num_rows, episode, batch_size, seed):
     return rows
 
 
-def reward_of(reward, batch, texts, answer="answer"):
-    """Scores of a batch; answer names the column that the reward function gets as its `answer`."""
-    columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompt_ids", "answer", "label")}
-    return ro.score(reward, batch["prompt"], texts, columns | ({"answer": batch[answer]} if answer in batch else {}))
-
-
 @torch.no_grad()
 def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
-    batch = state.data[batch_rows(len(state.data), state.episode, args.batch_size, args.seed)]
+    batch = state.data[batch_rows(len(state.data), state.iteration * args.batch_size, args.batch_size, args.seed)]
     with state.autocast():
         rollout = ro.sample(state.policy, batch["prompt_ids"], state.pad_id, state.stop_ids, args.response_length, args.temperature)
         forward = lambda function, model, *rest: ro.in_micro_batches(lambda part: function(model, part, *rest), rollout, args.micro_batch_size)
@@ -278,8 +232,8 @@ def collect(state, args):
         head_quantiles = forward(ro.response_quantiles, state.critic)
 
     texts = ro.completion_texts(rollout, state.tokenizer)
-    true_scores = reward_of(state.reward, batch, texts)
-    labelled = reward_of(state.reward, batch, texts, "label") if "label" in batch else true_scores
+    true_scores = ro.score(state.reward, batch, texts)
+    labelled = ro.score(state.reward, batch, texts, answer="label") if "label" in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     scores = (scores - args.missing_eos_penalty * rollout.truncated.cpu()).to(logprobs.device)
 
@@ -348,7 +302,7 @@ def evaluate(state, args):
                 with state.autocast():
                     temperature = args.temperature if mode == "sampled" else 0.0
                     rollout = ro.sample(state.policy, batch["prompt_ids"], state.pad_id, state.stop_ids, args.response_length, temperature)
-                scores.append(reward_of(state.reward, batch, ro.completion_texts(rollout, state.tokenizer)))
+                scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer)))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
     return results
@@ -363,7 +317,7 @@ def save_checkpoint(state, args):
     state.tokenizer.save_pretrained(aside / "policy")
     state.critic.save_pretrained(aside / "critic")
     torch.save({
-        "iteration": state.iteration, "episode": state.episode, "before": state.before, "seconds": time.time() - state.start,
+        "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start,
         "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict(), "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "noise": state.noise.get_state(),
     }, aside / "state.pt")  # fmt: skip
@@ -383,7 +337,7 @@ def find_checkpoint(folder):
 def restore(state, args):
     """Puts back what save_checkpoint wrote beside the weights, and drops the metrics of later iterations."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True)
-    state.iteration, state.episode, state.before, state.start = saved["iteration"], saved["episode"], saved["before"], time.time() - saved["seconds"]
+    state.iteration, state.before, state.start = saved["iteration"], saved["before"], time.time() - saved["seconds"]
     state.optimizer.load_state_dict(saved["optimizer"])
     state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
     torch.set_rng_state(saved["rng"])
@@ -406,27 +360,23 @@ def set_aside(output_dir):
 
 
 def make_logger(args):
-    """A function (metrics, episode) for --report-to, its package imported only here; raises InputError if it is missing."""
-    try:
-        if args.report_to == "tensorboard":
-            writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
-            return lambda metrics, episode: [writer.add_scalar(name, value, episode) for name, value in metrics.items() if value is not None]
-        if args.report_to == "wandb":
-            run = importlib.import_module("wandb").init(project="dvpo", config=vars(args), dir=args.output_dir)
-            return lambda metrics, episode: run.log(metrics, step=episode)
-    except ImportError as error:
-        raise InputError(f"--report-to: {args.report_to} needs a package that is not installed: {error}") from error
+    """A function (metrics, episode) for --report-to, its package imported only here."""
+    if args.report_to == "tensorboard":
+        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
+        return lambda metrics, episode: [writer.add_scalar(name, value, episode) for name, value in metrics.items() if value is not None]
+    if args.report_to == "wandb":
+        return importlib.import_module("wandb").init(project="dvpo", config=vars(args), dir=args.output_dir).log
     return lambda metrics, episode: None
 
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
-    state = argparse.Namespace(iteration=0, episode=0, before=None, start=time.time())
+    state = argparse.Namespace(iteration=0, before=None, start=time.time())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     state.reward = ro.load_reward(args.reward or {"sums": "math", "dialogue": "exact"}[args.task], device)
     name = args.model_name_or_path or Path(args.output_dir) / "warm_start"
     if args.model_name_or_path is None:
-        warm_start(args, name)
+        importlib.import_module("experiments.warm_start").warm_start(args.task, args.seed, name)
     state.policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
     state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
@@ -475,15 +425,16 @@ def train(args):
         while state.iteration < num_iterations:
             experience, metrics = collect(state, args)
             metrics |= update(state, args, experience)
-            state.iteration, state.episode = state.iteration + 1, state.episode + args.batch_size
-            metrics |= {"lr": args.learning_rate, "episode": state.episode, "eps": state.episode / (time.time() - state.start)}
+            state.iteration += 1
+            episode = state.iteration * args.batch_size
+            metrics |= {"lr": args.learning_rate, "episode": episode, "eps": episode / (time.time() - state.start)}
             if args.eval_steps and state.iteration % args.eval_steps == 0:
                 metrics |= {f"eval/{name.replace(', ', '/').replace(' ', '_')}": value for name, value in evaluate(state, args).items()}
             numbers = {"iteration": state.iteration, **{name: float(value) for name, value in metrics.items()}}
             numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
             log.write(json.dumps(numbers) + "\n")
             log.flush()
-            log_elsewhere(numbers, state.episode)
+            log_elsewhere(numbers, episode)
             bar.set_postfix({name: "-" if numbers[key] is None else f"{numbers[key]:.2f}" for name, key in SHOWN.items()})
             bar.update()
             if args.save_steps and state.iteration % args.save_steps == 0 and state.iteration < num_iterations:

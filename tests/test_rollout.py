@@ -6,11 +6,11 @@ import time
 
 import pytest
 import torch
+from conftest import tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import rollout
-from conftest import tiny_config
 from rollout import (
     InputError,
     boxed,
@@ -364,7 +364,7 @@ def test_columns_reach_the_reward_and_conversations_stay_conversations():
         return [True, 0]
 
     prompts = ["text", [{"role": "user", "content": "hi"}]]
-    assert score(reward, prompts, ["a", "b"], {"level": [1, 2], "more": ["x", "y"]}).tolist() == [1.0, 0.0]
+    assert score(reward, {"prompt": prompts, "level": [1, 2], "more": ["x", "y"]}, ["a", "b"]).tolist() == [1.0, 0.0]
     assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]] and seen["level"] == [1, 2] and seen["others"] == {"more": ["x", "y"]}
 
 
@@ -375,13 +375,13 @@ def test_columns_reach_the_reward_and_conversations_stay_conversations():
 )  # fmt: skip
 def test_bad_reward_values_are_one_line_with_the_row(returned, found):
     with pytest.raises(InputError, match=f"--reward: .*{found}"):
-        score(lambda prompts, completions, **columns: returned, ["p", "q"], ["a", "b"], {})
+        score(lambda prompts, completions, **columns: returned, {"prompt": ["p", "q"]}, ["a", "b"])
 
 
 def test_rewards_may_be_tensors_and_a_missing_column_is_named():
-    assert score(lambda prompts, completions, **columns: torch.tensor([0.5, 2.0]), ["p", "q"], ["a", "b"], {}).tolist() == [0.5, 2.0]
+    assert score(lambda prompts, completions, **columns: torch.tensor([0.5, 2.0]), {"prompt": ["p", "q"]}, ["a", "b"]).tolist() == [0.5, 2.0]
     with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
-        score(math_reward, ["p"], ["a"], {"level": [1]})
+        score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
 
 
 def test_load_reward(tmp_path, monkeypatch):
@@ -404,7 +404,7 @@ def test_model_reward_reads_the_last_real_token_whatever_the_batch(tmp_path, num
     tokenizer.save_pretrained(tmp_path)
     reward = load_reward(f"model:{tmp_path}")
     prompts, completions = ["area north", [{"role": "user", "content": "food thai food greek"}]], ["ok", [{"role": "assistant", "content": "book book book"}]]
-    together = score(reward, prompts, ["ok", "book book book"], {})
+    together = score(reward, {"prompt": prompts}, ["ok", "book book book"])
     alone = [reward([prompt], [completion])[0] for prompt, completion in zip(prompts, completions)]
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
     assert num_labels == 1 or all(0 < value < 1 for value in alone)

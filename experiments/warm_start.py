@@ -1,0 +1,55 @@
+"""Makes the model that train.py trains when it is given none: a tiny Llama, briefly taught a built-in task by examples.
+
+    python experiments/warm_start.py dialogue FOLDER [SEED]
+
+The examples hold few revised bookings (few long sums), so the model can do the task but not those: what is left for RL to learn.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import rollout
+
+
+def warm_start(task, seed, folder):
+    """Saves the tiny policy and its tokenizer in folder (a Path), or leaves the ones that a run with the same task and seed made."""
+    settings = json.dumps({"task": task, "seed": seed, "version": 1})
+    if (folder / "settings.json").exists() and (folder / "settings.json").read_text() == settings:
+        return
+    torch.manual_seed(seed)
+    tokenizer = rollout.task_tokenizer(task)
+    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "sums": (96, 700, 128, 16384)}[task]
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3, num_attention_heads=4,
+        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.05, **special,
+    ))  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
+    rows = rollout.task_rows(task, "warm", num_rows, seed)
+    prompts = rollout.encode_prompts([row["prompt"] for row in rows], tokenizer)
+    answers = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
+    ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
+    labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
+    for _ in tqdm(range(steps), desc="warm start", leave=False):
+        batch = torch.randperm(len(rows))[:batch_size].tolist()
+        batch_ids, batch_labels = (pad_sequence([x[i] for i in batch], True, fill) for x, fill in ((ids, 0), (labels, -100)))
+        model(batch_ids, attention_mask=torch.ones_like(batch_ids), labels=batch_labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "settings.json").write_text(settings)
+
+
+if __name__ == "__main__":
+    warm_start(sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 0, Path(sys.argv[2]))
