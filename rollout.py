@@ -38,7 +38,7 @@ SLOTS = {
     "people": "two three four five six".split(),
 }
 TASKS = {  # per split: range of the number of terms or user turns, and the share of long sums or of turns that revise an earlier one
-    "sums": {"warm": ((2, 3), 0.1), "train": ((2, 5), 0.0), "test": ((2, 5), 0.0), "ood": ((6, 6), 0.0)},
+    "sums": {"warm": ((2, 3), 0.1), "train": ((2, 4), 0.0), "test": ((2, 4), 0.0), "ood": ((5, 6), 0.0)},
     "dialogue": {"warm": ((2, 5), 0.03), "train": ((2, 5), 0.5), "test": ((2, 5), 0.5), "ood": ((6, 8), 0.5)},
 }
 
@@ -53,7 +53,7 @@ def task_row(task, split, rng):
     length = rng.randint(low, high)
     if task == "sums":
         length = rng.randint(4, 6) if rng.random() < rare else length
-        terms = [rng.randint(1, 49) for _ in range(length)]
+        terms = [rng.randint(1, 20) for _ in range(length)]
         totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
         return {"prompt": "+".join(map(str, terms)) + "=", "answer": totals[-1], "completion": ",".join(totals) + "#" + totals[-1]}
     state, messages = {}, []

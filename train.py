@@ -156,12 +156,13 @@ def parse_args(argv=None):
     for key, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
+    missing = args.report_to != "none" and not importlib.util.find_spec(args.report_to)
     for wrong, message in (
         (args.batch_size % args.num_mini_batches, f"--num-mini-batches: expected a divisor of --batch-size {args.batch_size}, found {args.num_mini_batches}"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
-        (args.report_to != "none" and not importlib.util.find_spec(args.report_to), f"--report-to: expected {args.report_to} to be installed, found no such package"),
+        (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
         (args.device.startswith("cuda") and not torch.cuda.is_available(), f"--device: expected cpu or auto (torch finds no CUDA), found {args.device}"),
     ):
         if wrong:

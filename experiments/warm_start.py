@@ -25,7 +25,7 @@ def warm_start(task, seed, folder):
         return
     torch.manual_seed(seed)
     tokenizer = rollout.task_tokenizer(task)
-    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "sums": (96, 700, 128, 16384)}[task]
+    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "sums": (96, 450, 128, 16384)}[task]
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     model = AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3, num_attention_heads=4,

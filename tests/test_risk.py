@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from critic import head_consistency, quantile_huber_loss, quantile_levels
+from critic import quantile_levels
+from experiments.fit_tails import LADDER, OFF, RETURNS, fitted_quantiles, tails
 from risk import (
     RiskConfig,
     lower_tail_mean,
@@ -16,9 +17,6 @@ from risk import (
     tail_shape_loss,
     upper_tail_mean,
 )
-
-OFF = {"calibration": 0.0, "shift": 0.0, "shape": 0.0, "curvature": 0.0, "consistency": 0.0}
-
 
 # ---- tail means
 
@@ -160,12 +158,6 @@ def test_regularizer_asserts_shapes():
 
 # ---- the property: against plain quantile regression the lower tail contracts, the upper one expands, the mean stays
 
-RETURNS = {
-    "gaussian": lambda shape, g: torch.randn(shape, generator=g),
-    "heavy lower tail": lambda shape, g: torch.randn(shape, generator=g) - 6 * (torch.rand(shape, generator=g) < 0.1) * torch.rand(shape, generator=g),
-    "coin": lambda shape, g: (torch.rand(shape, generator=g) < 0.5).float(),
-}
-
 
 def target_quantile_form(q, targets, config):
     """The mutant: the tails of q drawn to the tails of the target's own atoms, which for a sampled return are one number."""
@@ -173,30 +165,10 @@ def target_quantile_form(q, targets, config):
     return 0.1 * tail, {}
 
 
-def fitted_tails(returns, regularizer=None, config=None, heads=4, m=64, steps=700):
-    """(mean, S_low, S_up) of quantiles fitted to 256 sampled returns a step, one atom each."""
-    generator = torch.Generator().manual_seed(0)
-    head_quantiles = (0.01 * torch.randn(heads, m, generator=generator)).requires_grad_()
-    optimizer, levels = torch.optim.Adam([head_quantiles], lr=0.05), quantile_levels(m)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        targets = RETURNS[returns]((256, 1), generator)
-        expanded = head_quantiles.expand(256, heads, m)
-        loss = quantile_huber_loss(expanded.flatten(1), targets, levels.repeat(heads), 0.01).mean()
-        if regularizer is not None:
-            loss = loss + regularizer(expanded.mean(1), targets, config)[0].mean() + config.consistency * head_consistency(expanded).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    q = head_quantiles.detach().mean(0)
-    mean = q.mean()
-    return mean.item(), (mean - lower_tail_mean(q, 0.1)).item(), (upper_tail_mean(q, 0.1) - mean).item()
-
-
 @pytest.mark.parametrize("returns", RETURNS)
 def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns):
-    mean, low, up = fitted_tails(returns)
-    risk_mean, risk_low, risk_up = fitted_tails(returns, risk_regularizer, RiskConfig())
+    mean, low, up = tails(fitted_quantiles(returns, None))
+    risk_mean, risk_low, risk_up = tails(fitted_quantiles(returns, RiskConfig()))
     assert abs(risk_mean - mean) < 0.05
     if returns == "coin":  # already as short as it can be: it must not grow
         assert risk_low < low + 0.01
@@ -206,11 +178,12 @@ def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns):
 
 
 def test_mutant_that_reads_tails_off_the_targets_own_quantiles_fails():
-    _, _, up = fitted_tails("gaussian")
-    _, _, mutant_up = fitted_tails("gaussian", target_quantile_form, RiskConfig(**OFF))
+    _, _, up = tails(fitted_quantiles("gaussian", None))
+    _, _, mutant_up = tails(fitted_quantiles("gaussian", RiskConfig(**OFF), target_quantile_form))
     assert mutant_up < 0.5 * up  # its "gain" pulls the upper tail down
 
 
 def test_ladder_of_ablations_is_made_of_weights_alone():
     """All weights 0 is plain quantile regression, to the last bit."""
-    assert fitted_tails("coin", risk_regularizer, RiskConfig(**OFF), steps=20) == fitted_tails("coin", steps=20)
+    assert torch.equal(fitted_quantiles("coin", RiskConfig(**LADDER["core"]), steps=20), fitted_quantiles("coin", None, steps=20))
+    assert RiskConfig(**LADDER["+ shape, curvature"]) == RiskConfig()

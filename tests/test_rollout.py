@@ -208,8 +208,8 @@ def test_completions_are_never_re_encoded(model_folder):
 def test_the_models_own_generation_settings_do_not_shape_the_samples(model):
     """A repetition penalty, top-k or minimum length in the model's file would make log-probs those of another distribution."""
     plain = rolled(model)
-    model.generation_config = GenerationConfig(repetition_penalty=5.0, top_k=1, top_p=0.1, min_new_tokens=7, no_repeat_ngram_size=1, temperature=0.1, do_sample=True)
-    own = model.generation_config
+    own = GenerationConfig(repetition_penalty=5.0, top_k=1, top_p=0.1, min_new_tokens=7, no_repeat_ngram_size=1, temperature=0.1, do_sample=True)
+    model.generation_config = own
     assert torch.equal(rolled(model).input_ids, plain.input_ids)
     assert model.generation_config is own
 
@@ -217,7 +217,8 @@ def test_the_models_own_generation_settings_do_not_shape_the_samples(model):
 def test_generate_under_gradient_checkpointing_and_train_mode_keeps_its_cache(model):
     plain = rolled(model.eval())
     widths = []
-    model.base_model.register_forward_pre_hook(lambda module, args, kwargs: widths.append((args[0] if args else kwargs["input_ids"]).shape[1]), with_kwargs=True)
+    note_width = lambda module, args, kwargs: widths.append((args[0] if args else kwargs["input_ids"]).shape[1])
+    model.base_model.register_forward_pre_hook(note_width, with_kwargs=True)
     model.gradient_checkpointing_enable()
     model.train()
     assert torch.equal(rolled(model).input_ids, plain.input_ids)

@@ -148,7 +148,8 @@ def test_micro_batch_size_changes_no_gradient(warm_start, tmp_path):
     """One optimiser step of SGD with micro-batches of 64 and of 7: the same weights to rounding."""
     moved = []
     for size in ("64", "7"):
-        state, args = state_of(warm_start, tmp_path, "--num-mini-batches", "1", "--num-ppo-epochs", "1", "--micro-batch-size", size, "--critic-warmup-steps", "0")
+        once = ["--num-mini-batches", "1", "--num-ppo-epochs", "1", "--critic-warmup-steps", "0"]
+        state, args = state_of(warm_start, tmp_path, "--micro-batch-size", size, *once)
         torch.manual_seed(0)
         state.optimizer, state.critic_optimizer = (torch.optim.SGD(model.parameters(), lr=1.0) for model in (state.policy, state.critic))
         before = torch.cat([p.detach().flatten() for model in (state.policy, state.critic) for p in model.parameters()])
@@ -279,7 +280,8 @@ BAD_FLAGS = [
     ("--dataset-name data.jsonl", "--model-name-or-path"), ("--model-name-or-path x --dataset-name data.jsonl", "--reward"),
     ("--resume", "--resume"), ("--resume nowhere", "--resume"), ("--model-name-or-path ./no/such/folder", "--model-name-or-path"),
     ("--reward nonsense", "--reward"), ("--shape-weight -1", "--shape-weight"), ("--num-quantiles 0", "--num-quantiles"), ("--task chess", "--task"),
-    ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"), ("--critic-model-name-or-path ./nowhere", "--critic"),
+    ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"),
+    ("--critic-model-name-or-path ./nowhere", "--critic"),
 ]  # fmt: skip
 
 
@@ -305,16 +307,23 @@ def test_bad_flags(flags, culprit, tmp_path, capsys, warm_start, monkeypatch):
 
 
 LONG = [{"role": "user", "content": "area north " * 40}]  # 80 words and two of the template
+ONE = [{"prompt": "area", "answer": "x"}]
 BAD_DATA = [
-    ([], "", ["--dataset-name"]), ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
-    ([{"prompt": [{"role": "user", "content": "area"}], "answer": "x"}, {"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length"]), ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
-    ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]), ("{broken", "", ["--dataset-name"]), (None, "", ["--dataset-name", "no such file"]),
-    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]), ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
-    ([{"prompt": "area", "answer": "x"}], "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
-    ([{"prompt": "area", "answer": "x"}], "--reward bad:nan", ["--reward", "row 7", "nan"]),
-    ([{"prompt": "area", "answer": "x"}], "--reward bad:text", ["--reward", "row 0", "'1'"]),
-    ([{"prompt": "area", "answer": "x"}], "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
-]  # fmt: skip
+    ([], "", ["--dataset-name"]),
+    ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
+    (ONE + [{"prompt": LONG[0]["content"], "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length"]),
+    ([{"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 0", "82 tokens"]),
+    ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]),
+    ("{broken", "", ["--dataset-name"]),
+    (None, "", ["--dataset-name", "no such file"]),
+    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
+    (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
+    (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
+    (ONE, "--reward bad:text", ["--reward", "row 0", "'1'"]),
+    (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
+]
 
 
 @pytest.mark.parametrize("rows,flags,words", BAD_DATA)
