@@ -181,13 +181,16 @@ def rollout_metrics(scores, logprobs, ref_logprobs, quantiles, targets, mask, kl
     """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T), quantiles and targets (B, T, M).
 
     objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward = scores - kl_coef * kl.
+    ref_logprobs None (no reference model): the KL is unknown, NaN.
     """
-    kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
+    kl = scores.new_tensor(torch.nan)
+    if ref_logprobs is not None:
+        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
     return {
         "objective/kl": kl,
         "objective/scores": scores.mean(),
         "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
-        "objective/rlhf_reward": scores.mean() - kl_coef * kl,
+        "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef != 0 else 0),
         "val/explained_var": explained_variance(quantiles.mean(dim=-1), targets.mean(dim=-1), mask),
     }
 

@@ -36,7 +36,7 @@ RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 POLICY_METRICS = {"approx_kl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "ratio": "val/ratio"}
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
-CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
+CHANGEABLE = ("resume", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
 FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, None for text and switches; help)
     # A default in a tuple is (built-in model, pretrained model).
     "model and data": [
@@ -148,11 +148,13 @@ def parse_args(argv=None):
     if args.resume is not None:
         folder = find_checkpoint(Path(args.resume or args.output_dir))
         saved = json.loads((folder.parent / "args.json").read_text())["flags"]
-        given = {key: value for key, value in vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved)))).items() if value is not None}
+        saved["output_dir"] = str(folder.parent)
+        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved))))  # None where a flag was not given
+        given = {key: value for key, value in given.items() if value is not None}
         for key in given.keys() - CHANGEABLE:
             if given[key] != saved[key]:
                 raise InputError(f"--{key.replace('_', '-')}: {given[key]} here, {saved[key]} in the run to resume; expected the same, or none")
-        args = argparse.Namespace(**{**saved, **given, "resume": str(folder), "output_dir": str(folder.parent)})
+        args = argparse.Namespace(**{**saved, **given, "resume": str(folder)})
     for key, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
@@ -180,7 +182,7 @@ def load(auto_class, name, flag):
             if "drop" in key and type(value) in (int, float):
                 setattr(config, key, 0.0)
         return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file or a missing one, each library in its own words
         raise InputError(f"{flag}: cannot load {str(name)!r}: {ro.one_line(error)}") from error
 
 
@@ -229,7 +231,7 @@ def collect(state, args):
         rollout = ro.sample(state.policy, batch["prompt_ids"], state.pad_id, state.stop_ids, args.response_length, args.temperature)
         forward = lambda function, model, *rest: ro.in_micro_batches(lambda part: function(model, part, *rest), rollout, args.micro_batch_size)
         logprobs = forward(ro.response_logprobs, state.policy, args.temperature)
-        ref_logprobs = forward(ro.response_logprobs, state.reference, args.temperature) if state.reference is not None else logprobs
+        ref_logprobs = forward(ro.response_logprobs, state.reference, args.temperature) if state.reference is not None else None
         head_quantiles = forward(ro.response_quantiles, state.critic)
 
     texts = ro.completion_texts(rollout, state.tokenizer)
@@ -255,8 +257,8 @@ def collect(state, args):
         "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
     }  # fmt: skip
     if args.algo == "dvpo":
-        returns = rewards.flip(1).cumsum(1).flip(1)
-        metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta).items()}
+        _, returns = dvpo.distributional_gae(rewards, torch.zeros_like(quantiles[..., :1]), mask, args.gamma, 1.0)
+        metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns[..., 0], mask, args.alpha, args.beta).items()}
     return {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets}, metrics
 
 

@@ -17,6 +17,7 @@ from dvpo import (
     masked_mean,
     masked_whiten,
     quantile_metrics,
+    rollout_metrics,
     scalar_advantage,
     token_logprobs,
     token_rewards,
@@ -359,6 +360,17 @@ def test_explained_variance_by_hand():
     assert explained_variance(targets + 9, targets, mask).item() == 1
     assert explained_variance(torch.zeros(1, 4), targets, mask).item() == 0
     assert explained_variance(torch.zeros(1, 4), torch.ones(1, 4), mask).isnan()
+
+
+def test_rollout_metrics_by_hand():
+    """Two rows of two and one token: k1 sums 0.3 and -0.1, -logp sums 1.5 and 0.5, scores 1 and 0; kl_coef 2."""
+    mask, quantiles, targets = ragged_mask([2, 1], 2), torch.zeros(2, 2, 1), torch.tensor([[[1.0], [1.0]], [[0.0], [NAN]]])
+    logprobs, ref_logprobs = torch.tensor([[-1.0, -0.5], [-0.5, NAN]]), torch.tensor([[-1.1, -0.7], [-0.4, 0.0]])
+    metrics = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, ref_logprobs, quantiles, targets, mask, 2.0)
+    expected = {"objective/kl": 0.1, "objective/scores": 0.5, "objective/entropy": 1.0, "objective/rlhf_reward": 0.3, "val/explained_var": 0.0}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
+    without = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, None, quantiles, targets, mask, 0.0)
+    assert without["objective/kl"].isnan() and without["objective/rlhf_reward"] == 0.5
 
 
 def test_quantile_metrics_of_a_calibrated_critic():

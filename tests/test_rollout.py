@@ -59,7 +59,7 @@ def test_task_rows_are_right_and_their_answers_earn_the_reward(task, split):
     for row in task_rows(task, split, 50, seed=3):
         reward = {"sums": math_reward, "dialogue": exact_reward}[task]
         assert reward([row["prompt"]], [row["completion"]], [row["answer"]]) == [1.0]
-        assert reward([row["prompt"]], [row["completion"][:-1]], [row["answer"]]) == [0.0]
+        assert reward([row["prompt"]], [row["completion"] + "1"], [row["answer"]]) == [0.0]
         if task == "sums":
             assert eval(row["prompt"][:-1]) == int(row["answer"])  # our own text, not a model's
         else:

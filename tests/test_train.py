@@ -348,6 +348,7 @@ def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys
 
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_start, tmp_path, capsys):
     refused(capsys, ["--resume", str(finished), "--seed", "5"], "--seed", "5 here", "0 in the run")
+    refused(capsys, ["--resume", str(finished), "--output-dir", str(tmp_path)], "--output-dir", str(finished))
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
 
