@@ -4,14 +4,16 @@
 """
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from fit_tails import fitted_quantiles, tails
-from seeds import interval
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
 from critic import quantile_levels
+from experiments.fit_tails import fitted_quantiles, tails
+from experiments.seeds import interval
 from risk import RiskConfig
 
 RESULTS = Path(__file__).parent / "results"

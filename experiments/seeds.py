@@ -22,9 +22,10 @@ ROOT = Path(__file__).parent.parent
 
 def run(algo, seed, extra, folder):
     """One finished run as a dict: flags, versions, evaluation before and after, the curve of evaluations."""
-    if not (folder / "results.json").exists():
+    if not (ROOT / folder / "results.json").exists():
         command = [sys.executable, "train.py", "--algo", algo, "--seed", str(seed), "--eval-steps", "15", "--output-dir", str(folder), *extra]
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
+    folder = ROOT / folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     keep = ("objective/scores", "objective/true_scores", "val/explained_var", "quantile/lower_tail", "quantile/upper_tail", "quantile/coverage")
     curve = [{name: row[name] for name in ("iteration", *keep) if name in row} | {k: v for k, v in row.items() if k.startswith("eval/")} for row in rows]
@@ -48,7 +49,7 @@ def main():
     machine = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
     runs = []
     for algo, seed in tqdm([(algo, seed) for seed in range(args.seeds) for algo in args.algos], desc="runs"):
-        runs.append(run(algo, seed, args.extra, ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"))
+        runs.append(run(algo, seed, args.extra, Path("runs") / f"{args.name}-{algo}-seed{seed}"))
     target = ROOT / "experiments" / "results" / f"{args.name}.jsonl"
     target.parent.mkdir(exist_ok=True)
     target.write_text("".join(json.dumps({**machine, **entry}) + "\n" for entry in runs))
