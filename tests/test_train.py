@@ -144,20 +144,26 @@ def test_ratio_is_1_in_the_first_minibatch_and_old_values_stay_as_rolled_out(war
     assert torch.equal(experience["targets"], targets) and not targets.requires_grad
 
 
-def test_micro_batch_size_changes_no_gradient(warm_start, tmp_path):
-    """One optimiser step of SGD with micro-batches of 64 and of 7: the same weights to rounding."""
-    moved = []
+def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path):
+    """One optimiser step of SGD with micro-batches of 64 and of 7: the same weights and numbers to rounding.
+
+    So the logged losses are not the last micro-batch's, and explained variance is the batch's and not a mean of parts.
+    """
+    moved, logged = [], []
     for size in ("64", "7"):
         once = ["--num-mini-batches", "1", "--num-ppo-epochs", "1", "--critic-warmup-steps", "0"]
         state, args = state_of(warm_start, tmp_path, "--micro-batch-size", size, *once)
         torch.manual_seed(0)
         state.optimizer, state.critic_optimizer = (torch.optim.SGD(model.parameters(), lr=1.0) for model in (state.policy, state.critic))
+        state.critic.heads.weight.data.normal_(0, 0.1, generator=torch.Generator().manual_seed(0))  # values that differ between states
         before = torch.cat([p.detach().flatten() for model in (state.policy, state.critic) for p in model.parameters()])
-        experience, _ = train.collect(state, args)
-        train.update(state, args, experience)
+        experience, metrics = train.collect(state, args)
+        metrics |= train.update(state, args, experience)
         moved.append(torch.cat([p.detach().flatten() for model in (state.policy, state.critic) for p in model.parameters()]) - before)
+        logged.append({name: float(value) for name, value in metrics.items()})
     assert moved[0].abs().max() > 1e-3
     torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-5)
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-5)
 
 
 def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_path):
