@@ -15,6 +15,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -121,7 +122,7 @@ def number_in(interval, cast):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, without the usage
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
@@ -135,13 +136,15 @@ def make_parser():
                 options["action"] = "store_true"
             else:
                 options["choices"] = allowed
-            spellings = dict.fromkeys([f"--{name}", f"--{name.replace('-', '_')}"])
-            group.add_argument(*spellings, default=default, help=f"{text} ({shown})", **options)
+            if "action" not in options and not isinstance(allowed, list):
+                options.setdefault("metavar", "N" if isinstance(allowed, str) else "NAME")
+            group.add_argument(f"--{name}", default=default, help=text if default in (None, False) else f"{text} ({shown})", **options)
     return parser
 
 
 def parse_args(argv=None):
     """Flags with every default filled in; raises InputError for combinations that cannot work. A resumed run keeps its flags."""
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
     args = parser.parse_args(argv)
     args.output_dir = args.output_dir or f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
