@@ -5,6 +5,8 @@ and whatever stands where it is False (NaN included) changes nothing. Losses are
 the whole minibatch's count and micro-batches add up to exactly its gradient.
 """
 
+import math
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
@@ -207,8 +209,8 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     unsorted = head_quantiles.mean(dim=2)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
-    outside_low, outside_high = (min(int(share * num_quantiles + 1e-6), num_quantiles - 1) for share in (alpha, beta))
-    low, high = q[..., outside_low], q[..., num_quantiles - 1 - outside_high]
+    in_low, in_high = (max(1, math.ceil(share * num_quantiles - 1e-6)) for share in (alpha, beta))  # quantiles in each tail
+    low, high = q[..., in_low - 1], q[..., num_quantiles - in_high]
     crossing = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1) / max(num_quantiles - 1, 1)
     per_token = {
         "crossing_frac": crossing,

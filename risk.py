@@ -60,8 +60,8 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
 def _tail_calibration(q, targets, alpha, beta):
     length, targets = q.shape[-1], targets.detach()
     low, high = _lowest(q, alpha), _highest(q, beta)
-    v = q[..., math.ceil(alpha * length - 1e-6) - 1, None].detach()  # the boundary quantile of each tail
-    w = q[..., length - math.ceil(beta * length - 1e-6), None].detach()
+    v = q[..., max(1, math.ceil(alpha * length - 1e-6)) - 1, None].detach()  # the boundary quantile of each tail
+    w = q[..., length - max(1, math.ceil(beta * length - 1e-6)), None].detach()
     t_low = v[..., 0] - (v - targets).clamp(min=0).mean(dim=-1) / alpha
     t_up = w[..., 0] + (targets - w).clamp(min=0).mean(dim=-1) / beta
     return (low - t_low).square() + (high - t_up).square()

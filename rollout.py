@@ -21,6 +21,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from dvpo import token_logprobs
 
+PROMPT_IDS, PSEUDO_LABEL = "_prompt_ids", "_pseudo_label"  # columns of ours beside the user's
+
 
 class InputError(ValueError):
     """What the user gave cannot work. The message is one line: the flag or row, what was found, what is expected."""
@@ -103,18 +105,18 @@ def task_tokenizer(task):
 
 
 def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True):
-    """A data set with its prompts' ids in a column prompt_ids; raises InputError naming the flag and the row.
+    """A data set with its prompts' ids in a column of their own; raises InputError naming the flag and the row.
 
     name: a hub name, a json, jsonl or parquet file, or a built-in task whose split is (split, number of rows, seed).
     """
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     try:
-        if name in TASKS:
+        if isinstance(split, tuple):
             data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in task_rows(name, *split)])
         elif kind and not Path(name).is_file():
             raise FileNotFoundError("no such file")
         else:
-            data = load_dataset(kind, data_files=name, split="train") if kind else load_dataset(name, split=split)
+            data = load_dataset(kind, data_files=name, split=split) if kind else load_dataset(name, split=split)
     except Exception as error:  # datasets raises many kinds; the cause of the last one says most
         raise InputError(f"{flag}: cannot load {name!r}: {one_line(error.__cause__ or error)}") from error
     if "prompt" not in data.column_names or len(data) == 0:
@@ -128,7 +130,7 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
         if len(ids) > max_tokens:
             expected = f"at most {max_tokens}, the model's context less --response-length"
             raise InputError(f"{flag}: row {row}: prompt of {len(ids)} tokens, expected {expected}")
-    return data.add_column("prompt_ids", prompt_ids)
+    return data.add_column(PROMPT_IDS, prompt_ids)
 
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True):
@@ -235,9 +237,10 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature):
     return Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
 
 
-def completion_texts(rollout, tokenizer):
-    """The text of each response, special tokens dropped: what rewards read."""
-    ids = [row[keep].tolist() for row, keep in zip(rollout.response_ids.cpu(), rollout.mask.cpu())]
+def completion_texts(rollout, tokenizer, stop_ids):
+    """The text of each response, stop and special tokens dropped: what rewards read."""
+    keep = rollout.mask & ~torch.isin(rollout.response_ids, torch.tensor(stop_ids, device=rollout.mask.device))
+    ids = [row[kept].tolist() for row, kept in zip(rollout.response_ids.cpu(), keep.cpu())]
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -272,8 +275,16 @@ def in_micro_batches(function, rollout, size):
 
 # Reward functions have TRL's signature: f(prompts, completions, **columns) -> list of float, columns being the data set's other columns as lists.
 
-NUMBER = re.compile(r"(?<![\d)])-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)?(?:\.\d+|(?<=\d))(?:\s*/\s*\d+)?")
-LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(-?\d+)\s*\}\s*\{\s*(\d+)\s*\}")
+NUMBER = re.compile(r"(?<![0-9)])-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?")
+UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\[%$]")
+LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # an A before a word is an article
+ANSWERS = [
+    r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
+    r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:))*\W{0,4}" + LETTER,
+    r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
+    r"^\W*([A-Za-z])(?:\W*$|[.):,*]|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
+    r"\(([A-Z])\)",
+]  # tried in this order
 
 
 def text_of(completion):
@@ -294,58 +305,69 @@ def boxed(text):
     return None
 
 
+def plain_latex(text):
+    """Fractions as a/b, mixed ones too, and the many ways to write a comma, a minus or a \\frac as one."""
+    for old, new in (("\\!", ""), ("{,}", ","), ("\u2212", "-"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\$", "$"), ("\\\\", ";")):
+        text = text.replace(old, new)
+    text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
+    fraction = r"\\frac\s*\{\s*(-?[0-9]{1,50})\s*\}\s*\{\s*([0-9]{1,50})\s*\}"
+    text = re.sub(r"\b([0-9]{1,50})\s*" + fraction, lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", text)
+    return re.sub(fraction, r"\1/\2", text)
+
+
 def last_number(text):
     """The last number in text as a Fraction (commas as thousands, decimals, a/b, \\frac{a}{b}); None if there is none."""
-    text = LATEX_FRACTION.sub(r"\1/\2", text.replace("\\!", "").replace("{,}", ",").replace("\u2212", "-"))
-    for found in reversed(NUMBER.findall(text[-4000:])):  # an answer stands at the end; int() of a huge string is slow
-        digits = found.replace(",", "").replace(" ", "")
-        if len(digits) <= 100 and not re.search(r"/0+$", digits):
-            whole, _, denominator = digits.partition("/")
+    for found in reversed(NUMBER.findall(plain_latex(text[-4000:]))):  # an answer stands at the end; int() of a huge string is slow
+        whole, _, denominator = re.sub(r"[,\s]", "", found).partition("/")
+        if len(whole) + len(denominator) <= 100 and int(denominator or 1) != 0:
             return Fraction(whole) / int(denominator or 1)
     return None
 
 
+def one_number(text):
+    """The number that text is, a sign, a unit or `x =` around it aside, as a Fraction; None for a tuple, a root, a multiple of x, ..."""
+    text = UNIT.sub(lambda found: " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0]), plain_latex(text))
+    text = re.sub(r"^\s*[A-Za-z]\s*=", "", text)
+    rest = NUMBER.sub("", text, count=1).strip(" .$%")
+    return None if re.search(r"[0-9\\(){}\[\]^_=]|^[A-Za-z]$", rest) else last_number(text)
+
+
 def plain_answer(text):
     """A LaTeX answer as a bare string, to compare answers that are not numbers."""
-    text = re.sub(r"\\(?:text|mbox|mathrm|left|right|displaystyle|,|;|!| )|[\s${}]", "", text)
-    return text.rstrip(".").lower()
+    text = re.sub(r"\\(?:text|mbox|mathrm|left|right|displaystyle|,|;|:| )|[\s$]", "", plain_latex(text))
+    return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".").lower()
 
 
 def math_reward(prompts, completions, answer, **columns):
     """1.0 where the answer (in \\boxed{}, else the last number) equals the answer column's, as numbers or as plain strings, else 0.0."""
     scores = []
     for completion, expected in zip(completions, answer):
-        text, expected = text_of(completion), str(expected)
-        given = boxed(text)
-        if is_number(expected):
-            number = last_number(given if given is not None else text)
-            scores.append(float(number is not None and number == last_number(expected)))
+        text, expected = text_of(completion), str(expected).split("####")[-1]  # GSM8K's own answers end in #### 72
+        given, target = boxed(text), one_number(expected)
+        if target is not None:
+            scores.append(float((last_number(text) if given is None else one_number(given)) == target))
         else:
             scores.append(float(given is not None and plain_answer(given) == plain_answer(expected)))
     return scores
 
 
-def is_number(text):
-    """True if text is one number, units and signs around it aside."""
-    rest = LATEX_FRACTION.sub(r"\1/\2", text.replace("{,}", ","))
-    rest = NUMBER.sub("", rest, count=1)
-    return last_number(text) is not None and not re.search(r"[\d\\(){}\[\]^=]", re.sub(r"\\(?:text|mbox)\{[^{}]*\}|\\[%$!]", "", rest))
-
-
 def chosen_letter(text, choices):
     """The option that an answer names, by letter or by its text; None if it names none, or more than one."""
-    letters = [chr(ord("A") + i) for i in range(len(choices) or 26)]
-    for pattern in (r"(?i:answer)\W{0,5}(?i:is|:)?\W{0,5}([A-Z])\b(?!['’])", r"^\W*([A-Za-z])(?:\W*$|[.):,])", r"\(([A-Z])\)"):
-        found = [letter.upper() for letter in re.findall(pattern, text.strip()) if letter.upper() in letters]
-        if found:
-            return found[-1]
-    named = [letter for letter, choice in zip(letters, choices) if choice.strip().lower() in text.lower()]
+    text, letters = text.strip()[:10_000], [chr(ord("A") + i) for i in range(len(choices) or 26)]
+    for pattern in ANSWERS:
+        found = re.search(pattern, text)
+        if found and found[1].upper() in letters:
+            return found[1].upper()
+    named = [letter for letter, choice in zip(letters, choices) if str(choice).strip().lower() in text.lower()]
     return named[0] if len(named) == 1 else None
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):
-    """1.0 where the completion names the option whose letter is in the answer column (by letter or by its text), else 0.0."""
-    options = choices if choices is not None else [[] for _ in answer]
+    """1.0 where the completion names the option whose letter is in the answer column (by letter or by its text), else 0.0.
+
+    choices: per row a list of texts, or the hub's {"text": [...], "label": [...]}.
+    """
+    options = [option["text"] if isinstance(option, dict) else option or [] for option in choices or [[]] * len(answer)]
     named = [chosen_letter(text_of(completion), option) for completion, option in zip(completions, options)]
     return [float(letter == str(expected).strip().upper()) for letter, expected in zip(named, answer)]
 
@@ -362,6 +384,9 @@ def model_reward(name, device="cpu", batch_size=16):
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the judged turn is the last one
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
+    if not any(name.endswith("ForSequenceClassification") for name in config.architectures or []):
+        raise ValueError(f"expected a sequence classifier, found {', '.join(config.architectures or ['no architecture'])}")
+    tokenizer.model_max_length = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512)
     function, last_label = ("none" if config.num_labels == 1 else "softmax"), config.id2label[config.num_labels - 1]
 
     def reward(prompts, completions, **columns):
@@ -389,9 +414,12 @@ def load_reward(spec, device="cpu"):
         if module == "model":
             return model_reward(function, device)
         sys.path.insert(0, "")
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, OSError, ValueError) as error:
+        reward = getattr(importlib.import_module(module), function)
+    except Exception as error:  # the user's own code may fail in any way
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
+    if not callable(reward):
+        raise InputError(f"--reward: {spec!r}: expected a function, found {type(reward).__name__}")
+    return reward
 
 
 def score(reward, batch, completions, answer="answer"):
@@ -400,25 +428,30 @@ def score(reward, batch, completions, answer="answer"):
     Conversational prompts get conversational completions, [{role, content}], as in TRL. `answer` names the column that the
     function sees under that name: pseudo-labels stand in another one.
     """
-    columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompt_ids", "answer", "label")}
+    columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}
     columns |= {"answer": batch[answer]} if answer in batch else {}
     for name, parameter in inspect.signature(reward).parameters.items():
-        if parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD and name not in {"prompts", "completions", *columns}:
+        needed = parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        if needed and name not in {"prompts", "completions", *columns}:
             raise InputError(f"--reward: it needs the column {name!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
     pairs = zip(batch["prompt"], completions)
     shaped = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in pairs]
-    scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
-    if not hasattr(scores, "__len__") or len(scores) != len(shaped):
-        found = f"{len(scores)} values" if hasattr(scores, "__len__") else type(scores).__name__
+    try:
+        scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
+    except Exception as error:  # the user's own code may fail in any way
+        raise InputError(f"--reward: it raised {type(error).__name__}: {one_line(error)}") from error
+    found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1 else type(scores).__name__
+    if found != f"{len(shaped)} values":
         raise InputError(f"--reward: expected a list of {len(shaped)} numbers, one per completion, found {found}")
+    checked = torch.zeros(len(shaped))
     for row, value in enumerate(scores):
         try:
-            is_good = not isinstance(value, (str, bytes)) and math.isfinite(float(value))
-        except (TypeError, ValueError):
-            is_good = False
-        if not is_good:
-            raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {value!r}")
-    return torch.tensor([float(value) for value in scores], dtype=torch.float32)
+            checked[row] = math.nan if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            checked[row] = math.nan
+        if not checked[row].isfinite():
+            raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {str(value)[:80]!r}")
+    return checked
 
 
 def noisy_scores(scores, fp, fn, outlier, generator):

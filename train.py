@@ -70,7 +70,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("gamma", 1.0, "[0, 1]", "discount per token"),
         ("lam", 0.95, "[0, 1]", "GAE lambda"),
         ("kl-coef", (0.02, 0.05), "[0, inf)", "reward per nat of k1 to the starting policy; 0 skips the reference model"),
-        ("temperature", 1.0, "(0, inf)", "of sampling, and of every log-prob"),
+        ("temperature", 1.0, "[0.01, 100]", "of sampling, and of every log-prob"),
         ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token"),
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
@@ -88,12 +88,12 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
     "reward noise (training only, never evaluation)": [
         ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
         ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
-        ("reward-noise-outlier", [0.0, 0.0], "[0, inf)", "with probability P the score loses up to SCALE"),
+        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P the score loses up to SCALE"),
         ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),
-        ("reward-noise-seed", 0, "[0, inf)", "seed of all of these"),
+        ("reward-noise-seed", 0, "[0, 2147483647]", "seed of all of these"),
     ],
     "run": [
-        ("seed", 0, "[0, inf)", "of everything else"),
+        ("seed", 0, "[0, 2147483647]", "of everything else"),
         ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED"),
         ("save-steps", 0, "[0, inf)", "iterations between checkpoints; 0: at the end only"),
         ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
@@ -147,20 +147,27 @@ def parse_args(argv=None):
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in (sys.argv[1:] if argv is None else argv)]
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.output_dir = args.output_dir or f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
+    default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
     if args.resume is not None:
-        folder = find_checkpoint(Path(args.resume or args.output_dir))
-        saved = json.loads((folder.parent / "args.json").read_text())["flags"]
+        folder = find_checkpoint(Path(args.resume or args.output_dir or default_dir))
+        try:
+            saved = json.loads((folder.parent / "args.json").read_text())["flags"]
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"--resume: expected the run's flags in {folder.parent / 'args.json'}, found none: {ro.one_line(error)}") from error
+        if args.output_dir and Path(args.output_dir).resolve() != folder.parent.resolve():
+            raise InputError(f"--output-dir: expected {folder.parent}, the folder of the run to resume, or none; found {args.output_dir}")
         saved["output_dir"] = str(folder.parent)
         given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved))))  # None where a flag was not given
-        given = {key: value for key, value in given.items() if value is not None}
+        given = {key: value for key, value in given.items() if value is not None and key != "output_dir"}
         for key in given.keys() - CHANGEABLE:
             if given[key] != saved[key]:
                 raise InputError(f"--{key.replace('_', '-')}: {given[key]} here, {saved[key]} in the run to resume; expected the same, or none")
         args = argparse.Namespace(**{**saved, **given, "resume": str(folder)})
+    args.output_dir = args.output_dir or default_dir
     for key, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
+    devices = "auto|cpu|cuda|cuda:[0-9]" if torch.cuda.is_available() else "auto|cpu"
     missing = args.report_to != "none" and not importlib.util.find_spec(args.report_to)
     for wrong, message in (
         (args.batch_size % args.num_mini_batches, f"--num-mini-batches: expected a divisor of --batch-size {args.batch_size}, found {args.num_mini_batches}"),
@@ -168,7 +175,8 @@ def parse_args(argv=None):
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
         (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
-        (args.device.startswith("cuda") and not torch.cuda.is_available(), f"--device: expected cpu or auto (torch finds no CUDA), found {args.device}"),
+        (not re.fullmatch(devices, args.device), f"--device: expected {devices.replace('|', ', ')}, found {args.device}"),
+        (Path(args.output_dir).is_file(), f"--output-dir: expected a folder, found the file {args.output_dir}"),
     ):
         if wrong:
             raise InputError(message)
@@ -176,10 +184,10 @@ def parse_args(argv=None):
 
 
 def load(auto_class, name, flag):
-    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), or a tokenizer; raises InputError."""
+    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
     try:
-        if auto_class is AutoTokenizer:
-            return AutoTokenizer.from_pretrained(name)
+        if auto_class in (AutoTokenizer, QuantileCritic):
+            return auto_class.from_pretrained(name)
         config = AutoConfig.from_pretrained(name)
         for key, value in config.to_dict().items():
             if "drop" in key and type(value) in (int, float):
@@ -198,8 +206,7 @@ def load_data(args, tokenizer, context):
     if args.dataset_name is None:
         splits = {"in domain": "test", "out of domain": "ood"}
         evals = {name: prompts("--task", args.task, (split, args.eval_samples, args.seed)) for name, split in splits.items()}
-        seen = set(map(str, evals["in domain"]["prompt"]))
-        train = prompts("--task", args.task, ("train", 4096, args.seed)).filter(lambda prompt: str(prompt) not in seen, input_columns="prompt")
+        train = prompts("--task", args.task, ("train", 4096, args.seed))
     else:
         train, evals = prompts("--dataset-name", args.dataset_name, args.dataset_split), {}
         if args.eval_dataset_name:
@@ -208,11 +215,15 @@ def load_data(args, tokenizer, context):
         elif len(train) > 1:
             halves = train.train_test_split(min(args.eval_samples, len(train) // 2), seed=args.seed)
             train, evals = halves["train"], {"held out": halves["test"]}
+    held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
+    train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
+    if len(train) == 0:
+        raise InputError("--dataset-name: expected prompts beside the held-out ones, found none: give --eval-dataset-name or fewer --eval-samples")
     if args.pseudo_label_noise:
         if "answer" not in train.column_names:
             raise InputError("--pseudo-label-noise: expected a column 'answer' in the data set, found none")
         labels = ro.pseudo_labels(train["answer"], args.pseudo_label_noise, torch.Generator().manual_seed(args.reward_noise_seed))
-        train = train.add_column("label", labels)
+        train = train.add_column(ro.PSEUDO_LABEL, labels)
     return train, evals
 
 
@@ -231,15 +242,15 @@ def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
     batch = state.data[batch_rows(len(state.data), state.iteration * args.batch_size, args.batch_size, args.seed)]
     with state.autocast():
-        rollout = ro.sample(state.policy, batch["prompt_ids"], state.pad_id, state.stop_ids, args.response_length, args.temperature)
+        rollout = ro.sample(state.policy, batch[ro.PROMPT_IDS], state.pad_id, state.stop_ids, args.response_length, args.temperature)
         forward = lambda function, model, *rest: ro.in_micro_batches(lambda part: function(model, part, *rest), rollout, args.micro_batch_size)
         logprobs = forward(ro.response_logprobs, state.policy, args.temperature)
         ref_logprobs = forward(ro.response_logprobs, state.reference, args.temperature) if state.reference is not None else None
         head_quantiles = forward(ro.response_quantiles, state.critic)
 
-    texts = ro.completion_texts(rollout, state.tokenizer)
+    texts = ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
     true_scores = ro.score(state.reward, batch, texts)
-    labelled = ro.score(state.reward, batch, texts, answer="label") if "label" in batch else true_scores
+    labelled = ro.score(state.reward, batch, texts, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     scores = (scores - args.missing_eos_penalty * rollout.truncated.cpu()).to(logprobs.device)
 
@@ -307,8 +318,8 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     temperature = args.temperature if mode == "sampled" else 0.0
-                    rollout = ro.sample(state.policy, batch["prompt_ids"], state.pad_id, state.stop_ids, args.response_length, temperature)
-                scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer)))
+                    rollout = ro.sample(state.policy, batch[ro.PROMPT_IDS], state.pad_id, state.stop_ids, args.response_length, temperature)
+                scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer, state.stop_ids)))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
     return results
@@ -342,7 +353,7 @@ def find_checkpoint(folder):
 
 def restore(state, args):
     """Puts back what save_checkpoint wrote beside the weights, and drops the metrics of later iterations."""
-    saved = torch.load(Path(args.resume) / "state.pt", weights_only=True)
+    saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.start = saved["iteration"], saved["before"], time.time() - saved["seconds"]
     state.optimizer.load_state_dict(saved["optimizer"])
     state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
@@ -351,12 +362,13 @@ def restore(state, args):
     if saved["cuda_rng"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(saved["cuda_rng"])
     log = Path(args.output_dir) / "metrics.jsonl"
-    log.write_text("".join(line + "\n" for line in log.read_text().splitlines() if json.loads(line)["iteration"] <= state.iteration))
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    log.write_text("".join(lines[: state.iteration]))  # one line an iteration; a later, perhaps torn one goes
 
 
 def set_aside(output_dir):
     """Moves an earlier run's files to output_dir/earlier-K, so that nothing is overwritten; the warm start stays for reuse."""
-    found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*") for path in output_dir.glob(name)]
+    found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*") for path in output_dir.glob(name)]
     if found:
         earlier = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1}"
         earlier.mkdir()
@@ -388,14 +400,19 @@ def build(args):
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = state.tokenizer.pad_token_id if state.tokenizer.pad_token_id is not None else state.stop_ids[0]
-    state.data, state.evals = load_data(args, state.tokenizer, getattr(state.policy.config, "max_position_embeddings", None) or math.inf)
+    context = getattr(state.policy.config, "max_position_embeddings", None) or math.inf
+    if args.response_length >= context:
+        raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")
+    state.data, state.evals = load_data(args, state.tokenizer, context)
     state.reference = copy.deepcopy(state.policy).requires_grad_(False).to(device) if args.kl_coef > 0 else None
     if args.resume:
         state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume")
-        state.critic = QuantileCritic.from_pretrained(Path(args.resume) / "critic")
+        state.critic = load(QuantileCritic, Path(args.resume) / "critic", "--resume")
     else:
         own_trunk = args.critic_model_name_or_path
         trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(state.policy.base_model)
+        if trunk.config.vocab_size < state.policy.config.vocab_size or (getattr(trunk.config, "max_position_embeddings", None) or math.inf) < context:
+            raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
         size = (args.num_heads, args.num_quantiles) if args.algo == "dvpo" else (1, 1)
         state.critic = QuantileCritic(trunk, *size, args.tau_grid, seed=args.seed)
     for model in (state.policy, state.critic):
@@ -420,13 +437,16 @@ def train(args):
     log_elsewhere, num_iterations = make_logger(args), math.ceil(args.total_episodes / args.batch_size)
     torch.manual_seed(args.seed)
     if args.resume:
-        restore(state, args)
+        try:
+            restore(state, args)
+        except Exception as error:  # a torn file can fail in any way
+            raise InputError(f"--resume: expected a whole checkpoint in {args.resume}, found: {ro.one_line(error)}") from error
     else:
         set_aside(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-        (output_dir / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
-        state.before = evaluate(state, args)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
+    (output_dir / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
+    state.before = state.before or evaluate(state, args)
     with open(output_dir / "metrics.jsonl", "a") as log, tqdm(total=num_iterations, initial=state.iteration, desc=args.algo) as bar:
         while state.iteration < num_iterations:
             experience, metrics = collect(state, args)

@@ -6,6 +6,8 @@
 import json
 import sys
 
+if len(sys.argv) != 2:
+    sys.exit(__doc__)
 with open(sys.argv[1], "w") as file:
     for a in range(10):
         for b in range(10):

@@ -1,7 +1,7 @@
 """Runs train.py's built-in task for several seeds and algorithms, and says what came out, with spread.
 
     python experiments/seeds.py --seeds 5 --algos dvpo ppo                 # about 2 minutes a run on one core
-    python experiments/seeds.py --seeds 5 --algos dvpo ppo -- --task sums  # what stands behind -- goes to train.py
+    python experiments/seeds.py --seeds 5 --algos dvpo ppo --name sums -- --task sums  # what stands behind -- goes to train.py
 
 One thread per run, finished runs are kept (the folder of a run is its name). Raw numbers: experiments/results/NAME.jsonl.
 """
@@ -45,6 +45,8 @@ def main():
     parser.add_argument("--name", default="default", help="of the results file and of the folder under runs/")
     parser.add_argument("extra", nargs="*", help="further flags of train.py, behind --")
     args = parser.parse_args()
+    if args.seeds < 2 or (args.extra and args.name == "default"):
+        parser.error("expected at least 2 --seeds, and a --name of its own for a run with further flags")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     machine = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
     runs = []

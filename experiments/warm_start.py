@@ -20,7 +20,7 @@ import rollout
 
 def warm_start(task, seed, folder):
     """Saves the tiny policy and its tokenizer in folder (a Path), or leaves the ones that a run with the same task and seed made."""
-    settings = json.dumps({"task": task, "seed": seed, "version": 1})
+    settings = json.dumps({"task": task, "seed": seed, "version": 2})
     if (folder / "settings.json").exists() and (folder / "settings.json").read_text() == settings:
         return
     torch.manual_seed(seed)
@@ -33,7 +33,8 @@ def warm_start(task, seed, folder):
     ))  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / steps))
-    rows = rollout.task_rows(task, "warm", num_rows, seed)
+    held_out = {str(row["prompt"]) for split in ("test", "ood") for row in rollout.task_rows(task, split, 512, seed)}
+    rows = [row for row in rollout.task_rows(task, "warm", num_rows, seed) if str(row["prompt"]) not in held_out]
     prompts = rollout.encode_prompts([row["prompt"] for row in rows], tokenizer)
     answers = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
     ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
@@ -52,4 +53,6 @@ def warm_start(task, seed, folder):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3 or sys.argv[1] not in rollout.TASKS:
+        sys.exit(__doc__)
     warm_start(sys.argv[1], int(sys.argv[3]) if len(sys.argv) > 3 else 0, Path(sys.argv[2]))

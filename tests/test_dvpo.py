@@ -378,6 +378,8 @@ def test_quantile_metrics_of_a_calibrated_critic():
     q = torch.special.ndtri(quantile_levels(200).double()).float().expand(1, 20_000, 2, 200)
     returns, mask = torch.randn(1, 20_000), torch.ones(1, 20_000, dtype=torch.bool)
     metrics = quantile_metrics(q, returns, mask, 0.1, 0.1)
+    small = torch.special.ndtri(quantile_levels(10).double()).float().expand(1, 20_000, 1, 10)
+    assert quantile_metrics(small, returns, mask, 0.1, 0.1)["coverage"].item() == pytest.approx(0.9, abs=0.02)  # q_1 to q_10: levels 0.05 to 0.95
     expected = {"crossing_frac": 0.0, "std": 1.0, "lower_tail": 1.755, "upper_tail": 1.755, "coverage": 0.8, "head_spread": 0.0}
     for name, value in expected.items():
         assert metrics[name].item() == pytest.approx(value, abs=0.02), name

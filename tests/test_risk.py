@@ -69,6 +69,15 @@ def test_calibration_by_hand():
     assert tail_calibration_loss(q, y, 0.5, 0.5).item() == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize("share", [1e-9, 0.26, 1.0])
+def test_calibration_reads_its_boundary_from_the_right_end_for_any_share(share):
+    """Every quantile and target at 3: nothing to calibrate, whatever the share; q = 0..3 with target 0: the lower tail is right."""
+    assert tail_calibration_loss(torch.full((4,), 3.0), torch.full((2,), 3.0), share, share).item() == pytest.approx(0, abs=1e-9)
+    if share < 0.25:
+        loss = tail_calibration_loss(torch.arange(4.0), torch.tensor([1.0]), share, 1.0)
+        assert loss.item() == pytest.approx((1.5 - 1.0) ** 2)  # low = v = 0, no target below it; the whole mean against the target
+
+
 def test_calibration_target_is_the_true_tail_mean_where_the_quantiles_are_right():
     torch.manual_seed(0)
     y = torch.randn(200_000, dtype=torch.float64)

@@ -196,13 +196,14 @@ def test_greedy_takes_the_likeliest_token_and_leaves_the_generator_alone(model):
     assert torch.equal(logits.argmax(-1)[found.mask], found.response_ids[found.mask])
 
 
-def test_completions_are_never_re_encoded(model_folder):
-    """What is trained on are the sampled ids, special tokens included; text drops them."""
+def test_texts_drop_stop_and_special_tokens(model_folder):
+    """A custom stop token is an ordinary word: it ends the response and is not part of the answer."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
-    found = rollout.Rollout(torch.tensor([[5, 4, 9, 10, 1, 0]]), torch.tensor([[1, 1, 1, 1, 1, 0]]), torch.arange(6)[None],
-                            torch.tensor([[1, 1, 1, 1, 0]]).bool(), torch.tensor([False]))  # fmt: skip
-    text = completion_texts(found, tokenizer)[0]
-    assert text == tokenizer.decode([9, 10]) and tokenizer(text)["input_ids"] != found.response_ids[found.mask].tolist()
+    thai, book = tokenizer.convert_tokens_to_ids(["thai", "book"])
+    found = rollout.Rollout(torch.tensor([[5, thai, 4, book, thai]]), torch.tensor([[1, 1, 1, 1, 0]]), torch.arange(5)[None],
+                            torch.tensor([[1, 1, 1, 0]]).bool(), torch.tensor([False]))  # fmt: skip
+    assert completion_texts(found, tokenizer, [1, book]) == ["thai"]
+    assert completion_texts(found, tokenizer, [1]) == ["thai book"]
 
 
 def test_the_models_own_generation_settings_do_not_shape_the_samples(model):
@@ -301,12 +302,18 @@ MATH = [  # (completion, answer column, right)
     ("no idea", "72", False), ("First 72, then 71", "72", False), ("#### 1,234", "1234", True), ("1,234,567", "1234567", True),
     ("$18", "18", True), ("18 dollars", "$18", True), ("It costs $1,000.50.", "1000.5", True), ("3.50", "3.5", True), ("-4", "-4", True),
     ("\u22124", "-4", True), ("4", "-4", False), ("7-4=3", "3", True), ("10 - -2 = 12", "12", True), ("x=-3.", "-3", True), ("50%", "50", True),
-    ("\\boxed{42} and then 7", "42", True), ("\\boxed{41} \\boxed{42}", "42", True), ("\\boxed{\\frac{3}{4}}", "0.75", True),
-    ("\\boxed{3/4}", "\\frac{3}{4}", True), ("\\boxed{\\text{42 apples}}", "42", True), ("\\boxed{}", "42", False), ("\\boxed{42", "42", True),
     ("12+7+40=19,59#59", "59", True), ("19,59#60", "59", False), ("0.50", "1/2", True), (".5", "0.5", True), ("1/0", "1", False),
+    ("1/\u0660", "1", True), ("1e3", "1000", False), ("answer: 6 eggs", "6.0", True), ("12 3", "3", True), ("1,23", "23", True),
+    ("\\boxed{42} and then 7", "42", True), ("\\boxed{41} \\boxed{42}", "42", True), ("\\boxed{\\text{42 apples}}", "42", True),
+    ("\\boxed{}", "42", False), ("\\boxed{42", "42", True), ("\\boxed{x=5}", "5", True), ("\\boxed{5\\text{ cm}^2}", "5", True),
+    ("\\boxed{90^\\circ}", "90", True), ("\\boxed{\\$32,\\!348}", "32348", True), ("10080", "10,\\!080", True), ("\\boxed{25\\%}", "25", True),
+    ("\\boxed{\\frac{3}{4}}", "0.75", True), ("\\boxed{3/4}", "\\frac{3}{4}", True), ("\\boxed{\\dfrac43}", "\\frac{4}{3}", True),
+    ("\\boxed{1\\frac{4}{5}}", "\\frac{9}{5}", True), ("\\boxed{1\\frac{4}{5}}", "\\frac{14}{5}", False), ("\\boxed{-\\frac{1}{2}}", "-0.5", True),
+    ("\\boxed{3\\sqrt{2}}", "2", False), ("\\boxed{(1,2)}", "2", False), ("\\boxed{\\frac{a}{5}}", "5", False), ("\\boxed{12_5}", "5", False),
+    ("\\boxed{10^{-3}}", "-3", False), ("\\boxed{3\\pi}", "3", False), ("\\boxed{2k}", "2", False), ("the set [1,2]", "[1,2]", False),
     ("\\boxed{x^2+1}", "x^2 + 1", True), ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\pi/2 \\right)", True), ("\\boxed{x^2}", "x^2+1", False),
-    ("the set [1,2]", "[1,2]", False), ("\\boxed{[1,2]}", "[1,2]", True), ("1e3", "1000", False), ("answer: 6 eggs", "6.0", True),
-    ("\u0663", "3", True), ("12 3", "3", True), ("2 1/2", "1/2", True), ("1,23", "23", True),
+    ("\\boxed{\\frac{\\pi}{2}}", "\\dfrac{\\pi}{2}", True), ("\\boxed{\\sqrt{2x}}", "\\sqrt{2}x", False), ("\\boxed{[1,2]}", "[1,2]", True),
+    ("72", "He has <<48/2=24>>24\n#### 72", True), ("\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\2 \\end{pmatrix}", True),
 ]  # fmt: skip
 
 
@@ -340,6 +347,9 @@ CHOICE = [
     ("**B**", "B"), ("The correct answer is (D) because A is wrong", "D"), ("a bacterial population", "B"), ("It is viral particles.", "C"),
     ("A leg muscle relaxing", "A"), ("A plant grows", None), ("E", None), ("", None), ("viral particles or carbohydrates", None),
     ("I think it's a bacterial population", "B"), ("B: yes", "B"), ("the answer is a", None), ("The answer is A's friend", None),
+    ("The answer is option C.", "C"), ("Option A", "A"), ("A is correct.", "A"), ("The answer is \\boxed{C}", "C"), ("Answer: c", "C"),
+    ("D\n\nBecause it is", "D"), ("The answer would be C", "C"), ("To answer: A person rubs", None), ("The answer is A because it is", "A"),
+    ("Answer: D. Explanation: The answer A is wrong", "D"), ("The answer is **C**", "C"),
 ]  # fmt: skip
 
 
@@ -347,6 +357,11 @@ CHOICE = [
 def test_choice_verifier(text, letter):
     assert chosen_letter(text, CHOICES) == letter
     assert choice_reward([""], [text], ["B"], [CHOICES]) == [float(letter == "B")]
+
+
+def test_choices_as_the_hub_has_them_and_numbers():
+    assert choice_reward([""], ["D"], ["D"], [{"text": CHOICES, "label": list("ABCD")}]) == [1.0]
+    assert choice_reward([""] * 2, ["B", "it is 7"], ["B", "A"], [None, [7, 8]]) == [1.0, 1.0]
 
 
 def test_choice_without_a_choices_column_and_exact():
@@ -372,7 +387,8 @@ def test_columns_reach_the_reward_and_conversations_stay_conversations():
 @pytest.mark.parametrize(
     "returned,found",
     [([1.0], "1 values"), (1.0, "float"), (None, "NoneType"), ([1.0, float("nan")], "row 1.*nan"), ([float("inf"), 0], "row 0.*inf"),
-     ([0, "1.0"], "row 1.*'1.0'"), ([0, None], "row 1.*None"), ([0, [1]], r"row 1.*\[1\]")],
+     ([0, "1.0"], "row 1.*'1.0'"), ([0, None], "row 1.*None"), ([0, [1]], r"row 1.*\[1\]"),
+     ([1e39, 0], "row 0.*1e.39"), ([0, 10**400], "row 1"), (torch.tensor(1.0), "Tensor"), ("ab", "str")],
 )  # fmt: skip
 def test_bad_reward_values_are_one_line_with_the_row(returned, found):
     with pytest.raises(InputError, match=f"--reward: .*{found}"):
@@ -381,6 +397,9 @@ def test_bad_reward_values_are_one_line_with_the_row(returned, found):
 
 def test_rewards_may_be_tensors_and_a_missing_column_is_named():
     assert score(lambda prompts, completions, **columns: torch.tensor([0.5, 2.0]), {"prompt": ["p", "q"]}, ["a", "b"]).tolist() == [0.5, 2.0]
+    with pytest.raises(InputError, match="--reward: it raised ZeroDivisionError"):
+        score(lambda prompts, completions, **columns: [1 / 0], {"prompt": ["p"]}, ["a"])
+    assert score(lambda prompts, completions, **columns: [len(columns)], {"prompt": ["p"], "completions": [1], "prompts": [2]}, ["a"]).tolist() == [0.0]
     with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
         score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
 
@@ -390,7 +409,8 @@ def test_load_reward(tmp_path, monkeypatch):
     (tmp_path / "my_reward.py").write_text("def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n")
     assert load_reward("my_reward:short")(["p"], ["abc"]) == [-3]
     assert load_reward("math") is math_reward
-    for wrong in ("maths", "my_reward:long", "no_such_module:f", ":f", "model:", "model:/no/such/folder"):
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    for wrong in ("maths", "my_reward:long", "broken:f", "my_reward:__name__", "no_such_module:f", ":f", "model:", "model:/no/such/folder"):
         with pytest.raises(InputError, match="--reward"):
             load_reward(wrong)
 
@@ -409,6 +429,12 @@ def test_model_reward_reads_the_last_real_token_whatever_the_batch(tmp_path, num
     alone = [reward([prompt], [completion])[0] for prompt, completion in zip(prompts, completions)]
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
     assert num_labels == 1 or all(0 < value < 1 for value in alone)
+    assert len(reward(["area north"], ["food " * 200])) == 1  # longer than the model's context: its start is cut
+
+
+def test_a_causal_lm_is_no_reward_model(model_folder):
+    with pytest.raises(InputError, match="--reward: .*expected a sequence classifier, found GPT2LMHeadModel"):
+        load_reward(f"model:{model_folder}")
 
 
 # ---- noise

@@ -97,6 +97,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     """As after a crash in iteration 17 or later: the checkpoint of iteration 16, and a log that had gone on."""
     for name in ("checkpoint-000016", "args.json", "metrics.jsonl", "warm_start"):
         (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, tmp_path / name)
+    with open(tmp_path / "metrics.jsonl", "a") as log_file:
+        log_file.write('{"iteration": 25, "objec')  # torn by the crash
     assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
     assert log(tmp_path) == log(finished) and torch.equal(weights(tmp_path), weights(finished))
     assert json.loads((tmp_path / "results.json").read_text())["after"] == json.loads((finished / "results.json").read_text())["after"]
@@ -166,6 +168,61 @@ def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path
     assert logged[0] == pytest.approx(logged[1], rel=1e-3, abs=1e-5)
 
 
+def test_updates_train_on_the_sampled_ids(warm_start, tmp_path, monkeypatch):
+    """Never decoded and encoded again: every row that an update scores is a sampled row, ids and mask."""
+    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--num-ppo-epochs", "1")
+    experience, _ = train.collect(state, args)
+    sampled = {tuple(row[kept].tolist()) for row, kept in zip(experience["rollout"].response_ids, experience["rollout"].mask)}
+    seen, response_logprobs = [], ro.response_logprobs
+    monkeypatch.setattr(ro, "response_logprobs", lambda model, part, temperature: seen.append(part) or response_logprobs(model, part, temperature))
+    train.update(state, args, experience)
+    trained = [tuple(row[kept].tolist()) for part in seen for row, kept in zip(part.response_ids, part.mask)]
+    assert len(trained) == 64 and set(trained) == sampled
+
+
+def test_noise_penalty_kl_and_whitening_reach_the_experience(warm_start, tmp_path):
+    """With gamma = lam = 1 a row's first target is its noisy score less kl_coef times its KL; advantages have mean 0, variance 1."""
+    state, args = state_of(warm_start, tmp_path, "--lam", "1", "--kl-coef", "0.5", "--reward-noise-outlier", "1", "2", "--missing-eos-penalty", "3")
+    state.reward = lambda prompts, completions, **columns: [1.0] * len(prompts)
+    for parameter in state.policy.parameters():
+        parameter.data += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))  # away from the reference
+    noise = torch.Generator().manual_seed(args.reward_noise_seed)
+    experience, metrics = train.collect(state, args)
+    rollout, mask = experience["rollout"], experience["rollout"].mask
+    with torch.no_grad():
+        log_ratio = experience["logprobs"] - ro.response_logprobs(state.reference, rollout, 1.0)
+    kl = torch.where(mask, log_ratio, 0).sum(1)
+    expected = ro.noisy_scores(torch.ones(64), 0.0, 0.0, (1.0, 2.0), noise) - 3 * rollout.truncated - 0.5 * kl
+    assert kl.abs().max() > 0.01 and expected.std() > 0.3
+    torch.testing.assert_close(experience["targets"][:, 0].mean(-1), expected, rtol=1e-3, atol=1e-3)
+    advantages = experience["advantages"][mask]
+    assert abs(advantages.mean()) < 1e-5 and advantages.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_risk_weights_reach_the_critic_and_each_model_has_its_own_learning_rate(warm_start, tmp_path):
+    heads = {}
+    for weight in ("0", "0.1"):
+        state, args = state_of(warm_start, tmp_path, "--shape-weight", weight, "--learning-rate", "1e-4", "--critic-learning-rate", "3e-3")
+        torch.manual_seed(0)
+        state.critic.heads.bias.data[::16] = -5.0  # one far quantile a head: a long lower tail
+        experience, _ = train.collect(state, args)
+        train.update(state, args, experience)
+        heads[weight] = state.critic.heads.bias.detach().clone()
+        assert state.optimizer.param_groups[0]["lr"] == 1e-4 and state.critic_optimizer.param_groups[0]["lr"] == 3e-3
+    assert not torch.equal(heads["0"], heads["0.1"])
+
+
+def test_a_users_own_label_column_is_just_a_column(model_folder, tmp_path):
+    seen = []
+    args = train.parse_args([*MODEL, "--model-name-or-path", model_folder, "--dataset-name", write_rows(tmp_path / "d.jsonl", rows_of(label="mine")),
+                             "--reward", "exact", "--output-dir", str(tmp_path / "run"), "--pseudo-label-noise", "0.5"])  # fmt: skip
+    state = train.build(args)
+    state.reward = lambda prompts, completions, answer, label, **columns: seen.append((answer, label)) or [0.0] * len(prompts)
+    train.collect(state, args)
+    true, noisy = seen
+    assert true[1] == noisy[1] == ["mine"] * 8 and true[0] != noisy[0]
+
+
 def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_path):
     state, args = state_of(warm_start, tmp_path, "--reward-noise-fp", "1", "--reward-noise-fn", "1", "--reward-noise-outlier", "1", "5")
     rng, noise = torch.get_rng_state(), state.noise.get_state()
@@ -178,8 +235,8 @@ def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_
 
 def test_pseudo_labels_reach_training_but_not_true_scores_or_evaluation(warm_start, tmp_path):
     state, args = state_of(warm_start, tmp_path, "--pseudo-label-noise", "1")
-    assert all(label != answer for label, answer in zip(state.data["label"], state.data["answer"]))
-    assert all("label" not in data for data in state.evals.values())
+    assert all(label != answer for label, answer in zip(state.data[ro.PSEUDO_LABEL], state.data["answer"]))
+    assert all(ro.PSEUDO_LABEL not in data.column_names for data in state.evals.values())
     _, metrics = train.collect(state, args)
     assert metrics["objective/scores"] < 0.05 < metrics["objective/true_scores"]
 
@@ -255,18 +312,12 @@ def test_dropout_is_off_even_in_train_mode_and_weights_are_fp32(model_folder, tm
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
-def test_bf16_weights_lose_adam_steps():
-    """Why fp32 is asserted: 100 AdamW steps at 1e-6 leave most bf16 weights where they were, and move every fp32 one."""
-    moved = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        torch.manual_seed(0)
-        weight = torch.nn.Parameter((0.02 * torch.randn(2000)).to(dtype))
-        start, optimizer = weight.detach().clone(), torch.optim.AdamW([weight], lr=1e-6, weight_decay=0.0)
-        for _ in range(100):
-            weight.grad = torch.ones_like(weight)
-            optimizer.step()
-        moved[dtype] = (weight != start).float().mean().item()
-    assert moved[torch.float32] > 0.99 and moved[torch.bfloat16] < 0.2
+def test_weights_that_are_not_fp32_are_refused(warm_start, tmp_path, monkeypatch):
+    """Adam steps of 1e-6 vanish in bf16 weights."""
+    load = train.load
+    monkeypatch.setattr(train, "load", lambda kind, *rest: load(kind, *rest).bfloat16() if kind is AutoModelForCausalLM else load(kind, *rest))
+    with pytest.raises(AssertionError, match="bf16"):
+        state_of(warm_start, tmp_path)
 
 
 def test_a_missing_logging_package_is_one_line(monkeypatch, tmp_path, capsys):
@@ -287,7 +338,8 @@ BAD_FLAGS = [
     ("--resume", "--resume"), ("--resume nowhere", "--resume"), ("--model-name-or-path ./no/such/folder", "--model-name-or-path"),
     ("--reward nonsense", "--reward"), ("--shape-weight -1", "--shape-weight"), ("--num-quantiles 0", "--num-quantiles"), ("--task chess", "--task"),
     ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"),
-    ("--critic-model-name-or-path ./nowhere", "--critic"),
+    ("--critic-model-name-or-path ./nowhere", "--critic"), ("--device gpu", "--device"), ("--device meta", "--device"), ("--seed 40000000000000", "--seed"),
+    ("--temperature 1e-42", "--temperature"), ("--response-length 300", "--response-length"), ("--reward-noise-outlier 1 1e30", "--reward-noise-outlier"),
 ]  # fmt: skip
 
 
@@ -325,6 +377,9 @@ BAD_DATA = [
     ("{broken", "", ["--dataset-name"]),
     (None, "", ["--dataset-name", "no such file"]),
     ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
+    (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
+    (ONE * 4, "", ["--dataset-name", "held-out"]),
+    (ONE, "--reward bad:raises", ["--reward", "KeyError"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
     (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
     (ONE, "--reward bad:text", ["--reward", "row 0", "'1'"]),
@@ -338,6 +393,7 @@ def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad.py").write_text(
         "def short(prompts, **columns): return [0.0]\ndef half(prompts, **columns): return [0.5] * len(prompts)\n"
+        "def raises(prompts, **columns): return {}['x']\n"
         "def nan(prompts, **columns): return [0.0] * 7 + [float('nan')]\ndef text(prompts, **columns): return ['1'] * len(prompts)\n"
     )
     (tmp_path / "run").mkdir()
@@ -355,8 +411,17 @@ def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_start, tmp_path, capsys):
     refused(capsys, ["--resume", str(finished), "--seed", "5"], "--seed", "5 here", "0 in the run")
     refused(capsys, ["--resume", str(finished), "--output-dir", str(tmp_path)], "--output-dir", str(finished))
+    assert train.parse_args(["--resume", "--output-dir", f"{finished}/"]).resume.endswith("checkpoint-000024")
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
+
+
+@pytest.mark.parametrize("torn", ["args.json", "*24/state.pt", "*24/critic/critic_config.json", "*24/policy/model.safetensors"])
+def test_resume_from_torn_files_is_one_line(torn, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    (path,) = (tmp_path / "run").glob(torn)
+    path.write_bytes(path.read_bytes()[:20])
+    refused(capsys, ["--resume", str(tmp_path / "run"), "--total-episodes", "1600"], "--resume")
 
 
 def test_help_names_every_flag_and_both_spellings_work(capsys):
