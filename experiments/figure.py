@@ -33,8 +33,8 @@ def draw_training(axes, runs, measure, title):
         mean, half = zip(*(interval(curves[step]) for step in x))
         axes.plot(x, mean, color=colour, label=algo.upper())
         axes.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], color=colour, alpha=0.15, linewidth=0)
-    axes.set(title=title, xlabel="iteration (128 responses each)", ylabel="held-out accuracy, sampled", ylim=(0.3, 1.0))
-    axes.legend(loc="lower right", frameon=False)
+    axes.set(title=title, xlabel="iteration (128 responses each)", ylabel="held-out accuracy, sampled", ylim=(0.15, 1.0))
+    axes.legend(loc="upper left", frameon=False)
 
 
 def draw_tails(axes):
