@@ -83,16 +83,14 @@ def task_tokenizer(task):
     """A small real tokenizer: characters for sums, words and a chat template for dialogue."""
     special = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
     if task == "sums":
-        words, pattern = list("0123456789+=,#"), "."
+        words, split = list("0123456789+=,#"), pre_tokenizers.Split(Regex("."), "isolated")
     else:
-        words, pattern = [*SLOTS, *(value for values in SLOTS.values() for value in values), "ok", "book"], r"\s+"
+        words, split = [*SLOTS, *(value for values in SLOTS.values() for value in values), "ok", "book"], pre_tokenizers.WhitespaceSplit()
     vocabulary = {word: index for index, word in enumerate([*special, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = split
     if task == "sums":
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
         tokenizer.decoder = decoders.Fuse()
-    else:
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "removed")
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                    extra_special_tokens=["<user>", "<assistant>"], padding_side="left")  # fmt: skip
     if task == "dialogue":
@@ -151,7 +149,7 @@ def encode_prompts(prompts, tokenizer, use_chat_template=True):
     return encoded
 
 
-def render_chat(prompt, tokenizer, row=0, **template_kwargs):
+def render_chat(prompt, tokenizer, row=0):
     """The text of a prompt (a string is one user's message) after the tokenizer's chat template; raises InputError."""
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
     well_formed = isinstance(messages, list) and messages and all(
@@ -162,7 +160,7 @@ def render_chat(prompt, tokenizer, row=0, **template_kwargs):
     if not tokenizer.chat_template:
         raise InputError(f"row {row}: prompt is a list of messages, but the model's tokenizer has no chat template")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_kwargs)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # a template is a program of the model's author, and raises what it likes
         raise InputError(f"row {row}: prompt: the chat template refuses it: {one_line(error)}") from error
 
