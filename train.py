@@ -88,7 +88,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
     "reward noise (training only, never evaluation)": [
         ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
         ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
-        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P the score loses up to SCALE"),
+        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P, at most 1, the score loses up to SCALE"),
         ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),
         ("reward-noise-seed", 0, "[0, 2147483647]", "seed of all of these"),
     ],
@@ -138,7 +138,7 @@ def make_parser():
                 options["choices"] = allowed
             if "action" not in options and not isinstance(allowed, list):
                 options.setdefault("metavar", "N" if isinstance(allowed, str) else "NAME")
-            group.add_argument(f"--{name}", default=default, help=text if default in (None, False) else f"{text} ({shown})", **options)
+            group.add_argument(f"--{name}", default=default, help=text if default is None or default is False else f"{text} ({shown})", **options)
     return parser
 
 
@@ -441,12 +441,15 @@ def train(args):
             restore(state, args)
         except Exception as error:  # a torn file can fail in any way
             raise InputError(f"--resume: expected a whole checkpoint in {args.resume}, found: {ro.one_line(error)}") from error
-    else:
+    state.before = state.before or evaluate(state, args)  # before an earlier run is moved: the reward may fail
+    print(f"{len(state.data)} prompts to train on; held out: {', '.join(f'{len(data)} {name}' for name, data in state.evals.items()) or 'none'}")
+    if args.critic_warmup_steps >= num_iterations:
+        print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
+    if not args.resume:
         set_aside(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     (output_dir / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
-    state.before = state.before or evaluate(state, args)
     with open(output_dir / "metrics.jsonl", "a") as log, tqdm(total=num_iterations, initial=state.iteration, desc=args.algo) as bar:
         while state.iteration < num_iterations:
             experience, metrics = collect(state, args)
@@ -479,7 +482,7 @@ def main(argv=None):
     datasets.disable_progress_bars()
     try:
         train(parse_args(argv))
-    except InputError as error:
+    except (InputError, OSError) as error:  # OSError: the output folder cannot be written
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,4 +1,4 @@
-"""Draws the reward and the held-out accuracy of finished runs. Needs matplotlib.
+"""Draws the reward and the held-out accuracy of finished runs on a --dataset-name. Needs matplotlib.
 
     python experiments/curve.py FIGURE.png RUN_DIR [RUN_DIR ...]      # folders with metrics.jsonl and results.json
 """

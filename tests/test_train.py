@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -121,8 +122,9 @@ def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start
     assert "earlier-1" in capsys.readouterr().out
 
 
-def test_warm_up_trains_the_critic_only(warm_start, tmp_path):
+def test_warm_up_trains_the_critic_only_and_says_so(warm_start, tmp_path, capsys):
     run(tmp_path, warm_start, "--critic-warmup-steps", "2", "--total-episodes", "128")
+    assert "--critic-warmup-steps 2 covers all 2 iterations" in capsys.readouterr().out
     policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path) / "policy")
     start = AutoModelForCausalLM.from_pretrained(warm_start)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters()))
@@ -349,7 +351,7 @@ def refused(capsys, argv, *words):
         status = train.main(argv)
     except SystemExit as error:
         status = error.code
-    lines = [line for line in capsys.readouterr().err.split("\n") if line.startswith("train.py: error: ")]
+    lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if line.startswith("train.py: error: ")]  # \r: progress bars
     assert status == 2 and len(lines) == 1, (status, lines)
     assert all(word in lines[0] for word in words), lines
 
@@ -408,6 +410,23 @@ def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys
     assert "precious\n" in kept
 
 
+def test_a_reward_that_fails_leaves_the_earlier_run_where_it_is(model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", [{**row, "answer": None} for row in rows_of()])
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    argv = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", data, "--output-dir", str(tmp_path)]
+    refused(capsys, [*argv, "--reward", "model:" + model_folder], "--reward", "sequence classifier")
+    refused(capsys, [*argv, "--reward", "no_such_module:f"], "--reward", "no_such_module")
+    write_rows(tmp_path / "data.jsonl", [{"prompt": row["prompt"], "text": "x"} for row in rows_of()])
+    refused(capsys, [*argv, "--reward", "exact"], "--reward", "'answer'")
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n" and not (tmp_path / "earlier-1").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(warm_start, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "set_aside", lambda folder: (_ for _ in ()).throw(PermissionError(13, "Permission denied", str(folder))))
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    refused(capsys, [*SMALL, "--eval-samples", "4", "--output-dir", str(tmp_path)], "Permission denied", str(tmp_path))
+
+
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_start, tmp_path, capsys):
     refused(capsys, ["--resume", str(finished), "--seed", "5"], "--seed", "5 here", "0 in the run")
     refused(capsys, ["--resume", str(finished), "--output-dir", str(tmp_path)], "--output-dir", str(finished))
@@ -429,4 +448,5 @@ def test_help_names_every_flag_and_both_spellings_work(capsys):
         train.main(["--help"])
     text = capsys.readouterr().out
     assert exit_info.value.code == 0 and "--reward-noise-fp" in text and "default 0.95" in text
+    assert "--save-steps" in text and "default 0; in [0, inf)" in " ".join(text.split())
     assert train.parse_args(["--batch_size", "64"]).batch_size == 64
