@@ -5,13 +5,11 @@ and whatever stands where it is False (NaN included) changes nothing. Losses are
 the whole minibatch's count and micro-batches add up to exactly its gradient.
 """
 
-import math
-
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from critic import head_consistency, quantile_huber_loss
-from risk import lower_tail_mean, risk_regularizer, upper_tail_mean
+from risk import lower_tail_mean, risk_regularizer, tail_size, upper_tail_mean
 
 LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far inside fp32
 
@@ -209,8 +207,7 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     unsorted = head_quantiles.mean(dim=2)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
-    in_low, in_high = (max(1, math.ceil(share * num_quantiles - 1e-6)) for share in (alpha, beta))  # quantiles in each tail
-    low, high = q[..., in_low - 1], q[..., num_quantiles - in_high]
+    low, high = q[..., tail_size(num_quantiles, alpha) - 1], q[..., num_quantiles - tail_size(num_quantiles, beta)]
     crossing = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1) / max(num_quantiles - 1, 1)
     per_token = {
         "crossing_frac": crossing,

@@ -28,6 +28,11 @@ def _highest(values, share):
     return _lowest(values.flip(-1), share)
 
 
+def tail_size(length, share):
+    """How many of `length` sorted quantiles a tail of `share` touches, the boundary one included: 1 or more."""
+    return max(1, math.ceil(share * length - 1e-6))  # 0.07 * 100 is a little above 7 in floating point
+
+
 def lower_tail_mean(quantiles, alpha):
     """CVaR_alpha, the mean of the worst alpha of the distribution: quantiles (..., M) -> (...), reward units.
 
@@ -60,8 +65,8 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
 def _tail_calibration(q, targets, alpha, beta):
     length, targets = q.shape[-1], targets.detach()
     low, high = _lowest(q, alpha), _highest(q, beta)
-    v = q[..., max(1, math.ceil(alpha * length - 1e-6)) - 1, None].detach()  # the boundary quantile of each tail
-    w = q[..., length - max(1, math.ceil(beta * length - 1e-6)), None].detach()
+    v = q[..., tail_size(length, alpha) - 1, None].detach()  # the boundary quantile of each tail
+    w = q[..., length - tail_size(length, beta), None].detach()
     t_low = v[..., 0] - (v - targets).clamp(min=0).mean(dim=-1) / alpha
     t_up = w[..., 0] + (targets - w).clamp(min=0).mean(dim=-1) / beta
     return (low - t_low).square() + (high - t_up).square()

@@ -12,6 +12,7 @@ import collections
 import contextlib
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 POLICY_METRICS = {"approx_kl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "ratio": "val/ratio"}
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
-CHANGEABLE = ("resume", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
+CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
 FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, None for text and switches; help)
     # A default in a tuple is (built-in model, pretrained model).
     "model and data": [
@@ -158,7 +159,7 @@ def parse_args(argv=None):
             raise InputError(f"--output-dir: expected {folder.parent}, the folder of the run to resume, or none; found {args.output_dir}")
         saved["output_dir"] = str(folder.parent)
         given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved))))  # None where a flag was not given
-        given = {key: value for key, value in given.items() if value is not None and key != "output_dir"}
+        given = {key: value for key, value in given.items() if value is not None}
         for key in given.keys() - CHANGEABLE:
             if given[key] != saved[key]:
                 raise InputError(f"--{key.replace('_', '-')}: {given[key]} here, {saved[key]} in the run to resume; expected the same, or none")
@@ -195,6 +196,10 @@ def load(auto_class, name, flag):
         return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
     except Exception as error:  # a broken file or a missing one, each library in its own words
         raise InputError(f"{flag}: cannot load {str(name)!r}: {ro.one_line(error)}") from error
+
+
+def context_of(model):
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
 
 
 def load_data(args, tokenizer, context):
@@ -370,7 +375,7 @@ def set_aside(output_dir):
     """Moves an earlier run's files to output_dir/earlier-K, so that nothing is overwritten; the warm start stays for reuse."""
     found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*") for path in output_dir.glob(name)]
     if found:
-        earlier = output_dir / f"earlier-{len(list(output_dir.glob('earlier-*'))) + 1}"
+        earlier = next(path for k in itertools.count(1) if not (path := output_dir / f"earlier-{k}").exists())
         earlier.mkdir()
         for path in found:
             path.rename(earlier / path.name)
@@ -400,7 +405,7 @@ def build(args):
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = state.tokenizer.pad_token_id if state.tokenizer.pad_token_id is not None else state.stop_ids[0]
-    context = getattr(state.policy.config, "max_position_embeddings", None) or math.inf
+    context = context_of(state.policy)
     if args.response_length >= context:
         raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")
     state.data, state.evals = load_data(args, state.tokenizer, context)
@@ -411,7 +416,7 @@ def build(args):
     else:
         own_trunk = args.critic_model_name_or_path
         trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(state.policy.base_model)
-        if trunk.config.vocab_size < state.policy.config.vocab_size or (getattr(trunk.config, "max_position_embeddings", None) or math.inf) < context:
+        if trunk.config.vocab_size < state.policy.config.vocab_size or context_of(trunk) < context:
             raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
         size = (args.num_heads, args.num_quantiles) if args.algo == "dvpo" else (1, 1)
         state.critic = QuantileCritic(trunk, *size, args.tau_grid, seed=args.seed)
@@ -434,7 +439,7 @@ def build(args):
 def train(args):
     """The whole run: evaluation, iterations, checkpoint, evaluation, and a table of what changed."""
     output_dir, state = Path(args.output_dir), build(args)
-    log_elsewhere, num_iterations = make_logger(args), math.ceil(args.total_episodes / args.batch_size)
+    num_iterations = math.ceil(args.total_episodes / args.batch_size)
     torch.manual_seed(args.seed)
     if args.resume:
         try:
@@ -450,6 +455,7 @@ def train(args):
         output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     (output_dir / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
+    log_elsewhere = make_logger(args)  # not earlier: set_aside would move the file that it opens
     with open(output_dir / "metrics.jsonl", "a") as log, tqdm(total=num_iterations, initial=state.iteration, desc=args.algo) as bar:
         while state.iteration < num_iterations:
             experience, metrics = collect(state, args)

@@ -15,6 +15,7 @@ from risk import (
     tail_calibration_loss,
     tail_curvature_loss,
     tail_shape_loss,
+    tail_size,
     upper_tail_mean,
 )
 
@@ -47,6 +48,11 @@ def test_tail_means_integrate_the_step_function(m, share, seed):
     area = sum(value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(steps))
     assert lower_tail_mean(q, share).item() == pytest.approx(area / share, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(upper_tail_mean(q, share), -lower_tail_mean(-q, share))
+
+
+def test_tail_size_counts_the_boundary_quantile():
+    sizes = {(8, 0.1): 1, (100, 0.07): 7, (100, 0.29): 29, (4, 0.3): 2, (200, 0.1): 20, (5, 1.0): 5, (4, 1e-9): 1}
+    assert {key: tail_size(*key) for key in sizes} == sizes
 
 
 @pytest.mark.parametrize("share", [0.0, -0.1, 1.01, float("nan")])

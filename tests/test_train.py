@@ -122,6 +122,20 @@ def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start
     assert "earlier-1" in capsys.readouterr().out
 
 
+def test_a_runs_own_event_file_stays_and_earlier_folders_never_collide(warm_start, tmp_path, monkeypatch):
+    def make_logger(args):
+        (tmp_path / "events.out.new").touch()
+        return lambda metrics, episode: None
+
+    monkeypatch.setattr(train, "make_logger", make_logger)
+    (tmp_path / "earlier-2").mkdir()  # the user threw earlier-1 away
+    (tmp_path / "events.out.old").touch()
+    run(tmp_path, warm_start, "--total-episodes", "64", "--eval-samples", "8")
+    assert (tmp_path / "events.out.new").exists() and (tmp_path / "earlier-1" / "events.out.old").exists()
+    train.set_aside(tmp_path)
+    assert (tmp_path / "earlier-3" / "args.json").exists() and not list((tmp_path / "earlier-2").iterdir())
+
+
 def test_warm_up_trains_the_critic_only_and_says_so(warm_start, tmp_path, capsys):
     run(tmp_path, warm_start, "--critic-warmup-steps", "2", "--total-episodes", "128")
     assert "--critic-warmup-steps 2 covers all 2 iterations" in capsys.readouterr().out
