@@ -41,6 +41,45 @@ def pairwise_quantile_huber_loss(quantiles, targets, levels, kappa):
     return ((levels.unsqueeze(-1) - (u < 0).to(u.dtype)).abs() * distance).mean(dim=(-2, -1))
 
 
+def count_below(targets, edges):
+    """How many of each row's sorted targets lie below each edge: (rows, K), (rows, E) -> (rows, E) int64, as searchsorted.
+
+    [ours] A binary search all edges take in step, without branches: a third of searchsorted's time on a CPU at K = 200.
+    """
+    step = 1 << (targets.shape[-1].bit_length() - 1)
+    padded = nn.functional.pad(targets, (0, 2 * step - 1 - targets.shape[-1]), value=torch.inf)
+    count = torch.zeros_like(edges, dtype=torch.long)
+    while step:
+        count.add_(padded[:, step - 1 :].gather(-1, count) < edges, alpha=step)
+        step //= 2
+    return count
+
+
+def _loss_and_slope(quantiles, targets, levels, kappa):
+    """The quantile Huber loss of each row and its derivative by each quantile, in fp64: (rows, M), (rows, K) -> (rows,), (rows, M)."""
+    y = targets.double().sort(dim=-1).values
+    centre = y.mean(dim=-1, keepdim=True)  # centred: differences of large sums lose digits
+    y, q = y - centre, quantiles.double() - centre
+    num_targets, scale = y.shape[-1], y.shape[-1] * q.shape[-1]
+    sum_y, sum_yy = (nn.functional.pad(x.cumsum(dim=-1), (1, 0)) for x in (y, y.square()))  # [i]: over the i smallest targets
+
+    def ramp(x):  # P(x) = sum_j (x - y_j)_+ and its integral R(x) = sum_j (x - y_j)_+^2 / 2
+        count = count_below(y, x)
+        y_below, yy_below = sum_y.gather(-1, count), sum_yy.gather(-1, count)
+        p = count * x - y_below
+        return p, ((p - y_below) * x + yy_below) / 2
+
+    p, r = ramp(q)
+    if kappa == 0:  # the pinball loss: (1 - tau) P(q) + tau (P(q) - sum_j (q - y_j)); its slope counts targets
+        below, not_above = count_below(y, q), num_targets - count_below(-y.flip(-1), -q)
+        loss, slope = p - levels * num_targets * q, (1 - levels) * below - levels * (num_targets - not_above)
+    else:  # below q, sum_j H(q - y_j) / kappa = (R(q) - R(q - kappa)) / kappa; above q the mirror image
+        (p_low, r_low), (p_high, r_high) = ramp(q - kappa), ramp(q + kappa)
+        loss = ((r - r_low) - levels * (2 * r - r_low - r_high)) / kappa - levels * num_targets * (q + kappa / 2)
+        slope = ((p - p_low) - levels * (2 * p - p_low - p_high)) / kappa - levels * num_targets
+    return loss.sum(dim=-1) / scale, slope / scale
+
+
 def quantile_huber_loss(quantiles, targets, levels, kappa):
     """Quantile regression with a Huber corner of half-width kappa, in O((M + K) log K) time and O(M + K) memory per token.
 
@@ -50,43 +89,21 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
 
         u_ij = y_j - q_i,  loss = mean_ij |tau_i - 1{u_ij < 0}| H_kappa(u_ij) / kappa,  kappa = 0: the pinball loss
 
-    For a fixed q_i the loss is a polynomial in q_i between the points y_j and y_j +- kappa. So: sort the targets once, keep
-    prefix sums of y and y^2 (in fp64 and centred: differences of large sums lose digits), look up three edges per quantile.
+    For a fixed q_i the sum over j is made of P(x) = sum_j (x - y_j)_+ and its integral at x = q_i and q_i +- kappa. So: sort the
+    targets once, keep prefix sums of y and y^2 in fp64, look up three edges per quantile; a few rows at a time, within a CPU's cache.
     """
     assert levels.shape == quantiles.shape[-1:], f"levels {tuple(levels.shape)} for quantiles {tuple(quantiles.shape)}"
     assert quantiles.shape[:-1] == targets.shape[:-1], f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     if kappa < 0:
         raise ValueError(f"kappa: expected >= 0 (reward units), found {kappa}")
     with torch.no_grad():
-        y = targets.double().sort(dim=-1).values
-        centre = y.mean(dim=-1, keepdim=True)
-        y, q = y - centre, (quantiles.double() - centre).contiguous()
-        zero = torch.zeros_like(centre)
-        sum_y = torch.cat([zero, y.cumsum(dim=-1)], dim=-1)  # sum_y[i] = sum of the i smallest targets
-        sum_yy = torch.cat([zero, y.square().cumsum(dim=-1)], dim=-1)
-        low = torch.searchsorted(y, q - kappa)  # targets before `low` lie more than kappa below q
-        mid = torch.searchsorted(y, q, right=True)  # targets from `mid` on lie above q
-        high = torch.searchsorted(y, q + kappa, right=True)  # targets from `high` on lie more than kappa above q
-        y_low, y_mid, y_high = (sum_y.gather(-1, edge) for edge in (low, mid, high))
-        yy_low, yy_mid, yy_high = (sum_yy.gather(-1, edge) for edge in (low, mid, high))
-        corner = 1 / kappa if kappa > 0 else 0.0
-
-        # Sums over the targets above q of H(u)/kappa and of its slope: a near, quadratic part and a far, linear one.
-        far, near, near_y = y.shape[-1] - high, high - mid, y_high - y_mid
-        slope_above = far + (near_y - near * q) * corner
-        above = (sum_y[..., -1:] - y_high) - far * (q + kappa / 2)
-        above += (yy_high - yy_mid - 2 * q * near_y + near * q.square()) * (corner / 2)
-        # And over those below q.
-        far, near, near_y = low, mid - low, y_mid - y_low
-        slope_below = far + (near * q - near_y) * corner
-        below = far * (q - kappa / 2) - y_low
-        below += (yy_mid - yy_low - 2 * q * near_y + near * q.square()) * (corner / 2)
-
-        loss = (levels * above + (1 - levels) * below).mean(dim=-1) / y.shape[-1]
-        slope = ((1 - levels) * slope_below - levels * slope_above) / (q.shape[-1] * y.shape[-1])
-        loss, slope = loss.to(quantiles.dtype), slope.to(quantiles.dtype)
-    # The value is in `loss`; adding slope * (q - q) = 0 gives it the exact gradient, and autograd keeps one tensor only.
-    return loss + (slope * (quantiles - quantiles.detach())).sum(dim=-1)
+        flat_quantiles, flat_targets = quantiles.reshape(-1, quantiles.shape[-1]), targets.reshape(-1, targets.shape[-1])
+        rows = max(1, (2**16 if quantiles.device.type == "cpu" else 2**23) // (quantiles.shape[-1] + targets.shape[-1]))
+        chunks = [_loss_and_slope(q, y, levels, kappa) for q, y in zip(flat_quantiles.split(rows), flat_targets.split(rows))]
+        loss, slope = (torch.cat(parts).to(quantiles.dtype) for parts in zip(*chunks))
+        loss, slope = loss.view(quantiles.shape[:-1]), slope.view(quantiles.shape)
+    tangent = (slope * quantiles).sum(dim=-1)
+    return loss + (tangent - tangent.detach())  # the value is `loss`, the gradient exactly `slope`, and autograd keeps one tensor only
 
 
 def head_consistency(head_quantiles):
@@ -117,13 +134,15 @@ class QuantileCritic(nn.Module):
             self.heads.weight.copy_(spread * 2e-5 / hidden_size**0.5)
             self.heads.bias.fill_(bias)
 
-    def forward(self, input_ids, attention_mask, position_ids, num_last=0):
+    def forward(self, input_ids, attention_mask, position_ids, columns=None):
         """The quantiles of the return from every position on: ids, mask, positions (B, L) -> (B, L, N, M) fp32.
 
-        num_last > 0 keeps the last positions only (the response), as transformers' logits_to_keep does for logits.
+        columns (B, K) int64: only at these columns of each row (the response's), and so (B, K, N, M).
         """
         output = self.trunk(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
-        hidden = output.last_hidden_state[:, -num_last:]
+        hidden = output.last_hidden_state
+        if columns is not None:
+            hidden = hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
         with torch.autocast(hidden.device.type, enabled=False):
             quantiles = self.heads(hidden.float())
         return quantiles.unflatten(-1, (self.settings["num_heads"], self.settings["num_quantiles"]))

@@ -40,15 +40,17 @@ def masked_whiten(values, mask, shift_mean=True):
 def token_logprobs(logits, ids, temperature, chunk_size=2**24):
     """log softmax(logits / temperature) at ids: (B, T, V), (B, T) -> (B, T) fp32, in nats; logits stay as they are.
 
-    Rows go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
+    Tokens go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
     """
 
     def chunk_logprobs(logits, ids):
-        return (logits.float() / temperature).log_softmax(dim=-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        logits = logits.float() if temperature == 1 else logits.float() / temperature
+        return -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
 
-    rows = max(1, chunk_size // max(1, logits[0].numel()))
-    chunks = zip(logits.split(rows), ids.split(rows))
-    return torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    tokens = max(1, chunk_size // logits.shape[-1])
+    chunks = zip(logits.flatten(0, 1).split(tokens), ids.flatten().split(tokens))
+    logprobs = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    return logprobs.view(ids.shape)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -145,22 +147,22 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1 there), and no tail terms.
     """
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
-    head_quantiles, targets = head_quantiles[mask], targets[mask].detach()  # (tokens, N, M), (tokens, K): no work on padding
-    count = torch.as_tensor(len(targets) if num_tokens is None else num_tokens, device=targets.device).clamp(min=1)
+    # Zeros on padding, not boolean indexing: a NaN there stays out of the gradient, and no GPU has to wait for a count.
+    head_quantiles = torch.where(mask[..., None, None], head_quantiles, 0)
+    targets = torch.where(mask[..., None], targets.detach(), 0)
     if kappa is None:
         error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
-        return error.square().mean(dim=-1).sum() / 2 / count, {}
+        return masked_mean(error.square().mean(dim=-1) / 2, mask, num_tokens), {}
     # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the mean over it is over heads too.
-    num_heads = head_quantiles.shape[1]
-    token_loss = quantile_huber_loss(head_quantiles.flatten(1), targets, levels.repeat(num_heads), kappa)
+    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels.repeat(head_quantiles.shape[2]), kappa)
     terms = {"quantile": token_loss}
     if risk is not None:
-        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=1), targets, risk)
+        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=2), targets, risk)
         terms |= tail_terms | {"consistency": head_consistency(head_quantiles)}
         token_loss = token_loss + tail_loss
         if risk.consistency != 0:
             token_loss = token_loss + risk.consistency * terms["consistency"]
-    return token_loss.sum() / count, {name: term.detach().sum() / count for name, term in terms.items()}
+    return masked_mean(token_loss, mask, num_tokens), {name: masked_mean(term.detach(), mask, num_tokens) for name, term in terms.items()}
 
 
 def explained_variance(values, targets, mask):

@@ -170,7 +170,8 @@ class Rollout:
     """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T.
 
     input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
-    truncated (B,) True where the response ran out of room before a stop token.
+    truncated (B,) True where the response ran out of room before a stop token; logprobs (B, T) as sampled, in nats, where recorded;
+    lengths (B, 2) tokens of each prompt and response, kept on the CPU so that cutting batches never waits for a GPU.
     """
 
     input_ids: torch.Tensor
@@ -178,15 +179,21 @@ class Rollout:
     position_ids: torch.Tensor
     mask: torch.Tensor
     truncated: torch.Tensor
+    logprobs: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+    def __post_init__(self):
+        if self.lengths is None:
+            width = self.input_ids.shape[1] - self.mask.shape[1]
+            self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
 
     def __getitem__(self, rows):
         """The given rows, without the columns that are padding in all of them."""
-        mask, attention = self.mask[rows], self.attention_mask[rows]
-        width = attention.shape[1] - mask.shape[1]
-        used = int(attention[:, width:].any(0).sum())
-        start, stop = int(attention[:, :width].any(0).long().argmax()), width + used
-        columns = (x[rows][:, start:stop] for x in (self.input_ids, self.attention_mask, self.position_ids))
-        return Rollout(*columns, mask[:, :used], self.truncated[rows])
+        width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
+        prompt, used = lengths.amax(0).tolist()
+        columns = (x[rows, width - prompt : width + used] for x in (self.input_ids, self.attention_mask, self.position_ids))
+        logprobs = None if self.logprobs is None else self.logprobs[rows, :used]
+        return Rollout(*columns, self.mask[rows, :used], self.truncated[rows], logprobs, lengths)
 
     @property
     def response_ids(self):
@@ -208,23 +215,34 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 
 @torch.no_grad()
-def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature):
+def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, record_logprobs=False, static_cache=False):
     """Samples one response per prompt (temperature 0: greedy) with transformers' generate, and says what was sampled.
 
     prompt_ids: list of B lists of int -> Rollout on the model's device. Draws from torch's global generator.
     The model's own generation settings (top-k, penalties, ...) are put aside: they would shape the samples but not the log-probs.
+    record_logprobs: keep those that sampling drew from, which saves a scoring pass; where sampling is less exact than training, score.
+    static_cache: a KV cache of fixed shape, for which transformers compiles decoding and captures it as a graph on a GPU.
     """
     width = max(map(len, prompt_ids))
-    device = model.device
+    width += -width % 64 if static_cache else 0  # a new width is a new compilation
+    device, steps = model.device, []
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
+    settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id,
+                                cache_implementation="static" if static_cache else None, **sampling)  # fmt: skip
+
+    def record(input_ids, logits):  # called with the logits of each step: those of the step before have been drawn from by now
+        if steps:
+            steps[-1] = steps[-1].gather(1, input_ids[:, -1:])
+        steps.append((logits / temperature).log_softmax(dim=-1))
+        return logits
+
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
-        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings)
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record] if record_logprobs else None)
     finally:
         model.generation_config = own_settings
         model.train(was_training)
@@ -232,7 +250,11 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature):
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(1) - is_stop.long() == 0
     attention = torch.cat([attention, mask.long()], dim=1)
-    return Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
+    logprobs = None
+    if record_logprobs:
+        record(input_ids, torch.zeros(1, 1))
+        logprobs = torch.where(mask, torch.cat(steps[: mask.shape[1]], dim=1), 0)
+    return Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1), logprobs)
 
 
 def completion_texts(rollout, tokenizer, stop_ids):
@@ -242,31 +264,70 @@ def completion_texts(rollout, tokenizer, stop_ids):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
+def right_aligned(rollout):
+    """Each row's tokens moved to the right edge, so that a forward pass meets no padding between prompt and response or behind it.
+
+    -> input_ids, attention_mask, position_ids (B, W), W the longest row's tokens; and columns (B, T + 1): the one of these W that
+    sees the state before response token t, for t = T after the last one. Slots behind a row's response point at its last column.
+    """
+    (length, num_tokens), (prompts, responses) = (rollout.input_ids.shape[1], rollout.mask.shape[1]), rollout.lengths.T
+    width, device = max((prompts + responses).tolist()), rollout.input_ids.device
+    shift = (num_tokens - responses).to(device, non_blocking=True).unsqueeze(1)
+    source = torch.arange(length - width, length, device=device) - shift
+    input_ids, attention, positions = (x.gather(1, source.clamp(min=0)) for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
+    columns = torch.arange(width - num_tokens - 1, width, device=device) + shift
+    return input_ids, attention * (source >= 0), positions, columns.clamp(max=width - 1)
+
+
 def response_logprobs(model, rollout, temperature):
     """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats.
 
     The logits one position before a token are the ones that chose it; no others are computed.
     """
-    num_tokens = rollout.mask.shape[1]
-    output = model(rollout.input_ids, attention_mask=rollout.attention_mask, position_ids=rollout.position_ids,
-                   use_cache=False, logits_to_keep=num_tokens + 1)  # fmt: skip
-    return token_logprobs(output.logits[:, :-1], rollout.response_ids, temperature)
+    input_ids, attention, positions, columns = right_aligned(rollout)
+    num_tokens, width = rollout.mask.shape[1], input_ids.shape[1]
+    output = model(input_ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=False, logits_to_keep=num_tokens)
+    logprobs = token_logprobs(output.logits, input_ids[:, width - num_tokens :], temperature)
+    return logprobs.gather(1, (columns[:, 1:] - (width - num_tokens)).clamp(min=0))
 
 
-def response_quantiles(critic, rollout):
-    """The critic's quantiles at the state before every response token, and after the last: Rollout -> (B, T + 1, N, M) fp32."""
-    return critic(rollout.input_ids, rollout.attention_mask, rollout.position_ids, num_last=rollout.mask.shape[1] + 1)
+def response_quantiles(critic, rollout, after_last=False):
+    """The critic's quantiles at the state before every response token: Rollout -> (B, T, N, M) fp32.
+
+    after_last: also at the state after each row's last token, in one more slot, (B, T + 1, N, M).
+    """
+    input_ids, attention, positions, columns = right_aligned(rollout)
+    if after_last:
+        return critic(input_ids, attention, positions, columns)
+    return critic(input_ids[:, :-1], attention[:, :-1], positions[:, :-1], columns[:, :-1].clamp(max=input_ids.shape[1] - 2))
 
 
-def in_micro_batches(function, rollout, size):
-    """function(rollout of some rows) for all rows, a few at a time by length, put together with zeros where rows are shorter."""
-    lengths, result = rollout.attention_mask.sum(1), None
-    for rows in lengths.argsort(descending=True, stable=True).split(size):
+def micro_batches(rollout, rows, max_rows, max_tokens):
+    """rows (a CPU tensor of indices) in groups of similar length, longest first: of at most max_rows and max_tokens, padding counted.
+
+    A row shorter than 3/4 of a group's longest begins the next one, unless the group is so small (256 tokens) that overhead rules.
+    """
+    lengths = rollout.lengths.sum(1)
+    lengths, order = lengths[rows].sort(descending=True, stable=True)
+    groups, width = [], 0
+    for row, length in zip(rows[order].tolist(), lengths.tolist()):
+        size = len(groups[-1]) if groups else max_rows
+        if size >= max_rows or (size + 1) * width > max_tokens or (length < 0.75 * width and size * width >= 256):
+            groups.append([])
+            width = length
+        groups[-1].append(row)
+    return [torch.tensor(group) for group in groups]
+
+
+def in_micro_batches(function, rollout, max_rows, max_tokens):
+    """function(rollout of some rows) for all rows, a micro-batch at a time, put together with zeros where rows are shorter."""
+    result, num_rows = None, len(rollout.lengths)
+    for rows in micro_batches(rollout, torch.arange(num_rows), max_rows, max_tokens):
         micro = rollout[rows]
         part = function(micro)
         if result is None:  # some functions give one column more than there are tokens
             width = rollout.mask.shape[1] + part.shape[1] - micro.mask.shape[1]
-            result = part.new_zeros(len(lengths), width, *part.shape[2:])
+            result = part.new_zeros(num_rows, width, *part.shape[2:])
         result[rows, : part.shape[1]] = part
     return result
 

@@ -57,7 +57,8 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("total-episodes", (19200, 10000), "[1, inf)", "responses to sample in all"),
         ("batch-size", (128, 64), "[1, inf)", "responses per iteration"),
         ("num-mini-batches", 2, "[1, inf)", "optimiser steps per epoch over a batch"),
-        ("micro-batch-size", (128, 8), "[1, inf)", "responses per forward pass; changes memory, never the gradient"),
+        ("micro-batch-size", (128, 64), "[1, inf)", "most responses per forward pass; changes memory and time, never the gradient"),
+        ("micro-batch-tokens", 4096, "[1, inf)", "most tokens per forward pass, prompts and padding counted"),
         ("num-ppo-epochs", 2, "[1, inf)", "passes over each batch"),
         ("response-length", (16, 256), "[1, inf)", "most tokens per response"),
         ("critic-warmup-steps", 5, "[0, inf)", "first iterations that train the critic only"),
@@ -104,6 +105,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("device", "auto", None, "auto, cpu or cuda"),
         ("dtype", "auto", ["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 (autocast) on cuda, else float32"),
         ("gradient-checkpointing", False, None, "trade time for memory in the update"),
+        ("kv-cache", "dynamic", ["dynamic", "static"], "of sampling; static: of fixed shape, decoding compiled and captured as a graph on cuda"),
     ],
 }
 
@@ -242,16 +244,27 @@ def batch_rows(num_rows, episode, batch_size, seed):
     return rows
 
 
+def sample(state, args, prompt_ids, temperature, record_logprobs=False):
+    """ro.sample from the policy, or in half precision from its bf16 copy, brought up to date: decoding reads every weight per token."""
+    if state.sampler is not state.policy:
+        torch._foreach_copy_([*state.sampler.parameters()], [*state.policy.parameters()])
+    static = args.kv_cache == "static"
+    return ro.sample(state.sampler, prompt_ids, state.pad_id, state.stop_ids, args.response_length, temperature, record_logprobs, static)
+
+
 @torch.no_grad()
 def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
     batch = state.data[batch_rows(len(state.data), state.iteration * args.batch_size, args.batch_size, args.seed)]
     with state.autocast():
-        rollout = ro.sample(state.policy, batch[ro.PROMPT_IDS], state.pad_id, state.stop_ids, args.response_length, args.temperature)
-        forward = lambda function, model, *rest: ro.in_micro_batches(lambda part: function(model, part, *rest), rollout, args.micro_batch_size)
-        logprobs = forward(ro.response_logprobs, state.policy, args.temperature)
-        ref_logprobs = forward(ro.response_logprobs, state.reference, args.temperature) if state.reference is not None else None
-        head_quantiles = forward(ro.response_quantiles, state.critic)
+        rollout = sample(state, args, batch[ro.PROMPT_IDS], args.temperature, record_logprobs=not state.half)
+        forward = lambda function: ro.in_micro_batches(function, rollout, args.micro_batch_size, args.micro_batch_tokens)
+        score = lambda model: forward(lambda part: ro.response_logprobs(model, part, args.temperature))
+        # In fp32 sampling drew from the very numbers that training computes: nothing to score again.
+        logprobs = score(state.policy) if state.half else rollout.logprobs
+        with torch.inference_mode():
+            ref_logprobs = score(state.reference) if state.reference is not None else None
+        head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
 
     texts = ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
     true_scores = ro.score(state.reward, batch, texts)
@@ -263,9 +276,9 @@ def collect(state, args):
     rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     if args.whiten_rewards:
         rewards = dvpo.masked_whiten(rewards, mask, shift_mean=False)
-    head_quantiles, after_last = head_quantiles[:, :-1], head_quantiles[:, -1].mean(dim=1)
+    bootstrap = torch.where(rollout.truncated[:, None], head_quantiles[:, -1].mean(dim=1), 0) if args.bootstrap_truncated else None
+    head_quantiles = head_quantiles[:, : mask.shape[1]]
     quantiles = head_quantiles.mean(dim=2)
-    bootstrap = torch.where(rollout.truncated[:, None], after_last, 0) if args.bootstrap_truncated else None
     advantages, targets = dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, bootstrap)
     advantages = dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask)
 
@@ -281,34 +294,46 @@ def collect(state, args):
     return {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets}, metrics
 
 
-def update(state, args, experience):
-    """Epochs of minibatch steps on one batch of experience; the policy rests during the critic's warm-up -> metrics."""
-    train_policy = state.iteration >= args.critic_warmup_steps
+def policy_backward(state, args, part, old_logprobs, advantages, num_tokens):
+    """Adds the policy loss's gradient of a micro-batch -> metrics."""
+    with state.autocast():
+        logprobs = ro.response_logprobs(state.policy, part, args.temperature)
+    loss, metrics = dvpo.clipped_policy_loss(logprobs, old_logprobs, advantages, part.mask, args.cliprange, num_tokens)
+    loss.backward()
+    return {"loss/policy_avg": loss.detach(), **{POLICY_METRICS[name]: value for name, value in metrics.items()}}
+
+
+def critic_backward(state, args, part, targets, num_tokens):
+    """Adds the critic loss's gradient of a micro-batch -> metrics."""
     kappa, risk = (args.kappa, state.risk) if args.algo == "dvpo" else (None, None)  # all that tells dvpo from ppo
-    rollout, totals, num_steps = experience["rollout"], collections.Counter(), args.num_ppo_epochs * args.num_mini_batches
+    with state.autocast():
+        head_quantiles = ro.response_quantiles(state.critic, part)
+    loss, metrics = dvpo.critic_loss(head_quantiles, targets, part.mask, state.critic.levels, kappa, risk, num_tokens)
+    loss.backward()
+    return {"loss/value_avg": loss.detach(), **{f"loss/critic_{name}": value for name, value in metrics.items()}}
+
+
+def update(state, args, experience):
+    """Epochs of minibatch steps on one batch of experience; the policy rests during the critic's warm-up -> metrics.
+
+    Nothing in the loop waits for a GPU; whether the gradients were finite is asked once, behind it.
+    """
+    train_policy = state.iteration >= args.critic_warmup_steps
+    rollout, totals, norms, num_steps = experience["rollout"], collections.Counter(), [], args.num_ppo_epochs * args.num_mini_batches
     for minibatch in (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)):
         num_tokens = rollout.mask[minibatch].sum()
-        by_length = minibatch[rollout.attention_mask[minibatch].sum(1).cpu().argsort(stable=True)]
-        for rows in by_length.split(args.micro_batch_size):
+        for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
             part = rollout[rows]
             old_logprobs, advantages, targets = (experience[name][rows, : part.mask.shape[1]] for name in ("logprobs", "advantages", "targets"))
             if train_policy:
-                with state.autocast():
-                    logprobs = ro.response_logprobs(state.policy, part, args.temperature)
-                loss, metrics = dvpo.clipped_policy_loss(logprobs, old_logprobs, advantages, part.mask, args.cliprange, num_tokens)
-                loss.backward()
-                totals.update({"loss/policy_avg": loss.detach(), **{POLICY_METRICS[name]: value for name, value in metrics.items()}})
-            with state.autocast():
-                head_quantiles = ro.response_quantiles(state.critic, part)[:, :-1]
-            loss, metrics = dvpo.critic_loss(head_quantiles, targets, part.mask, state.critic.levels, kappa, risk, num_tokens)
-            loss.backward()
-            totals.update({"loss/value_avg": loss.detach(), **{f"loss/critic_{name}": value for name, value in metrics.items()}})
+                totals.update(policy_backward(state, args, part, old_logprobs, advantages, num_tokens))
+            totals.update(critic_backward(state, args, part, targets, num_tokens))
         for model, optimizer in [(state.critic, state.critic_optimizer)] + [(state.policy, state.optimizer)] * train_policy:
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-            if not torch.isfinite(norm):
-                raise InputError(f"iteration {state.iteration + 1}: expected a finite gradient, found {norm.item()}: is --learning-rate too high?")
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
+    if not (largest := torch.stack(norms).max()).isfinite():
+        raise InputError(f"iteration {state.iteration + 1}: expected finite gradients, found {largest.item()}: is --learning-rate too high?")
     return RESTING | {name: value / num_steps for name, value in totals.items()}
 
 
@@ -322,8 +347,7 @@ def evaluate(state, args):
             scores = []
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
-                    temperature = args.temperature if mode == "sampled" else 0.0
-                    rollout = ro.sample(state.policy, batch[ro.PROMPT_IDS], state.pad_id, state.stop_ids, args.response_length, temperature)
+                    rollout = sample(state, args, batch[ro.PROMPT_IDS], args.temperature if mode == "sampled" else 0.0)
                 scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer, state.stop_ids)))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
@@ -431,8 +455,11 @@ def build(args):
     state.noise = torch.Generator().manual_seed(args.reward_noise_seed)
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     state.risk = RiskConfig(alpha=args.alpha, beta=args.beta, ratio=args.tail_ratio, **weights)
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
-    state.autocast = lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=half)
+    state.half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    state.autocast = lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=state.half)
+    state.sampler = copy.deepcopy(state.policy).requires_grad_(False) if state.half else state.policy
+    for parameter in state.sampler.parameters() if state.half else ():  # not .to(): a rotary embedding's buffers stay fp32
+        parameter.data = parameter.data.bfloat16()
     return state
 
 

@@ -226,7 +226,41 @@ def test_generate_under_gradient_checkpointing_and_train_mode_keeps_its_cache(mo
     assert model.training and set(widths[1:]) == {1}  # one new token at a time: the cache holds the rest
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_static_cache_samples_the_same_tokens(model, temperature):
+    """Prompts are padded to a fixed width there: other columns, the same rows."""
+    plain, static = (sample_seeded(model, temperature, static_cache=static) for static in (False, True))
+    assert static.input_ids.shape[1] == 64 + plain.mask.shape[1] > plain.input_ids.shape[1]
+    assert torch.equal(static.response_ids, plain.response_ids) and torch.equal(static.mask, plain.mask)
+    assert torch.equal(static.lengths, plain.lengths) and static.lengths[:, 0].tolist() == [3, 1, 6, 2]
+    new, old = (response_logprobs(model, found, 1.0)[plain.mask] for found in (static, plain))
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
+
+
+def sample_seeded(model, temperature, **options):
+    if model.config.model_type == "gpt2":  # its positions end at 64; nothing learns here
+        model.config.n_positions = 128
+        model.transformer.wpe = torch.nn.Embedding.from_pretrained(torch.cat([model.transformer.wpe.weight.detach()[:64]] * 2))
+    torch.manual_seed(3)
+    return sample(model, PROMPTS, 0, [1], 6, temperature, **options)
+
+
 # ---- log-probs
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_recorded_logprobs_are_the_scored_ones(model, temperature):
+    """What sampling drew from, against a forward pass with gradient: within 1e-5 on every valid token, zero on the others."""
+    favour(model, 1, 1.0 * temperature)
+    torch.manual_seed(0)
+    found = sample(model, PROMPTS * 8, 0, [1], 8, temperature, record_logprobs=True)
+    assert 0 < found.truncated.sum() < 32 and not found.logprobs.requires_grad
+    scored = response_logprobs(model.train(), found, temperature)
+    assert (found.logprobs - scored)[found.mask].abs().max() < 1e-5
+    assert (found.logprobs[~found.mask] == 0).all() and not found.mask.all()
+    assert torch.equal(found[torch.tensor([5, 1])].logprobs, found.logprobs[[5, 1], : found.mask[[5, 1]].sum(1).max()])
+    torch.manual_seed(0)
+    assert torch.equal(sample(model, PROMPTS * 8, 0, [1], 8, temperature).input_ids, found.input_ids)  # recording changes no sample
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -284,15 +318,61 @@ def test_logprobs_and_values_pair_token_t_with_the_position_before_it(model):
     found.input_ids[:, 3:] = 0
     expected = [(torch.tensor([float(position)] + [0.0] * 39).log_softmax(-1)[0]).item() for position in (2, 3, 4, 5)]
     assert response_logprobs(forward, found, 1.0)[0].tolist() == pytest.approx(expected, rel=1e-5)
-    critic = lambda ids, attention, positions, num_last: positions[:, -num_last:, None, None].float()
-    assert response_quantiles(critic, found)[0].flatten().tolist() == [2, 3, 4, 5, 6]  # the last: after the last token
+    critic = lambda ids, attention, positions, columns: positions.gather(1, columns)[..., None, None].float()
+    assert response_quantiles(critic, found)[0].flatten().tolist() == [2, 3, 4, 5]
+    assert response_quantiles(critic, found, after_last=True)[0].flatten().tolist() == [2, 3, 4, 5, 6]
 
 
 def test_logits_are_computed_at_response_positions_only(model):
     found, seen = rolled(model), []
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     response_logprobs(model, found, 1.0)
-    assert seen == [found.mask.shape[1] + 1]
+    assert seen == [found.mask.shape[1]]
+
+
+def by_hand():
+    """Two rows, prompts of 1 and 3 tokens, responses of 3 and 1: five columns of padding in twelve."""
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8], [2, 3, 4, 9, 0, 0]])
+    attention = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    return rollout.Rollout(ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, torch.tensor([False, True]))
+
+
+def test_right_alignment_leaves_no_padding_but_what_lengths_demand():
+    ids, attention, positions, columns = rollout.right_aligned(by_hand())
+    assert ids.tolist() == [[5, 6, 7, 8], [2, 3, 4, 9]] and attention.all() and positions.tolist() == [[0, 1, 2, 3]] * 2
+    assert columns.tolist() == [[0, 1, 2, 3], [2, 3, 3, 3]]  # before each response token, after the last, then nothing new
+    longer = by_hand()
+    longer.lengths[1, 1], longer.attention_mask[1, 4], longer.mask[1, 1] = 2, 1, True
+    ids, attention, _, columns = rollout.right_aligned(longer)
+    assert ids.tolist() == [[0, 5, 6, 7, 8], [2, 3, 4, 9, 0]] and attention.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
+    assert columns.tolist() == [[1, 2, 3, 4], [2, 3, 4, 4]]
+
+
+def test_lengths_are_counted_from_the_attention_mask():
+    assert by_hand().lengths.tolist() == [[1, 3], [3, 1]]
+    assert by_hand()[torch.tensor([1])].input_ids.tolist() == [[2, 3, 4, 9]]
+
+
+@pytest.mark.parametrize("max_rows, max_tokens", [(1, 10**6), (3, 10**6), (100, 10**6), (100, 700), (100, 1)])
+def test_micro_batches_are_a_partition_within_limits_and_of_similar_lengths(max_rows, max_tokens):
+    rng = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 300, (40, 2), generator=rng)
+    found = rollout.Rollout(torch.zeros(40, 2), torch.zeros(40, 2), torch.zeros(40, 2), torch.zeros(40, 1), torch.zeros(40), lengths=lengths)
+    rows = torch.randperm(40, generator=rng)[:30]
+    groups = rollout.micro_batches(found, rows, max_rows, max_tokens)
+    assert sorted(torch.cat(groups).tolist()) == sorted(rows.tolist())
+    totals = [lengths.sum(1)[group] for group in groups]
+    assert all(len(total) <= max_rows and (len(total) * total.max() <= max_tokens or len(total) == 1) for total in totals)
+    assert torch.equal(torch.cat(totals), torch.cat(totals).sort(descending=True).values)
+    padded, needed = sum(len(total) * total.max() for total in totals), lengths.sum(1)[rows].sum()
+    assert padded < 1.2 * needed
+    assert max_tokens < 10**6 or max_rows > 3 or len(groups) <= -(-30 // max_rows) + 6
+
+
+def test_small_micro_batches_stay_together_whatever_their_lengths():
+    found = rollout.Rollout(*[torch.zeros(4, 2)] * 3, torch.zeros(4, 1), torch.zeros(4), lengths=torch.tensor([[20, 20], [1, 1], [10, 5], [3, 3]]))
+    assert [group.tolist() for group in rollout.micro_batches(found, torch.arange(4), 64, 4096)] == [[0, 2, 3, 1]]
 
 
 # ---- verifiers
