@@ -85,11 +85,12 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 
 @torch.no_grad()
-def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None):
+def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, successors=None):
     """Generalised advantage estimation for each quantile index on its own, over the policy's tokens.
 
     rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0 where mask is False.
     bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for truncated rows.
+    successors (B, T, M) or None: what a state is worth seen from the one before it; None = its quantiles.
     [ours], after the [paper]'s token-level value distributions; index j is paired with index j over time (comonotone returns):
 
         delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t),  A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
@@ -99,6 +100,7 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None):
     """
     assert rewards.shape == mask.shape == quantiles.shape[:2], f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
     quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
+    successors = quantiles if successors is None else successors.sort(dim=-1).values
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
     advantages = torch.zeros_like(quantiles)
     next_advantage = torch.zeros_like(quantiles[:, 0])
@@ -109,13 +111,75 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None):
         advantage = delta + gamma * lam * next_advantage
         advantages[:, t] = torch.where(valid, advantage, 0)
         next_advantage = torch.where(valid, advantage, next_advantage)
-        next_quantiles = torch.where(valid, quantiles[:, t], next_quantiles)
+        next_quantiles = torch.where(valid, successors[:, t], next_quantiles)
     return advantages, quantiles + advantages
 
 
 def scalar_advantage(advantages):
     """What the policy sees of a distributional advantage, its mean over quantiles: (B, T, M) -> (B, T). [ours], see the README."""
     return advantages.mean(dim=-1)
+
+
+def winsorized_scores(scores, level, quantiles=None, mask=None):
+    """Scores raised to their level-quantile where they are below it; the upper side is left alone: (B,) -> (B,). [ours]
+
+    quantiles (B, T, M), mask (B, T): the critic's quantile at the last token of each row, which knows the prompt; without them the
+    batch's own. Meant for advantages only: a critic trained on raised scores would raise its quantiles in turn. A row without a
+    True slot keeps its score. Raises ValueError for level outside (0, 1).
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number in (0, 1), found {level}")
+    if quantiles is None:
+        return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
+    is_last = (mask & (mask.flip(1).cumsum(1).flip(1) == 1)).unsqueeze(-1)
+    last = torch.where(is_last, quantiles, 0).sum(dim=1).sort(dim=-1).values
+    floor = last[..., tail_size(last.shape[-1], level) - 1]
+    return torch.where(mask.any(1), torch.maximum(scores, floor), scores)
+
+
+# The baselines' advantages. Whatever a method adds to PPO is here; train.py chooses.
+
+
+def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
+    """Robust-Bellman PPO: GAE in which a successor is worth what the most pessimistic of N scalar heads says. [ours in form]
+
+    rewards, mask (B, T), head_values (B, T, N), bootstrap (B, N) or None -> advantages, targets (B, T, 1), as distributional_gae:
+
+        delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
+    """
+    worst = head_values.amin(dim=-1, keepdim=True)
+    after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
+    return distributional_gae(rewards, head_values.mean(dim=-1, keepdim=True), mask, gamma, lam, after, worst)
+
+
+def discounted_returns(rewards, mask, gamma):
+    """What was sampled from every token on, sum_k gamma^k r_{t+k} over the policy's tokens: (B, T), (B, T) -> (B, T), 0 off the mask.
+
+    Whitened over the batch, it is Reinforce++'s advantage.
+    """
+    return distributional_gae(rewards, torch.zeros_like(rewards).unsqueeze(-1), mask, gamma, 1.0)[0].squeeze(-1)
+
+
+def group_advantages(scores, group_size, divide_by_std):
+    """GRPO's advantage, how much better a response scored than the others to its prompt: scores (B,), groups contiguous -> (B,).
+
+    (r - mean) / std over each group (unbiased std, + 1e-4), 0 where all are equal; divide_by_std=False is Dr. GRPO's.
+    Raises ValueError for a group of 1, or a size that does not divide B. (Shao et al. 2024; Liu et al. 2025.)
+    """
+    if group_size < 2 or len(scores) % group_size:
+        raise ValueError(f"group_size: expected at least 2 and a divisor of {len(scores)} scores, found {group_size}")
+    groups = scores.view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if divide_by_std else centred).flatten()
+
+
+def sequence_weights(mask):
+    """Token weights under which every response counts the same, as in GRPO's loss: mask (B, T) -> (B, T), with mean 1 over tokens.
+
+    mean_length / length: a sum over tokens divided by the token count is then the mean over responses of their means.
+    """
+    lengths = mask.sum(dim=1, keepdim=True)
+    return torch.where(mask, mask.sum() / (lengths > 0).sum().clamp(min=1) / lengths.clamp(min=1), 0)
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
@@ -179,8 +243,8 @@ def explained_variance(values, targets, mask):
 
 
 @torch.no_grad()
-def rollout_metrics(scores, logprobs, ref_logprobs, quantiles, targets, mask, kl_coef):
-    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T), quantiles and targets (B, T, M).
+def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
 
     objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward = scores - kl_coef * kl.
     ref_logprobs None (no reference model): the KL is unknown, NaN.
@@ -193,7 +257,6 @@ def rollout_metrics(scores, logprobs, ref_logprobs, quantiles, targets, mask, kl
         "objective/scores": scores.mean(),
         "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
         "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef != 0 else 0),
-        "val/explained_var": explained_variance(quantiles.mean(dim=-1), targets.mean(dim=-1), mask),
     }
 
 
@@ -206,7 +269,8 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     coverage: share of returns within [Q(alpha), Q(1 - beta)], calibrated at 1 - alpha - beta or more (ties count as inside);
     head_spread: root mean square distance of a head from the heads' mean (reward units).
     """
-    unsorted = head_quantiles.mean(dim=2)
+    head_quantiles, returns = head_quantiles[mask], returns[mask]  # (tokens, N, M), (tokens,): no work on padding
+    unsorted = head_quantiles.mean(dim=1)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
     low, high = q[..., tail_size(num_quantiles, alpha) - 1], q[..., num_quantiles - tail_size(num_quantiles, beta)]
@@ -219,4 +283,4 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
         "coverage": ((returns >= low) & (returns <= high)).float(),
         "head_spread": head_consistency(head_quantiles).sqrt(),
     }
-    return {name: masked_mean(value, mask) for name, value in per_token.items()}
+    return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}

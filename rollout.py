@@ -529,6 +529,17 @@ def noisy_scores(scores, fp, fn, outlier, generator):
     return scores - (hit < outlier[0]).float() * outlier[1] * size
 
 
+def prompt_offsets(prompt_ids, scale, vocab_size, seed):
+    """A level of the scores that depends on the prompt alone, as a reward model's does: list of lists of int -> (B,) in [0, scale]. [ours]
+
+    scale * (1 + sin 2z) / 2, z the sum over a prompt's distinct tokens of a seeded N(0, 1) weight each, over the root of their number:
+    a critic that reads the prompt can learn it, a batch's statistics cannot.
+    """
+    weights = torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed))
+    z = torch.stack([weights[list(set(ids))].sum() / len(set(ids)) ** 0.5 for ids in prompt_ids])
+    return scale * (1 + (2 * z).sin()) / 2  # a sine: the words that all prompts share shift it and cannot saturate it
+
+
 def pseudo_labels(answers, share, generator):
     """Labels as a majority vote would leave them: a fixed `share` of the answers replaced by another, different one.
 

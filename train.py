@@ -4,7 +4,8 @@
     python train.py --model-name-or-path FOLDER_OR_HUB_NAME --dataset-name FILE_OR_HUB_NAME --reward math
 
 The loop, as data flows: prompts -> sample -> score (+ noise) -> log-probs, values -> token rewards -> GAE -> losses -> step.
-`--algo ppo` runs the same lines with a scalar critic and a squared error.
+`--algo ppo` runs the same lines with a scalar critic and a squared error; robust, grpo, dr_grpo and reinforce++ are the other
+baselines, each with its own advantage (dvpo.py) and otherwise the same loop.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from rollout import InputError
 
 RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 POLICY_METRICS = {"approx_kl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "ratio": "val/ratio"}
+GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL in the loss
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
 CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
@@ -64,7 +66,8 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("critic-warmup-steps", 5, "[0, inf)", "first iterations that train the critic only"),
     ],
     "algorithm": [
-        ("algo", "dvpo", ["dvpo", "ppo"], "the critic: distributional, or scalar with a squared error"),
+        ("algo", "dvpo", ["dvpo", "ppo", "robust", "grpo", "dr_grpo", "reinforce++"], "dvpo or a baseline; the last three have no critic"),
+        ("group-size", 0, "[0, inf)", "responses per prompt in a batch; 0: 8 for grpo and dr_grpo, else 1"),
         ("learning-rate", (1e-4, 1e-06), "(0, inf)", "policy, AdamW"),
         ("critic-learning-rate", (1e-3, 1e-05), "(0, inf)", "critic, AdamW"),
         ("max-grad-norm", 1.0, "(0, inf)", "gradient norm above which a step is scaled down, each model on its own"),
@@ -76,6 +79,8 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token"),
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
+        ("score-floor", "none", ["none", "critic", "batch"], "in advantages, raise scores to a quantile of the critic's at the last token, or of the batch"),
+        ("score-floor-level", 0.3, "(0, 1)", "the level of that quantile"),
     ],
     "distributional critic (dvpo)": [
         ("num-quantiles", 200, "[1, inf)", "M"),
@@ -91,6 +96,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
         ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
         ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P, at most 1, the score loses up to SCALE"),
+        ("reward-offset", 0.0, "[0, 1000000]", "the score gains up to this, by the prompt: a level that a critic can learn"),
         ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),
         ("reward-noise-seed", 0, "[0, 2147483647]", "seed of all of these"),
     ],
@@ -170,10 +176,14 @@ def parse_args(argv=None):
     for key, value in vars(args).items():
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
+    args.group_size = args.group_size or (8 if args.algo in GROUPED else 1)
     devices = "auto|cpu|cuda|cuda:[0-9]" if torch.cuda.is_available() else "auto|cpu"
     missing = args.report_to != "none" and not importlib.util.find_spec(args.report_to)
     for wrong, message in (
         (args.batch_size % args.num_mini_batches, f"--num-mini-batches: expected a divisor of --batch-size {args.batch_size}, found {args.num_mini_batches}"),
+        (args.batch_size % args.group_size, f"--group-size: expected a divisor of --batch-size {args.batch_size}, found {args.group_size}"),
+        (args.algo in GROUPED and args.group_size == 1, f"--group-size: expected at least 2 for {args.algo}, found 1: alone, a response has no advantage"),
+        (args.score_floor == "critic" and args.algo != "dvpo", f"--score-floor: critic needs the quantiles of --algo dvpo, found {args.algo}"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
@@ -253,52 +263,94 @@ def sample(state, args, prompt_ids, temperature, record_logprobs=False):
 
 
 @torch.no_grad()
+def judge(state, args, batch, rollout):
+    """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
+    texts = ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
+    true_scores = ro.score(state.reward, batch, texts)
+    labelled = ro.score(state.reward, batch, texts, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
+    scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
+    if args.reward_offset:
+        scores = scores + ro.prompt_offsets(batch[ro.PROMPT_IDS], args.reward_offset, state.policy.config.vocab_size, args.reward_noise_seed)
+    return (scores - args.missing_eos_penalty * rollout.truncated.cpu()).to(rollout.mask.device), true_scores
+
+
+@torch.no_grad()
+def estimate(args, scores, logprobs, ref_logprobs, head_quantiles, rollout):
+    """Advantages (B, T), critic's targets (B, T, K) or None, and rewards (B, T), each method its own way; all that differs before the loss."""
+    mask = rollout.mask
+
+    def rewards_of(scores):
+        rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, 0 if args.algo in GROUPED else args.kl_coef)
+        return dvpo.masked_whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
+
+    floored, quantiles = scores, None
+    if head_quantiles is not None:
+        after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
+        head_quantiles = head_quantiles[:, : mask.shape[1]]
+        quantiles = head_quantiles.mean(dim=2)
+    if args.score_floor != "none":
+        floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
+    if args.algo in GROUPED:
+        return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None, rewards_of(scores)
+    if args.algo == "reinforce++":
+        return dvpo.masked_whiten(dvpo.discounted_returns(rewards_of(floored), mask, args.gamma), mask), None, rewards_of(scores)
+
+    def gae(rewards):
+        robust = args.algo == "robust"
+        after = None if after_last is None else torch.where(rollout.truncated[:, None, None], after_last, 0)
+        if robust:
+            return dvpo.robust_gae(rewards, head_quantiles[..., 0], mask, args.gamma, args.lam, None if after is None else after[..., 0])
+        return dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, None if after is None else after.mean(dim=1))
+
+    advantages, targets = gae(rewards_of(scores))
+    if args.score_floor != "none":
+        advantages, _ = gae(rewards_of(floored))  # the targets stay those of the scores as they are
+    return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets, rewards_of(scores)
+
+
+@torch.no_grad()
 def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
-    batch = state.data[batch_rows(len(state.data), state.iteration * args.batch_size, args.batch_size, args.seed)]
+    num_prompts = args.batch_size // args.group_size
+    rows = batch_rows(len(state.data), state.iteration * num_prompts, num_prompts, args.seed)
+    batch = state.data[[row for row in rows for _ in range(args.group_size)]]
     with state.autocast():
         rollout = sample(state, args, batch[ro.PROMPT_IDS], args.temperature, record_logprobs=not state.half)
         forward = lambda function: ro.in_micro_batches(function, rollout, args.micro_batch_size, args.micro_batch_tokens)
         score = lambda model: forward(lambda part: ro.response_logprobs(model, part, args.temperature))
         # In fp32 sampling drew from the very numbers that training computes: nothing to score again.
-        logprobs = score(state.policy) if state.half else rollout.logprobs
+        logprobs, head_quantiles = score(state.policy) if state.half else rollout.logprobs, None
         with torch.inference_mode():
             ref_logprobs = score(state.reference) if state.reference is not None else None
-        head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
-
-    texts = ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
-    true_scores = ro.score(state.reward, batch, texts)
-    labelled = ro.score(state.reward, batch, texts, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
-    scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
-    scores = (scores - args.missing_eos_penalty * rollout.truncated.cpu()).to(logprobs.device)
+        if state.critic is not None:
+            head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
+    scores, true_scores = judge(state, args, batch, rollout)
+    advantages, targets, rewards = estimate(args, scores, logprobs, ref_logprobs, head_quantiles, rollout)
 
     mask = rollout.mask
-    rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, args.kl_coef)
-    if args.whiten_rewards:
-        rewards = dvpo.masked_whiten(rewards, mask, shift_mean=False)
-    bootstrap = torch.where(rollout.truncated[:, None], head_quantiles[:, -1].mean(dim=1), 0) if args.bootstrap_truncated else None
-    head_quantiles = head_quantiles[:, : mask.shape[1]]
-    quantiles = head_quantiles.mean(dim=2)
-    advantages, targets = dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, bootstrap)
-    advantages = dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask)
-
-    metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, quantiles, targets, mask, args.kl_coef)
+    metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     is_eos = torch.isin(rollout.response_ids, torch.tensor(state.stop_ids, device=mask.device)) & mask
     metrics |= {
         "objective/true_scores": true_scores.mean(), "val/num_eos_tokens": is_eos.sum(),
         "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
     }  # fmt: skip
+    if state.critic is not None:
+        head_quantiles = head_quantiles[:, : mask.shape[1]]
+        metrics["val/explained_var"] = dvpo.explained_variance(head_quantiles.mean(dim=(2, 3)), targets.mean(dim=-1), mask)
     if args.algo == "dvpo":
-        _, returns = dvpo.distributional_gae(rewards, torch.zeros_like(quantiles[..., :1]), mask, args.gamma, 1.0)
-        metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns[..., 0], mask, args.alpha, args.beta).items()}
-    return {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets}, metrics
+        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
+        metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta).items()}
+    experience = {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets, "ref_logprobs": ref_logprobs}
+    return experience, metrics
 
 
-def policy_backward(state, args, part, old_logprobs, advantages, num_tokens):
-    """Adds the policy loss's gradient of a micro-batch -> metrics."""
+def policy_backward(state, args, part, old_logprobs, ref_logprobs, advantages, weights, num_tokens):
+    """Adds the policy loss's gradient of a micro-batch -> metrics. A positive weight on a token's advantage is one on its loss."""
     with state.autocast():
         logprobs = ro.response_logprobs(state.policy, part, args.temperature)
-    loss, metrics = dvpo.clipped_policy_loss(logprobs, old_logprobs, advantages, part.mask, args.cliprange, num_tokens)
+    loss, metrics = dvpo.clipped_policy_loss(logprobs, old_logprobs, weights * advantages, part.mask, args.cliprange, num_tokens)
+    if args.algo in GROUPED and ref_logprobs is not None:
+        loss = loss + args.kl_coef * dvpo.masked_mean(weights * dvpo.kl_estimate(logprobs, ref_logprobs, "k3"), part.mask, num_tokens)
     loss.backward()
     return {"loss/policy_avg": loss.detach(), **{POLICY_METRICS[name]: value for name, value in metrics.items()}}
 
@@ -318,17 +370,23 @@ def update(state, args, experience):
 
     Nothing in the loop waits for a GPU; whether the gradients were finite is asked once, behind it.
     """
-    train_policy = state.iteration >= args.critic_warmup_steps
+    train_policy = state.critic is None or state.iteration >= args.critic_warmup_steps
     rollout, totals, norms, num_steps = experience["rollout"], collections.Counter(), [], args.num_ppo_epochs * args.num_mini_batches
     for minibatch in (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)):
-        num_tokens = rollout.mask[minibatch].sum()
+        num_tokens, token_weights = rollout.mask[minibatch].sum(), torch.ones_like(experience["logprobs"])
+        if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
+            token_weights[minibatch] = dvpo.sequence_weights(rollout.mask[minibatch])
+        elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
+            token_weights *= num_tokens / (len(minibatch) * args.response_length)
         for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
             part = rollout[rows]
-            old_logprobs, advantages, targets = (experience[name][rows, : part.mask.shape[1]] for name in ("logprobs", "advantages", "targets"))
+            now = {name: value[rows, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
             if train_policy:
-                totals.update(policy_backward(state, args, part, old_logprobs, advantages, num_tokens))
-            totals.update(critic_backward(state, args, part, targets, num_tokens))
-        for model, optimizer in [(state.critic, state.critic_optimizer)] + [(state.policy, state.optimizer)] * train_policy:
+                weights = token_weights[rows, : part.mask.shape[1]]
+                totals.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
+            if state.critic is not None:
+                totals.update(critic_backward(state, args, part, now["targets"], num_tokens))
+        for model, optimizer in [(state.critic, state.critic_optimizer)] * (state.critic is not None) + [(state.policy, state.optimizer)] * train_policy:
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
             optimizer.step()
             optimizer.zero_grad()
@@ -361,10 +419,11 @@ def save_checkpoint(state, args):
     shutil.rmtree(aside, ignore_errors=True)
     state.policy.save_pretrained(aside / "policy")
     state.tokenizer.save_pretrained(aside / "policy")
-    state.critic.save_pretrained(aside / "critic")
+    if state.critic is not None:
+        state.critic.save_pretrained(aside / "critic")
     torch.save({
-        "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start,
-        "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict(), "rng": torch.get_rng_state(),
+        "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start, "rng": torch.get_rng_state(),
+        "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
         "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "noise": state.noise.get_state(),
     }, aside / "state.pt")  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
@@ -385,7 +444,8 @@ def restore(state, args):
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.start = saved["iteration"], saved["before"], time.time() - saved["seconds"]
     state.optimizer.load_state_dict(saved["optimizer"])
-    state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
+    if state.critic is not None:
+        state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
     torch.set_rng_state(saved["rng"])
     state.noise.set_state(saved["noise"])
     if saved["cuda_rng"] and torch.cuda.is_available():
@@ -416,6 +476,20 @@ def make_logger(args):
     return lambda metrics, episode: None
 
 
+def build_critic(args, policy, context):
+    """The critic that --algo asks for, from the checkpoint to resume, --critic-model-name-or-path or a copy of the policy; or None."""
+    size = {"dvpo": (args.num_heads, args.num_quantiles), "ppo": (1, 1), "robust": (args.num_heads, 1)}.get(args.algo)
+    if size is None:
+        return None
+    if args.resume:
+        return load(QuantileCritic, Path(args.resume) / "critic", "--resume")
+    own_trunk = args.critic_model_name_or_path
+    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(policy.base_model)
+    if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
+        raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
+    return QuantileCritic(trunk, *size, args.tau_grid, seed=args.seed)
+
+
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
     state = argparse.Namespace(iteration=0, before=None, start=time.time())
@@ -434,24 +508,17 @@ def build(args):
         raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")
     state.data, state.evals = load_data(args, state.tokenizer, context)
     state.reference = copy.deepcopy(state.policy).requires_grad_(False).to(device) if args.kl_coef > 0 else None
+    state.critic = build_critic(args, state.policy, context)
     if args.resume:
         state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume")
-        state.critic = load(QuantileCritic, Path(args.resume) / "critic", "--resume")
-    else:
-        own_trunk = args.critic_model_name_or_path
-        trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(state.policy.base_model)
-        if trunk.config.vocab_size < state.policy.config.vocab_size or context_of(trunk) < context:
-            raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
-        size = (args.num_heads, args.num_quantiles) if args.algo == "dvpo" else (1, 1)
-        state.critic = QuantileCritic(trunk, *size, args.tau_grid, seed=args.seed)
-    for model in (state.policy, state.critic):
+    for model in filter(None, (state.policy, state.critic)):
         model.to(device).train()
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "bf16 weights lose small Adam steps"
-    if args.gradient_checkpointing:
-        state.policy.gradient_checkpointing_enable()
-        state.critic.trunk.gradient_checkpointing_enable()
-    state.optimizer = torch.optim.AdamW(state.policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
-    state.critic_optimizer = torch.optim.AdamW(state.critic.parameters(), lr=args.critic_learning_rate, weight_decay=0.0, fused=True)
+        if args.gradient_checkpointing:
+            getattr(model, "trunk", model).gradient_checkpointing_enable()
+    adam = lambda model, lr: torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    state.optimizer = adam(state.policy, args.learning_rate)
+    state.critic_optimizer = adam(state.critic, args.critic_learning_rate) if state.critic is not None else None
     state.noise = torch.Generator().manual_seed(args.reward_noise_seed)
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     state.risk = RiskConfig(alpha=args.alpha, beta=args.beta, ratio=args.tail_ratio, **weights)
@@ -475,7 +542,7 @@ def train(args):
             raise InputError(f"--resume: expected a whole checkpoint in {args.resume}, found: {ro.one_line(error)}") from error
     state.before = state.before or evaluate(state, args)  # before an earlier run is moved: the reward may fail
     print(f"{len(state.data)} prompts to train on; held out: {', '.join(f'{len(data)} {name}' for name, data in state.evals.items()) or 'none'}")
-    if args.critic_warmup_steps >= num_iterations:
+    if state.critic is not None and args.critic_warmup_steps >= num_iterations:
         print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
     if not args.resume:
         set_aside(output_dir)
@@ -497,7 +564,7 @@ def train(args):
             log.write(json.dumps(numbers) + "\n")
             log.flush()
             log_elsewhere(numbers, episode)
-            bar.set_postfix({name: "-" if numbers[key] is None else f"{numbers[key]:.2f}" for name, key in SHOWN.items()})
+            bar.set_postfix({name: "-" if numbers.get(key) is None else f"{numbers[key]:.2f}" for name, key in SHOWN.items()})
             bar.update()
             if args.save_steps and state.iteration % args.save_steps == 0 and state.iteration < num_iterations:
                 save_checkpoint(state, args)
@@ -506,7 +573,8 @@ def train(args):
     print(f"\n{'mean score':24} before    after   change")
     for name, value in state.before.items():
         print(f"{name:24} {value:6.3f}   {after[name]:6.3f}   {after[name] - value:+6.3f}")
-    print(f"\npolicy and tokenizer: {folder / 'policy'}\ncritic: {folder / 'critic'}\nflags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
+    print(f"\npolicy and tokenizer: {folder / 'policy'}" + (f"\ncritic: {folder / 'critic'}" if state.critic is not None else ""))
+    print(f"flags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
 
 
 def main(argv=None):

@@ -25,6 +25,7 @@ def worker(connection, args, flags):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+    sys.stdout = sys.stderr  # it prints its metrics
     held = bench.peak_memory(reset=True)
     with tempfile.TemporaryDirectory() as folder:
         bench.make_model(args, Path(folder))

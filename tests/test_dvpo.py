@@ -11,16 +11,21 @@ from critic import pairwise_quantile_huber_loss, quantile_levels
 from dvpo import (
     clipped_policy_loss,
     critic_loss,
+    discounted_returns,
     distributional_gae,
     explained_variance,
+    group_advantages,
     kl_estimate,
     masked_mean,
     masked_whiten,
     quantile_metrics,
+    robust_gae,
     rollout_metrics,
     scalar_advantage,
+    sequence_weights,
     token_logprobs,
     token_rewards,
+    winsorized_scores,
 )
 from risk import RiskConfig, risk_regularizer
 
@@ -353,6 +358,94 @@ def test_targets_get_no_gradient():
 # ---- metrics
 
 
+# ---- the baselines' advantages
+
+
+def test_group_advantages_by_hand():
+    """Two groups of 2: scores 1, 0 (mean 0.5, unbiased std 0.7071) and 2, 6 (mean 4, std 2.8284)."""
+    scores = torch.tensor([1.0, 0.0, 2.0, 6.0])
+    assert group_advantages(scores, 2, False).tolist() == [0.5, -0.5, -2.0, 2.0]
+    assert group_advantages(scores, 2, True).tolist() == pytest.approx([0.70701, -0.70701, -0.70708, 0.70708], abs=1e-5)
+    assert group_advantages(scores, 4, False).tolist() == [-1.25, -2.25, -0.25, 3.75]
+
+
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_a_group_of_equal_scores_has_no_advantage_and_a_group_of_one_is_refused(divide_by_std):
+    assert group_advantages(torch.full((8,), 0.3), 4, divide_by_std).abs().max() < 1e-3
+    assert (group_advantages(torch.ones(8), 4, divide_by_std) == 0).all()
+    for size in (1, 0, 3, 16):
+        with pytest.raises(ValueError, match="group_size: expected at least 2"):
+            group_advantages(torch.ones(8), size, divide_by_std)
+
+
+def test_grpo_weighs_responses_alike_and_dr_grpo_tokens():
+    """Lengths 4 and 1: GRPO's token weights 2.5 / 4 and 2.5, mean 1 over the five tokens, so that each response's sum is the same."""
+    mask = ragged_mask([4, 1], 4)
+    weights = sequence_weights(mask)
+    assert weights.tolist() == [[0.625] * 4, [2.5, 0, 0, 0]] and weights[mask].mean() == 1
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [10.0, NAN, NAN, NAN]])
+    assert masked_mean(weights * losses, mask).item() == pytest.approx((2.5 + 10) / 2)  # the mean of the two means
+    assert sequence_weights(ragged_mask([0, 3], 3)).tolist() == [[0.0] * 3, [1.0] * 3]  # an empty response counts for nothing
+
+
+def test_a_weight_on_the_advantage_is_a_weight_on_the_clipped_loss():
+    """The surrogate is homogeneous in A: what GRPO's weights rely on, with tokens inside the clip range and on both sides of it."""
+    torch.manual_seed(0)
+    logprobs, old, advantages, weights = torch.randn(4, 9), torch.randn(4, 9), torch.randn(4, 9), torch.rand(4, 9)
+    mask = torch.ones(4, 9, dtype=torch.bool)
+    each = torch.stack([clipped_policy_loss(logprobs[:, [t]], old[:, [t]], advantages[:, [t]], mask[:, [t]], 0.2, 1)[0] for t in range(9)])
+    single = [[clipped_policy_loss(*(x[b : b + 1, t : t + 1] for x in (logprobs, old, advantages, mask)), 0.2)[0] for t in range(9)] for b in range(4)]
+    expected = (torch.tensor(single) * weights).sum() / 36
+    assert clipped_policy_loss(logprobs, old, weights * advantages, mask, 0.2)[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert each.sum().item() == pytest.approx(torch.tensor(single).sum().item(), rel=1e-5)
+
+
+def test_discounted_returns_by_hand_and_across_a_gap():
+    """Rewards 1, 2, 3 with gamma 0.5: 1 + 1 + 0.75, 2 + 1.5, 3; the gap's NaN is no reward and no step."""
+    mask = torch.tensor([[True, False, True, True]])
+    returns = discounted_returns(torch.tensor([[1.0, NAN, 2.0, 3.0]]), mask, 0.5)
+    assert returns.tolist() == [[2.75, 0.0, 3.5, 3.0]]
+
+
+def test_robust_gae_by_hand():
+    """Heads (1, 3), (2, 6), no reward but 1 at the end, gamma = lam = 1: delta_1 = min(2, 6) - mean(1, 3) = 0; delta_2 = 1 - 4 = -3."""
+    values, mask = torch.tensor([[[1.0, 3.0], [2.0, 6.0]]]), torch.ones(1, 2, dtype=torch.bool)
+    advantages, targets = robust_gae(torch.tensor([[0.0, 1.0]]), values, mask, 1.0, 1.0)
+    assert advantages.flatten().tolist() == [-3.0, -3.0] and targets.flatten().tolist() == [-1.0, 1.0]
+    after = torch.tensor([[5.0, 9.0]])  # a truncated row, bootstrapped from the worst head: delta_2 = 1 + 5 - 4
+    assert robust_gae(torch.tensor([[0.0, 1.0]]), values, mask, 1.0, 1.0, after)[0].flatten().tolist() == [2.0, 2.0]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10**6), num_heads=st.integers(1, 5), gamma=st.floats(0, 1), lam=st.floats(0, 1))
+def test_robust_gae_is_at_most_gae_on_the_mean_and_equal_for_one_head(seed, num_heads, gamma, lam):
+    rng = torch.Generator().manual_seed(seed)
+    rewards, values, mask = torch.randn(3, 6, generator=rng), torch.randn(3, 6, num_heads, generator=rng), random_mask(rng, 3, 6)
+    worst, _ = robust_gae(rewards, values, mask, gamma, lam)
+    mean, _ = distributional_gae(rewards, values.mean(dim=-1, keepdim=True), mask, gamma, lam)
+    assert (worst <= mean + 1e-5).all()
+    if num_heads == 1:
+        torch.testing.assert_close(worst, mean)
+
+
+def test_winsorized_scores_by_hand():
+    """Level 0.5 of the critic's (1, 2, 3, 4), unsorted, at the last token is 2: only the score below it rises."""
+    quantiles = torch.full((3, 3, 4), 9.0)
+    quantiles[:, 1] = torch.tensor([4.0, 2.0, 1.0, 3.0])
+    mask = ragged_mask([2, 2, 0], 3)
+    scores = torch.tensor([-5.0, 3.5, -7.0])
+    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [2.0, 3.5, -7.0]  # a row without tokens keeps its score
+    quantiles[:, 2] = NAN
+    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [2.0, 3.5, -7.0]
+    assert winsorized_scores(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 0.25).tolist() == [1.0, 1.0, 2.0, 3.0, 4.0]  # the batch's own
+    for level in (0.0, 1.0):
+        with pytest.raises(ValueError, match="level"):
+            winsorized_scores(scores, level)
+
+
+# ---- metrics
+
+
 def test_explained_variance_by_hand():
     """targets 0, 2, 4: variance 8/3. Errors 0, 1, -1: variance 2/3. 1 - 1/4. A constant offset costs nothing."""
     targets, mask = torch.tensor([[0.0, 2.0, 4.0, NAN]]), ragged_mask([3], 4)
@@ -364,12 +457,12 @@ def test_explained_variance_by_hand():
 
 def test_rollout_metrics_by_hand():
     """Two rows of two and one token: k1 sums 0.3 and -0.1, -logp sums 1.5 and 0.5, scores 1 and 0; kl_coef 2."""
-    mask, quantiles, targets = ragged_mask([2, 1], 2), torch.zeros(2, 2, 1), torch.tensor([[[1.0], [1.0]], [[0.0], [NAN]]])
+    mask = ragged_mask([2, 1], 2)
     logprobs, ref_logprobs = torch.tensor([[-1.0, -0.5], [-0.5, NAN]]), torch.tensor([[-1.1, -0.7], [-0.4, 0.0]])
-    metrics = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, ref_logprobs, quantiles, targets, mask, 2.0)
-    expected = {"objective/kl": 0.1, "objective/scores": 0.5, "objective/entropy": 1.0, "objective/rlhf_reward": 0.3, "val/explained_var": 0.0}
+    metrics = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, ref_logprobs, mask, 2.0)
+    expected = {"objective/kl": 0.1, "objective/scores": 0.5, "objective/entropy": 1.0, "objective/rlhf_reward": 0.3}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
-    without = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, None, quantiles, targets, mask, 0.0)
+    without = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, None, mask, 0.0)
     assert without["objective/kl"].isnan() and without["objective/rlhf_reward"] == 0.5
 
 

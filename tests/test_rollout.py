@@ -23,6 +23,7 @@ from rollout import (
     load_reward,
     math_reward,
     noisy_scores,
+    prompt_offsets,
     pseudo_labels,
     response_logprobs,
     response_quantiles,
@@ -542,6 +543,22 @@ def test_noise_does_not_depend_on_the_scores_and_flips_need_0_or_1():
     assert torch.equal(a.get_state(), b.get_state())
     with pytest.raises(InputError, match="--reward-noise-fp.*0.5 in row 1"):
         noisy_scores(torch.tensor([1.0, 0.5]), 0.1, 0.0, (0.0, 0.0), torch.Generator())
+
+
+def test_offsets_depend_on_the_prompt_alone_and_span_the_scale():
+    rows = task_rows("dialogue", "train", 500, 0)
+    tokenizer = task_tokenizer("dialogue")
+    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
+    offsets = prompt_offsets(ids, 3.0, len(tokenizer), 0)
+    assert 0 <= offsets.min() and offsets.max() <= 3 and offsets.std() > 0.7
+    assert torch.equal(prompt_offsets(ids[5:9], 3.0, len(tokenizer), 0), offsets[5:9]) and prompt_offsets([ids[0]] * 2, 1.0, 40, 1).diff() == 0
+    assert not torch.equal(prompt_offsets(ids, 3.0, len(tokenizer), 1), offsets)
+    words = torch.zeros(500, len(tokenizer))
+    for row, prompt in enumerate(ids):
+        words[row, prompt] = 1.0
+    pairs = (words[:, :, None] * words[:, None, :]).flatten(1)  # pairs of words predict most of it, on prompts not seen too
+    weights = torch.linalg.solve(pairs[:400].T @ pairs[:400] + torch.eye(pairs.shape[1]), pairs[:400].T @ offsets[:400, None])
+    assert (pairs[400:] @ weights - offsets[400:, None]).var() < 0.5 * offsets[400:].var()
 
 
 def test_pseudo_labels_are_wrong_for_a_fixed_share():

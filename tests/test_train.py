@@ -114,6 +114,77 @@ def test_ppo_shares_every_line_but_the_critics_loss(warm_start, tmp_path):
     assert weights(tmp_path).isfinite().all()
 
 
+@pytest.mark.parametrize("algo", ["robust", "grpo", "dr_grpo", "reinforce++"])
+def test_baselines_run_save_and_resume_with_no_more_parts_than_they_need(algo, warm_start, tmp_path):
+    assert run(tmp_path / "a", warm_start, "--algo", algo, "--total-episodes", "256", "--save-steps", "2", "--eval-samples", "8") == 0
+    rows = log(tmp_path / "a")
+    has_critic = algo == "robust"
+    assert ("val/explained_var" in rows[0]) == has_critic == ("loss/value_avg" in rows[0]) and not any("quantile/" in name for name in rows[0])
+    assert all(math.isfinite(row[name]) for row in rows for name in ("loss/policy_avg", "objective/kl", "policy/approxkl_avg", "val/ratio"))
+    assert rows[0]["val/ratio"] == 1 if has_critic else rows[0]["policy/approxkl_avg"] > 0  # no critic, no warm-up
+    final = train.find_checkpoint(tmp_path / "a")
+    assert (final / "critic").exists() == has_critic
+    (tmp_path / "b").mkdir()
+    for name in ("checkpoint-000002", "args.json", "metrics.jsonl", "warm_start"):
+        (shutil.copytree if (tmp_path / "a" / name).is_dir() else shutil.copy)(tmp_path / "a" / name, tmp_path / "b" / name)
+    assert train.main(["--resume", "--output-dir", str(tmp_path / "b")]) == 0
+    assert log(tmp_path / "b") == rows
+    policies = [AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / name) / "policy") for name in "ab"]
+    assert all(torch.equal(a, b) for a, b in zip(*(policy.parameters() for policy in policies)))
+
+
+def test_grpo_samples_groups_and_keeps_the_kl_in_its_loss(warm_start, tmp_path, monkeypatch):
+    once = ["--num-mini-batches", "1", "--num-ppo-epochs", "1", "--kl-coef", "2", "--group-size", "4"]
+    state, args = state_of(warm_start, tmp_path, "--algo", "grpo", *once)
+    with torch.no_grad():
+        state.policy.lm_head.weight += 0.05 * torch.randn(state.policy.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    experience, _ = train.collect(state, args)
+    prompts = [tuple(row) for row in experience["rollout"].input_ids[:, : -args.response_length].tolist()]
+    assert all(len(set(prompts[i : i + 4])) == 1 for i in range(0, 64, 4)) and len(set(prompts)) == 16
+    advantages = experience["advantages"][:, 0].view(16, 4)
+    assert advantages.sum(1).abs().max() < 1e-4 and experience["targets"] is None and advantages.abs().max() > 0.1
+    losses = []
+    for kl_coef in (0.0, 2.0):
+        args.kl_coef = kl_coef
+        monkeypatch.setattr(state.optimizer, "step", lambda: None)
+        losses.append(train.update(state, args, experience)["loss/policy_avg"])
+    mask, weights = experience["rollout"].mask, train.dvpo.sequence_weights(experience["rollout"].mask)
+    k3 = train.dvpo.kl_estimate(experience["logprobs"], experience["ref_logprobs"], "k3")
+    assert (losses[1] - losses[0]).item() == pytest.approx(2 * train.dvpo.masked_mean(weights * k3, mask).item(), rel=1e-3)
+
+
+def test_dr_grpos_gradient_of_a_token_does_not_depend_on_lengths(warm_start, tmp_path, monkeypatch):
+    """Cutting other responses of the minibatch short leaves a response's share of the loss as it is, score / (rows * response_length)."""
+    once = ["--num-mini-batches", "1", "--num-ppo-epochs", "1", "--kl-coef", "0", "--algo", "dr_grpo"]
+    state, args = state_of(warm_start, tmp_path, *once)
+    monkeypatch.setattr(state.optimizer, "step", lambda: None)
+    experience, _ = train.collect(state, args)
+    experience["advantages"] = torch.zeros(64, experience["logprobs"].shape[1])
+    experience["advantages"][7] = 1.0  # the others do not pull
+    length = experience["rollout"].mask[7].sum().item()
+    for keep in (None, 1):
+        if keep:
+            rollout = experience["rollout"]
+            rollout.mask[:7, keep:] = False
+            rollout.attention_mask[:7, -rollout.mask.shape[1] + keep :] = 0
+            experience["rollout"] = ro.Rollout(rollout.input_ids, rollout.attention_mask, rollout.position_ids, rollout.mask, rollout.truncated)
+        assert train.update(state, args, experience)["loss/policy_avg"].item() == pytest.approx(-length / (64 * args.response_length), rel=1e-4)
+
+
+def test_a_score_floor_reaches_advantages_and_not_targets(warm_start, tmp_path):
+    """One judge in two takes up to 50 points off: with a floor the lowest advantages are cut, the critic's targets stay."""
+    for algo, floor in (("dvpo", "critic"), ("ppo", "batch"), ("grpo", "batch")):
+        lowest, targets = [], []
+        for flags in ([], ["--score-floor", floor, "--score-floor-level", "0.5"]):
+            state, args = state_of(warm_start, tmp_path, "--algo", algo, "--reward-noise-outlier", "0.3", "50", "--kl-coef", "0", *flags)
+            torch.manual_seed(0)
+            experience, _ = train.collect(state, args)
+            lowest.append(experience["advantages"].min().item())
+            targets.append(experience["targets"])
+        assert lowest[1] > lowest[0] + 0.3, algo
+        assert algo == "grpo" or torch.equal(*targets)
+
+
 def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
     run(tmp_path, warm_start, "--total-episodes", "64")
     first = log(tmp_path)
