@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
+CHUNK_SIZE = {"cpu": 2**16, "gpu": 2**23}  # numbers per row block of quantile_huber_loss
+
 
 def quantile_levels(num_quantiles, grid="midpoint", device=None):
     """The probability levels tau_j that the M quantiles stand for.
@@ -59,24 +61,24 @@ def _loss_and_slope(quantiles, targets, levels, kappa):
     """The quantile Huber loss of each row and its derivative by each quantile, in fp64: (rows, M), (rows, K) -> (rows,), (rows, M)."""
     y = targets.double().sort(dim=-1).values
     centre = y.mean(dim=-1, keepdim=True)  # centred: differences of large sums lose digits
-    y, q = y - centre, quantiles.double() - centre
-    num_targets, scale = y.shape[-1], y.shape[-1] * q.shape[-1]
+    y, q, levels = y - centre, quantiles.double() - centre, levels.double()
     sum_y, sum_yy = (nn.functional.pad(x.cumsum(dim=-1), (1, 0)) for x in (y, y.square()))  # [i]: over the i smallest targets
+    low, mid = count_below(y, q - kappa), count_below(y, q)  # targets before `low` lie more than kappa below q
+    far_above = count_below(-y.flip(-1), -q - kappa)
+    high = y.shape[-1] - far_above  # targets from `high` on lie more than kappa above q
+    corner = 1 / kappa if kappa > 0 else 0.0
 
-    def ramp(x):  # P(x) = sum_j (x - y_j)_+ and its integral R(x) = sum_j (x - y_j)_+^2 / 2
-        count = count_below(y, x)
-        y_below, yy_below = sum_y.gather(-1, count), sum_yy.gather(-1, count)
-        p = count * x - y_below
-        return p, ((p - y_below) * x + yy_below) / 2
+    def near(start, end):  # the targets within kappa of q on one side: sums of (q - y) / kappa and (q - y)^2 / (2 kappa)
+        count = end - start
+        total, squares = (sums.gather(-1, end) - sums.gather(-1, start) for sums in (sum_y, sum_yy))
+        return (count * q - total) * corner, (squares - 2 * q * total + count * q.square()) * (corner / 2)
 
-    p, r = ramp(q)
-    if kappa == 0:  # the pinball loss: (1 - tau) P(q) + tau (P(q) - sum_j (q - y_j)); its slope counts targets
-        below, not_above = count_below(y, q), num_targets - count_below(-y.flip(-1), -q)
-        loss, slope = p - levels * num_targets * q, (1 - levels) * below - levels * (num_targets - not_above)
-    else:  # below q, sum_j H(q - y_j) / kappa = (R(q) - R(q - kappa)) / kappa; above q the mirror image
-        (p_low, r_low), (p_high, r_high) = ramp(q - kappa), ramp(q + kappa)
-        loss = ((r - r_low) - levels * (2 * r - r_low - r_high)) / kappa - levels * num_targets * (q + kappa / 2)
-        slope = ((p - p_low) - levels * (2 * p - p_low - p_high)) / kappa - levels * num_targets
+    (slope_below, below), (slope_above, above) = near(low, mid), near(mid, high)
+    below += low * (q - kappa / 2) - sum_y.gather(-1, low)
+    above += sum_y[..., -1:] - sum_y.gather(-1, high) - far_above * (q + kappa / 2)
+    loss = levels * above + (1 - levels) * below
+    slope = (1 - levels) * (low + slope_below) - levels * (far_above - slope_above)
+    scale = y.shape[-1] * q.shape[-1]
     return loss.sum(dim=-1) / scale, slope / scale
 
 
@@ -89,8 +91,8 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
 
         u_ij = y_j - q_i,  loss = mean_ij |tau_i - 1{u_ij < 0}| H_kappa(u_ij) / kappa,  kappa = 0: the pinball loss
 
-    For a fixed q_i the sum over j is made of P(x) = sum_j (x - y_j)_+ and its integral at x = q_i and q_i +- kappa. So: sort the
-    targets once, keep prefix sums of y and y^2 in fp64, look up three edges per quantile; a few rows at a time, within a CPU's cache.
+    For a fixed q_i the loss is a polynomial in q_i between the points y_j and y_j +- kappa. So: sort the targets once, keep prefix
+    sums of y and y^2 in fp64, look up three edges per quantile; a few rows at a time, so that they stay in a CPU's cache.
     """
     assert levels.shape == quantiles.shape[-1:], f"levels {tuple(levels.shape)} for quantiles {tuple(quantiles.shape)}"
     assert quantiles.shape[:-1] == targets.shape[:-1], f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
@@ -98,8 +100,8 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
         raise ValueError(f"kappa: expected >= 0 (reward units), found {kappa}")
     with torch.no_grad():
         flat_quantiles, flat_targets = quantiles.reshape(-1, quantiles.shape[-1]), targets.reshape(-1, targets.shape[-1])
-        rows = max(1, (2**16 if quantiles.device.type == "cpu" else 2**23) // (quantiles.shape[-1] + targets.shape[-1]))
-        chunks = [_loss_and_slope(q, y, levels, kappa) for q, y in zip(flat_quantiles.split(rows), flat_targets.split(rows))]
+        num_rows = max(1, CHUNK_SIZE["cpu" if quantiles.device.type == "cpu" else "gpu"] // (quantiles.shape[-1] + targets.shape[-1]))
+        chunks = [_loss_and_slope(q, y, levels, kappa) for q, y in zip(flat_quantiles.split(num_rows), flat_targets.split(num_rows))]
         loss, slope = (torch.cat(parts).to(quantiles.dtype) for parts in zip(*chunks))
         loss, slope = loss.view(quantiles.shape[:-1]), slope.view(quantiles.shape)
     tangent = (slope * quantiles).sum(dim=-1)

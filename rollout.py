@@ -1,7 +1,7 @@
 """From prompts to scored samples: tasks, prompt encoding, sampling, log-probs, verifiers, reward noise. Top to bottom as data flows.
 
 Two rules keep the importance ratio honest. What was sampled is what is trained on: token ids in, token ids out, text only for
-the reward. And one function computes log-probs, for sampling's record and for the update alike.
+the reward. And the old log-probs are those of the update's own forward pass, or have been checked against them.
 """
 
 import importlib
@@ -170,8 +170,8 @@ class Rollout:
     """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T.
 
     input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
-    truncated (B,) True where the response ran out of room before a stop token; logprobs (B, T) as sampled, in nats, where recorded;
-    lengths (B, 2) tokens of each prompt and response, kept on the CPU so that cutting batches never waits for a GPU.
+    truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each prompt and response,
+    kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded.
     """
 
     input_ids: torch.Tensor
@@ -179,8 +179,8 @@ class Rollout:
     position_ids: torch.Tensor
     mask: torch.Tensor
     truncated: torch.Tensor
-    logprobs: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.lengths is None:
@@ -188,12 +188,12 @@ class Rollout:
             self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
 
     def __getitem__(self, rows):
-        """The given rows, without the columns that are padding in all of them."""
+        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, and without logprobs."""
         width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
         prompt, used = lengths.amax(0).tolist()
+        rows = rows.to(self.mask.device, non_blocking=True) if isinstance(rows, torch.Tensor) else rows
         columns = (x[rows, width - prompt : width + used] for x in (self.input_ids, self.attention_mask, self.position_ids))
-        logprobs = None if self.logprobs is None else self.logprobs[rows, :used]
-        return Rollout(*columns, self.mask[rows, :used], self.truncated[rows], logprobs, lengths)
+        return Rollout(*columns, self.mask[rows, :used], self.truncated[rows], lengths)
 
     @property
     def response_ids(self):
@@ -220,29 +220,30 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
 
     prompt_ids: list of B lists of int -> Rollout on the model's device. Draws from torch's global generator.
     The model's own generation settings (top-k, penalties, ...) are put aside: they would shape the samples but not the log-probs.
-    record_logprobs: keep those that sampling drew from, which saves a scoring pass; where sampling is less exact than training, score.
+    record_logprobs: keep those that sampling drew from (not for temperature 0), which saves a scoring pass where they can be trusted.
     static_cache: a KV cache of fixed shape, for which transformers compiles decoding and captures it as a graph on a GPU.
     """
     width = max(map(len, prompt_ids))
     width += -width % 64 if static_cache else 0  # a new width is a new compilation
-    device, steps = model.device, []
+    device, step, chosen = model.device, [], []
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
     settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id,
                                 cache_implementation="static" if static_cache else None, **sampling)  # fmt: skip
 
-    def record(input_ids, logits):  # called with the logits of each step: those of the step before have been drawn from by now
-        if steps:
-            steps[-1] = steps[-1].gather(1, input_ids[:, -1:])
-        steps.append((logits / temperature).log_softmax(dim=-1))
+    def record(input_ids, logits):  # transformers calls it at each step, when the token before has been drawn
+        if step:
+            chosen.append(step.pop().gather(1, input_ids[:, -1:]))
+        step.append((logits / temperature).log_softmax(dim=-1))
         return logits
 
+    recording = record_logprobs and temperature > 0
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
-        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record] if record_logprobs else None)
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record] if recording else None)
     finally:
         model.generation_config = own_settings
         model.train(was_training)
@@ -250,11 +251,12 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(1) - is_stop.long() == 0
     attention = torch.cat([attention, mask.long()], dim=1)
-    logprobs = None
-    if record_logprobs:
-        record(input_ids, torch.zeros(1, 1))
-        logprobs = torch.where(mask, torch.cat(steps[: mask.shape[1]], dim=1), 0)
-    return Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1), logprobs)
+    found = Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
+    if recording:
+        if len(chosen) < mask.shape[1]:  # on a GPU, generate may run a few steps too far and take them back
+            chosen.append(step.pop().gather(1, input_ids[:, -1:]))
+        found.logprobs = torch.where(mask, torch.cat(chosen[: mask.shape[1]], dim=1), 0)
+    return found
 
 
 def completion_texts(rollout, tokenizer, stop_ids):
@@ -280,32 +282,38 @@ def right_aligned(rollout):
 
 
 def response_logprobs(model, rollout, temperature):
-    """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats.
+    """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats, 0 off the mask.
 
-    The logits one position before a token are the ones that chose it; no others are computed.
+    The logits one position before a token are the ones that chose it; only as many are computed as the longest response needs.
     """
+    mask, rollout = rollout.mask, rollout[:]
     input_ids, attention, positions, columns = right_aligned(rollout)
-    num_tokens, width = rollout.mask.shape[1], input_ids.shape[1]
-    output = model(input_ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=False, logits_to_keep=num_tokens)
-    logprobs = token_logprobs(output.logits, input_ids[:, width - num_tokens :], temperature)
-    return logprobs.gather(1, (columns[:, 1:] - (width - num_tokens)).clamp(min=0))
+    used, width = rollout.mask.shape[1], input_ids.shape[1]
+    output = model(input_ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=False, logits_to_keep=used)
+    logprobs = token_logprobs(output.logits, input_ids[:, width - used :], temperature)
+    logprobs = torch.where(rollout.mask, logprobs.gather(1, columns[:, 1:] - (width - used)), 0)
+    return torch.nn.functional.pad(logprobs, (0, mask.shape[1] - used))
 
 
 def response_quantiles(critic, rollout, after_last=False):
     """The critic's quantiles at the state before every response token: Rollout -> (B, T, N, M) fp32.
 
-    after_last: also at the state after each row's last token, in one more slot, (B, T + 1, N, M).
+    after_last: also at the state after each row's last token, in every slot behind it, (B, T + 1, N, M).
     """
+    num_tokens, rollout = rollout.mask.shape[1], rollout[:]
     input_ids, attention, positions, columns = right_aligned(rollout)
-    if after_last:
-        return critic(input_ids, attention, positions, columns)
-    return critic(input_ids[:, :-1], attention[:, :-1], positions[:, :-1], columns[:, :-1].clamp(max=input_ids.shape[1] - 2))
+    if not after_last:
+        input_ids, attention, positions, columns = input_ids[:, :-1], attention[:, :-1], positions[:, :-1], columns[:, :-1]
+    quantiles = critic(input_ids, attention, positions, columns.clamp(max=input_ids.shape[1] - 1))
+    behind = num_tokens - rollout.mask.shape[1]
+    return torch.cat([quantiles, quantiles[:, -1:].expand(-1, behind, -1, -1)], dim=1) if behind else quantiles
 
 
 def micro_batches(rollout, rows, max_rows, max_tokens):
     """rows (a CPU tensor of indices) in groups of similar length, longest first: of at most max_rows and max_tokens, padding counted.
 
-    A row shorter than 3/4 of a group's longest begins the next one, unless the group is so small (256 tokens) that overhead rules.
+    A row of more than max_tokens goes alone. A row shorter than 3/4 of a group's longest begins the next one, unless the group is
+    so small (256 tokens) that overhead rules.
     """
     lengths = rollout.lengths.sum(1)
     lengths, order = lengths[rows].sort(descending=True, stable=True)
@@ -328,7 +336,7 @@ def in_micro_batches(function, rollout, max_rows, max_tokens):
         if result is None:  # some functions give one column more than there are tokens
             width = rollout.mask.shape[1] + part.shape[1] - micro.mask.shape[1]
             result = part.new_zeros(num_rows, width, *part.shape[2:])
-        result[rows, : part.shape[1]] = part
+        result[rows.to(part.device, non_blocking=True), : part.shape[1]] = part
     return result
 
 

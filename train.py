@@ -60,7 +60,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("batch-size", (128, 64), "[1, inf)", "responses per iteration"),
         ("num-mini-batches", 2, "[1, inf)", "optimiser steps per epoch over a batch"),
         ("micro-batch-size", (128, 64), "[1, inf)", "most responses per forward pass; changes memory and time, never the gradient"),
-        ("micro-batch-tokens", 4096, "[1, inf)", "most tokens per forward pass, prompts and padding counted"),
+        ("micro-batch-tokens", 4096, "[1, inf)", "most tokens per forward pass, prompts and padding counted (a longer response goes alone)"),
         ("num-ppo-epochs", 2, "[1, inf)", "passes over each batch"),
         ("response-length", (16, 256), "[1, inf)", "most tokens per response"),
         ("critic-warmup-steps", 5, "[0, inf)", "first iterations that train the critic only"),
@@ -165,7 +165,7 @@ def parse_args(argv=None):
             raise InputError(f"--resume: expected the run's flags in {folder.parent / 'args.json'}, found none: {ro.one_line(error)}") from error
         if args.output_dir and Path(args.output_dir).resolve() != folder.parent.resolve():
             raise InputError(f"--output-dir: expected {folder.parent}, the folder of the run to resume, or none; found {args.output_dir}")
-        saved["output_dir"] = str(folder.parent)
+        saved = {**vars(parser.parse_args([])), **saved, "output_dir": str(folder.parent)}  # flags newer than the run: their defaults
         given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(saved))))  # None where a flag was not given
         given = {key: value for key, value in given.items() if value is not None}
         for key in given.keys() - CHANGEABLE:
@@ -254,12 +254,23 @@ def batch_rows(num_rows, episode, batch_size, seed):
     return rows
 
 
-def sample(state, args, prompt_ids, temperature, record_logprobs=False):
+def sample_batch(state, args, prompt_ids, temperature, record_logprobs=False):
     """ro.sample from the policy, or in half precision from its bf16 copy, brought up to date: decoding reads every weight per token."""
     if state.sampler is not state.policy:
         torch._foreach_copy_([*state.sampler.parameters()], [*state.policy.parameters()])
     static = args.kv_cache == "static"
     return ro.sample(state.sampler, prompt_ids, state.pad_id, state.stop_ids, args.response_length, temperature, record_logprobs, static)
+
+
+def recorded_as_scored(state, args, rollout):
+    """Whether sampling drew from the numbers that training computes, so that its log-probs need no scoring pass: asked once a run.
+
+    A few architectures decode otherwise than they read (or with --kv-cache static); where sampling is bf16 nobody asks.
+    """
+    rows = torch.arange(min(8, args.batch_size))
+    part = rollout[rows]
+    difference = ro.response_logprobs(state.policy, part, args.temperature) - rollout.logprobs[rows, : part.mask.shape[1]]
+    return bool(difference.abs().max() < 1e-3)
 
 
 @torch.no_grad()
@@ -315,13 +326,14 @@ def collect(state, args):
     rows = batch_rows(len(state.data), state.iteration * num_prompts, num_prompts, args.seed)
     batch = state.data[[row for row in rows for _ in range(args.group_size)]]
     with state.autocast():
-        rollout = sample(state, args, batch[ro.PROMPT_IDS], args.temperature, record_logprobs=not state.half)
+        rollout = sample_batch(state, args, batch[ro.PROMPT_IDS], args.temperature, record_logprobs=state.trust_recorded is not False)
         forward = lambda function: ro.in_micro_batches(function, rollout, args.micro_batch_size, args.micro_batch_tokens)
-        score = lambda model: forward(lambda part: ro.response_logprobs(model, part, args.temperature))
-        # In fp32 sampling drew from the very numbers that training computes: nothing to score again.
-        logprobs, head_quantiles = score(state.policy) if state.half else rollout.logprobs, None
+        logprobs_of = lambda model: forward(lambda part: ro.response_logprobs(model, part, args.temperature))
+        if state.trust_recorded is None:
+            state.trust_recorded = recorded_as_scored(state, args, rollout)
+        logprobs, head_quantiles = rollout.logprobs if state.trust_recorded else logprobs_of(state.policy), None
         with torch.inference_mode():
-            ref_logprobs = score(state.reference) if state.reference is not None else None
+            ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
         if state.critic is not None:
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
     scores, true_scores = judge(state, args, batch, rollout)
@@ -368,21 +380,22 @@ def critic_backward(state, args, part, targets, num_tokens):
 def update(state, args, experience):
     """Epochs of minibatch steps on one batch of experience; the policy rests during the critic's warm-up -> metrics.
 
-    Nothing in the loop waits for a GPU; whether the gradients were finite is asked once, behind it.
+    Nothing of ours in the loop waits for a GPU; whether the gradients were finite is asked once, behind it.
     """
     train_policy = state.critic is None or state.iteration >= args.critic_warmup_steps
     rollout, totals, norms, num_steps = experience["rollout"], collections.Counter(), [], args.num_ppo_epochs * args.num_mini_batches
     for minibatch in (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)):
-        num_tokens, token_weights = rollout.mask[minibatch].sum(), torch.ones_like(experience["logprobs"])
+        mask, token_weights = rollout[minibatch].mask, torch.ones_like(experience["logprobs"])
+        num_tokens = mask.sum()
         if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
-            token_weights[minibatch] = dvpo.sequence_weights(rollout.mask[minibatch])
+            token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
         elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
             token_weights *= num_tokens / (len(minibatch) * args.response_length)
         for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
-            part = rollout[rows]
-            now = {name: value[rows, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
+            part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
+            now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
             if train_policy:
-                weights = token_weights[rows, : part.mask.shape[1]]
+                weights = token_weights[at, : part.mask.shape[1]]
                 totals.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
             if state.critic is not None:
                 totals.update(critic_backward(state, args, part, now["targets"], num_tokens))
@@ -405,7 +418,7 @@ def evaluate(state, args):
             scores = []
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
-                    rollout = sample(state, args, batch[ro.PROMPT_IDS], args.temperature if mode == "sampled" else 0.0)
+                    rollout = sample_batch(state, args, batch[ro.PROMPT_IDS], args.temperature if mode == "sampled" else 0.0)
                 scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer, state.stop_ids)))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
@@ -523,6 +536,7 @@ def build(args):
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     state.risk = RiskConfig(alpha=args.alpha, beta=args.beta, ratio=args.tail_ratio, **weights)
     state.half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    state.trust_recorded = False if state.half else None  # None: to be found out
     state.autocast = lambda: torch.autocast(device.split(":")[0], torch.bfloat16, enabled=state.half)
     state.sampler = copy.deepcopy(state.policy).requires_grad_(False) if state.half else state.policy
     for parameter in state.sampler.parameters() if state.half else ():  # not .to(): a rotary embedding's buffers stay fp32

@@ -7,6 +7,8 @@
     OMP_NUM_THREADS=1 python experiments/bench.py --vary response=64,256,1024,4096 --batch 4
     python experiments/bench.py --shape qwen3-1.7b --prompt 512 --response 2048 --batch 64 -- --kv-cache static     # a GPU's
 
+update %: matrix products of the update (padding and recomputation not counted) over its time, of the rate of one large product.
+decode %: bytes that decoding must read (weights and cache, each step) over the rollout's time, of the rate of one large copy.
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind -- goes to train.py too. Every row
 has a process of its own, and they take turns, iteration by iteration: a machine that slows down slows all rows. Medians.
 """
@@ -89,6 +91,8 @@ def time_phases(train):
             if running:  # part of another phase
                 return function(*rest, **kwargs)
             running.append(name)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             start = time.perf_counter()
             try:
                 return function(*rest, **kwargs)
@@ -108,18 +112,61 @@ def time_phases(train):
     return seconds
 
 
-def peak_memory(reset=False):
-    """Bytes: the most that this process held on the GPU, or in RAM on Linux, since the last reset."""
+def rates(device, dtype):
+    """What the machine can do at best: (FLOP/s of a large matrix product, bytes/s moved by a large copy, read and written)."""
+    import torch
+
+    size = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    big = torch.empty(2**28 if device.type == "cuda" else 2**25, device=device)
+    other = torch.empty_like(big)
+
+    def seconds(function):
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return 2 * size**3 / seconds(lambda: torch.matmul(a, b)), 2 * 4 * big.numel() / seconds(lambda: other.copy_(big))
+
+
+def work_done(state, args, rollout):
+    """(FLOP of the update's matrix products, without recomputation; bytes that decoding must read), by the usual counts."""
+    config, tokens, responses = state.policy.config, rollout.lengths.sum(1).double(), rollout.lengths[:, 1].double()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    trunk = sum(p.numel() for p in state.policy.base_model.parameters()) - config.vocab_size * config.hidden_size
+    attention = 2 * config.num_hidden_layers * config.num_attention_heads * head_dim * tokens.square().sum()  # q k and its use, causal half
+    heads = config.vocab_size * config.hidden_size + (state.critic.heads.weight.numel() if state.critic is not None else 0)
+    models = 1 if state.critic is None else 2
+    flop = 3 * args.num_ppo_epochs * (models * (2 * trunk * tokens.sum() + attention) + 2 * heads * responses.sum())
+    size = next(state.sampler.parameters()).element_size()
+    steps = rollout.mask.shape[1]
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * len(tokens) * (steps * rollout.lengths[:, 0].max() + steps**2 / 2)
+    return float(flop), float(size * (steps * (trunk + config.vocab_size * config.hidden_size) + cache))
+
+
+def peak_memory():
+    """Bytes: the most that this process held on the GPU, or in RAM on Linux, since the last call; 0 elsewhere."""
     import torch
 
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak
-    status = Path("/proc/self/status").read_text() if Path("/proc/self/status").exists() else "VmHWM: 0"
-    if reset and Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    if not Path("/proc/self/clear_refs").exists():
+        return 0
+    peak = 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, at what is held now
+    return peak
+
+
+def held_memory():
+    peak_memory()
+    return peak_memory()
 
 
 def worker(connection, args, flags):
@@ -132,22 +179,22 @@ def worker(connection, args, flags):
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     train.datasets.disable_progress_bars()
-    held = peak_memory(reset=True)  # imports are not an iteration's
+    held = held_memory()  # imports are not an iteration's
     with tempfile.TemporaryDirectory() as folder:
         make_model(args, Path(folder))
-        state = train.build(train.parse_args([
+        train_args = train.parse_args([
             "--model-name-or-path", folder, "--dataset-name", f"{folder}/prompts.jsonl", "--reward", "experiments.bench:lengths_reward",
             "--batch-size", str(args.batch), "--response-length", str(args.response), "--eval-samples", "1", "--output-dir", folder, *flags,
-        ]))  # fmt: skip
-        train_args = train.parse_args(["--model-name-or-path", folder, "--batch-size", str(args.batch), "--response-length", str(args.response), *flags])
+        ])  # fmt: skip
+        state = train.build(train_args)
     for model in {state.policy, state.sampler, state.reference or state.policy}:
         shape_lengths(model, args.prompt, args.ragged)
+    machine_flop, machine_bytes = rates(state.policy.device, torch.bfloat16 if state.half else torch.float32)
     seconds = time_phases(train)
     state.iteration = train_args.critic_warmup_steps
     while connection.recv():
         seconds.update(dict.fromkeys(PHASES, 0.0))
-        if not torch.cuda.is_available():
-            peak_memory(reset=True)
+        peak_memory()
         start = time.perf_counter()
         experience, _ = train.collect(state, train_args)
         train.update(state, train_args, experience)
@@ -156,7 +203,10 @@ def worker(connection, args, flags):
         total = time.perf_counter() - start
         seconds["rest"] = total - sum(seconds.values())
         tokens = int(experience["rollout"].mask.sum())
-        connection.send({**seconds, "total": total, "tokens/s": tokens / total, "peak MiB": (peak_memory() - held) / 2**20})
+        flop, read = work_done(state, train_args, experience["rollout"])
+        update = seconds["policy"] + seconds["critic"]
+        efficiency = {"update %": 100 * flop / update / machine_flop, "decode %": 100 * read / seconds["rollout"] / machine_bytes}
+        connection.send({**seconds, "total": total, "tokens/s": tokens / total, "peak MiB": (peak_memory() - held) / 2**20, **efficiency})
 
 
 def start(target, args, flags):
@@ -176,7 +226,10 @@ def measure(rows, iterations):
     for turn in tqdm(range(iterations + 2), desc="turns", leave=False):
         for name, connection in rows.items():
             connection.send(True)
-            result = connection.recv()
+            try:
+                result = connection.recv()
+            except EOFError:
+                sys.exit(f"bench: {name} failed, see above")
             if turn > 1:
                 found[name].append(result)
     for connection in rows.values():
@@ -186,10 +239,11 @@ def measure(rows, iterations):
 
 def print_table(title, table):
     import torch
+    import transformers
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{title}\n{device}, torch {torch.__version__}, commit {commit}; seconds per iteration, medians\n")
+    print(f"{title}\n{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}; seconds per iteration, medians\n")
     columns, first = list(next(iter(table.values()))), next(iter(table.values()))
     print(f"{'':24}" + "".join(f"{name:>10}" for name in columns) + f"{'time':>8}{'memory':>8}")
     for name, row in table.items():
@@ -223,8 +277,8 @@ def main():
     rows, (name, _, values) = {}, args.vary.partition("=")
     for value in values.split(","):
         own, flags = argparse.Namespace(**vars(args)), list(args.flags)
-        if hasattr(own, name):
-            setattr(own, name, type(getattr(make_parser().parse_args(["--prompt", "1", "--response", "1"]), name))(value))
+        if name in ("shape", "prompt", "response", "batch"):
+            own = make_parser().parse_args([f"--{name}", value], own)
         else:
             flags += [f"--{name}", value]
         rows[f"{name} {value}"] = start(worker, with_lengths(own), flags)

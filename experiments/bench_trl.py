@@ -5,11 +5,12 @@
     OMP_NUM_THREADS=1 python experiments/bench_trl.py --ragged
     OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0     # TRL runs its reference model all the same
 
-TRL has its scalar critic, KL in the reward, 2 mini-batches, 2 epochs, a reward model of no size; ours are dvpo and ppo. No logging.
+TRL has its scalar critic, KL in the reward, 2 mini-batches, 2 epochs, a reward model of no size; ours are dvpo and ppo. TRL's turn
+includes the metrics that it logs, ours their computation but not the writing.
 """
 
 import argparse
-import os
+import contextlib
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ def worker(connection, args, flags):
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     sys.stdout = sys.stderr  # it prints its metrics
-    held = bench.peak_memory(reset=True)
+    held = bench.held_memory()
     with tempfile.TemporaryDirectory() as folder:
         bench.make_model(args, Path(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -45,7 +46,8 @@ def worker(connection, args, flags):
 
         def wait(self):
             if not connection.recv():
-                os._exit(0)
+                raise KeyboardInterrupt  # its loop knows no other end
+            bench.peak_memory()
             self.start = time.perf_counter()
 
         def on_step_end(self, *_, **__):
@@ -60,7 +62,10 @@ def worker(connection, args, flags):
             stop_token="eos" if args.ragged else None, num_sample_generations=0, save_strategy="no", report_to=[], use_cpu=args.device == "cpu",
             learning_rate=1e-6, logging_steps=10**6, disable_tqdm=True, bf16=args.device != "cpu", gradient_checkpointing=False,
         )  # fmt: skip
-        PPOTrainer(config, tokenizer, policy, reference, AutoModelForSequenceClassification.from_config(no_size), rows, value_model, callbacks=[Turn()]).train()
+        reward_model = AutoModelForSequenceClassification.from_config(no_size)
+        trainer = PPOTrainer(config, tokenizer, policy, reference, reward_model, rows, value_model, callbacks=[Turn()])
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.train()
 
 
 def main():

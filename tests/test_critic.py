@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel
 
+import critic
 from critic import QuantileCritic, count_below, head_consistency, pairwise_quantile_huber_loss, quantile_huber_loss, quantile_levels
 
 # Two predictions, three targets. u = y - q:  q_1 = 0: -1, 0.5, 3;  q_2 = 1: -2, -0.5, 2.  Weights |tau - 1{u < 0}|:
@@ -165,13 +166,32 @@ def test_count_below_is_searchsorted(k):
     assert torch.equal(count_below(targets, edges), torch.searchsorted(targets, edges.contiguous()))
 
 
-def test_loss_is_the_same_in_chunks_of_rows():
-    """More rows than one chunk holds, and leading dimensions of any number."""
-    quantiles, targets, levels = torch.randn(3, 50, 7, 40).double(), torch.randn(3, 50, 7, 30).double(), quantile_levels(40).double()
-    found = quantile_huber_loss(quantiles, targets, levels, 0.1)
-    assert found.shape == (3, 50, 7) and 3 * 50 * 7 * 70 > 2**16
-    torch.testing.assert_close(found, pairwise_quantile_huber_loss(quantiles, targets, levels, 0.1), rtol=1e-9, atol=1e-12)
-    assert quantile_huber_loss(quantiles[:0], targets[:0], levels, 0.1).shape == (0, 50, 7)
+def test_loss_is_the_same_in_chunks_of_rows(monkeypatch):
+    """Chunks of one row, of two, and all at once; leading dimensions of any number, none included."""
+    quantiles, targets, levels = torch.randn(3, 5, 7, 40).double(), torch.randn(3, 5, 7, 30).double(), quantile_levels(40).double()
+    expected = pairwise_quantile_huber_loss(quantiles, targets, levels, 0.1)
+    for size in (1, 150, 2**16):
+        monkeypatch.setitem(critic.CHUNK_SIZE, "cpu", size)
+        found = quantile_huber_loss(quantiles, targets, levels, 0.1)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert quantile_huber_loss(quantiles[:0], targets[:0], levels, 0.1).shape == (0, 5, 7)
+    assert quantile_huber_loss(quantiles[0, 0, 0], targets[0, 0, 0], levels, 0.1).shape == ()
+
+
+@pytest.mark.parametrize("kappa", [1e-15, 1e-9, 1e-3, 1.0, 1e3, 1e6, 1e9])
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_loss_and_gradient_in_fp32_for_kappas_of_any_size(kappa, scale):
+    """fp32 tensors and levels, as training has them, M = 200 and 0/1 returns or large ones: against the fp64 definition."""
+    rng = torch.Generator().manual_seed(0)
+    quantiles = scale * (0.5 + 0.1 * torch.rand(4, 200, generator=rng))
+    targets = scale * (torch.rand(4, 200, generator=rng) < 0.5).float()
+    results = []
+    for loss, dtype in ((quantile_huber_loss, torch.float32), (pairwise_quantile_huber_loss, torch.float64)):
+        q = quantiles.to(dtype).requires_grad_()
+        value = loss(q, targets.to(dtype), quantile_levels(200).to(dtype), kappa)
+        results.append((value.detach().double(), torch.autograd.grad(value.sum(), q)[0].double()))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
 
 
 class LargestTensor(TorchDispatchMode):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from critic import pairwise_quantile_huber_loss, quantile_levels
 from dvpo import (
@@ -203,6 +204,23 @@ def test_token_logprobs_values_gradient_chunks_and_untouched_logits():
     assert torch.equal(logits.detach(), before)
     half = token_logprobs(logits.bfloat16(), ids, 0.5)
     assert half.dtype == torch.float32
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_no_fp32_copy_of_bf16_logits_is_made_forward_or_backward(temperature):
+    class LargestFloat(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
+                self.numel = max(self.numel, result.numel())
+            return result
+
+    logits, ids = torch.randn(4, 25, 50).bfloat16().requires_grad_(), torch.randint(50, (4, 25))
+    with LargestFloat() as largest:
+        token_logprobs(logits, ids, temperature, chunk_size=500).sum().backward()
+    assert largest.numel == 500 and logits.grad.dtype == torch.bfloat16
 
 
 # ---- policy loss

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import rollout
+from critic import QuantileCritic
 from rollout import (
     InputError,
     boxed,
@@ -238,6 +239,14 @@ def test_a_static_cache_samples_the_same_tokens(model, temperature):
     torch.testing.assert_close(new, old, rtol=0, atol=1e-5)
 
 
+def test_a_static_cache_is_what_generate_gets(model, monkeypatch):
+    seen, base = [], model.base_model
+    base.register_forward_pre_hook(lambda module, args, kwargs: seen.append(type(kwargs["past_key_values"]).__name__), with_kwargs=True)
+    for static in (False, True):
+        sample_seeded(model, 1.0, static_cache=static)
+    assert seen == ["DynamicCache"] * 6 + ["StaticCache"] * 6
+
+
 def sample_seeded(model, temperature, **options):
     if model.config.model_type == "gpt2":  # its positions end at 64; nothing learns here
         model.config.n_positions = 128
@@ -259,7 +268,7 @@ def test_recorded_logprobs_are_the_scored_ones(model, temperature):
     scored = response_logprobs(model.train(), found, temperature)
     assert (found.logprobs - scored)[found.mask].abs().max() < 1e-5
     assert (found.logprobs[~found.mask] == 0).all() and not found.mask.all()
-    assert torch.equal(found[torch.tensor([5, 1])].logprobs, found.logprobs[[5, 1], : found.mask[[5, 1]].sum(1).max()])
+    assert found[torch.tensor([5, 1])].logprobs is None and sample(model, PROMPTS, 0, [1], 2, 0.0, record_logprobs=True).logprobs is None
     torch.manual_seed(0)
     assert torch.equal(sample(model, PROMPTS * 8, 0, [1], 8, temperature).input_ids, found.input_ids)  # recording changes no sample
 
@@ -348,6 +357,20 @@ def test_right_alignment_leaves_no_padding_but_what_lengths_demand():
     ids, attention, _, columns = rollout.right_aligned(longer)
     assert ids.tolist() == [[0, 5, 6, 7, 8], [2, 3, 4, 9, 0]] and attention.tolist() == [[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert columns.tolist() == [[1, 2, 3, 4], [2, 3, 4, 4]]
+
+
+@pytest.mark.parametrize("extra", [1, 5, 40])
+def test_appended_pad_columns_change_no_logprob_and_no_value(model, extra):
+    found = rolled(favour(model, 1, 1.0))
+    pad = lambda x: torch.nn.functional.pad(x, (0, extra))
+    wide = rollout.Rollout(pad(found.input_ids), pad(found.attention_mask), pad(found.position_ids), pad(found.mask), found.truncated)
+    old, new = (response_logprobs(model, x, 1.0) for x in (found, wide))
+    assert new.shape == wide.mask.shape and torch.equal(new[:, : old.shape[1]], old) and (new[~wide.mask] == 0).all()
+    critic = QuantileCritic(model.base_model, 2, 3)
+    for after_last in (False, True):
+        old, new = (response_quantiles(critic, x, after_last) for x in (found, wide))
+        assert new.shape[1] == wide.mask.shape[1] + after_last and torch.equal(new[:, : old.shape[1]], old)
+        assert torch.equal(new[:, -1], old[:, -1]) or not after_last  # behind a response: the state after its last token
 
 
 def test_lengths_are_counted_from_the_attention_mask():

@@ -1,5 +1,6 @@
 """train.py: the run from end to end, equal seeds, resuming, and bad input in one line."""
 
+import collections
 import json
 import math
 import re
@@ -259,14 +260,57 @@ def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path
 
 
 def test_no_pass_is_spent_on_numbers_that_are_there(warm_start, tmp_path, monkeypatch):
-    """In fp32 the policy is not scored again, and without a KL there is no reference; in bf16 both are scored."""
+    """After a first check of eight rows, in fp32 the policy is not scored again; without a KL there is no reference; in bf16 both are scored."""
     calls, response_logprobs = [], ro.response_logprobs
-    monkeypatch.setattr(ro, "response_logprobs", lambda model, *rest: calls.append(model) or response_logprobs(model, *rest))
-    for flags, expected in (([], ["reference"]), (["--kl-coef", "0"], []), (["--dtype", "bfloat16"], ["policy", "reference"])):
+    note = lambda model, part, temperature: calls.append((model, len(part.mask))) or response_logprobs(model, part, temperature)
+    monkeypatch.setattr(ro, "response_logprobs", note)
+    for flags, expected in (([], {"reference": 64}), (["--kl-coef", "0"], {}), (["--dtype", "bfloat16"], {"policy": 64, "reference": 64})):
         state, args = state_of(warm_start, tmp_path, *flags)
-        train.collect(state, args)
-        assert {name for name in ("policy", "reference") for call in calls if call is getattr(state, name)} == set(expected)
         calls.clear()
+        train.collect(state, args)
+        first = {"policy": 8} if state.trust_recorded else {}
+        for rows in (collections.Counter(expected) + collections.Counter(first), expected):
+            scored = collections.Counter()
+            for model, number in calls:
+                scored["policy" if model is state.policy else "reference"] += number
+            assert scored == rows
+            calls.clear()
+            train.collect(state, args)
+
+
+def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(warm_start, tmp_path, monkeypatch):
+    """An architecture that decodes otherwise than it reads: its tokens are scored, and the first ratio is 1 all the same."""
+    sample = ro.sample
+
+    def shifted(*args):
+        found = sample(*args)
+        found.logprobs = found.logprobs - 0.01 * found.mask
+        return found
+
+    monkeypatch.setattr(ro, "sample", shifted)
+    state, args = state_of(warm_start, tmp_path, "--num-mini-batches", "1", "--num-ppo-epochs", "1", "--critic-warmup-steps", "0")
+    experience, _ = train.collect(state, args)
+    assert state.trust_recorded is False
+    assert train.update(state, args, experience)["val/ratio"].item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("broken", ["policy", "critic"])
+def test_a_gradient_that_is_not_finite_stops_the_run(broken, warm_start, tmp_path):
+    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0")
+    experience, _ = train.collect(state, args)
+    with torch.no_grad():
+        (state.policy.lm_head.weight if broken == "policy" else state.critic.heads.weight)[3, 0] = math.nan
+    with pytest.raises(ro.InputError, match="iteration 1: expected finite gradients, found nan"):
+        train.update(state, args, experience)
+
+
+def test_the_static_cache_flag_reaches_sampling(warm_start, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(ro, "sample", lambda *rest: seen.append(rest[-1]))
+    for flags in ([], ["--kv-cache", "static"]):
+        state, args = state_of(warm_start, tmp_path, *flags)
+        train.sample_batch(state, args, [[3]], 1.0)
+    assert seen == [False, True]
 
 
 def test_half_precision_samples_from_a_bf16_copy_that_follows_the_policy_and_scores_its_tokens_anew(warm_start, tmp_path):
@@ -301,11 +345,14 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("algo", ["dvpo", "ppo"])
-def test_the_update_waits_for_the_gpu_once_not_in_its_loop(algo, warm_start, tmp_path):
+def test_the_update_waits_for_the_gpu_once_not_in_its_loop(algo, warm_start, tmp_path, monkeypatch):
     state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--algo", algo, "--micro-batch-size", "16")
     experience, _ = train.collect(state, args)
+    for name in ("cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *rest: pytest.fail("a tensor is fetched from the GPU"))
     with Waits() as waits:
         train.update(state, args, experience)
+    monkeypatch.undo()
     assert len(waits.found) <= 1, waits.found
     with Waits() as waits:
         torch.randn(4)[torch.ones(4) > 0].sum().item()
@@ -398,6 +445,12 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
         experience, _ = train.collect(state, args)
         targets = experience["targets"][experience["rollout"].truncated, -1]
         assert targets.mean().item() == pytest.approx(last_target, abs=0.01)
+    by_position = lambda ids, attention, positions, columns: positions.gather(1, columns)[..., None, None].float()  # V = the position it is read at
+    state.critic = by_position
+    experience, _ = train.collect(state, args)
+    rollout = experience["rollout"]
+    last = rollout.position_ids[rollout.truncated, -1]  # the last token's own position: where the state after it is seen
+    assert torch.equal(experience["targets"][rollout.truncated, -1, 0], last.float())
 
 
 def test_held_out_prompts_stay_out_of_training(warm_start, tmp_path):
@@ -575,6 +628,13 @@ def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_sta
     assert train.parse_args(["--resume", "--output-dir", f"{finished}/"]).resume.endswith("checkpoint-000024")
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
+    for name in ("checkpoint-000016", "args.json"):  # a run of a version that did not know a flag yet
+        (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, tmp_path / name)
+    known = json.loads((tmp_path / "args.json").read_text())
+    del known["flags"]["kv_cache"], known["flags"]["micro_batch_tokens"]
+    (tmp_path / "args.json").write_text(json.dumps(known))
+    args = train.parse_args(["--resume", str(tmp_path)])
+    assert args.kv_cache == "dynamic" and args.micro_batch_tokens == 4096 and args.num_quantiles == 16
 
 
 @pytest.mark.parametrize("torn", ["args.json", "*24/state.pt", "*24/critic/critic_config.json", "*24/policy/model.safetensors"])
