@@ -189,11 +189,11 @@ def worker(connection, args, flags):
         state = train.build(train_args)
     for model in {state.policy, state.sampler, state.reference or state.policy}:
         shape_lengths(model, args.prompt, args.ragged)
-    machine_flop, machine_bytes = rates(state.policy.device, torch.bfloat16 if state.half else torch.float32)
-    seconds = time_phases(train)
+    machine, seconds = None, time_phases(train)
     state.iteration = train_args.critic_warmup_steps
     while connection.recv():
         seconds.update(dict.fromkeys(PHASES, 0.0))
+        machine = machine or rates(state.policy.device, torch.bfloat16 if state.half else torch.float32)  # the other rows rest now
         peak_memory()
         start = time.perf_counter()
         experience, _ = train.collect(state, train_args)
@@ -205,7 +205,7 @@ def worker(connection, args, flags):
         tokens = int(experience["rollout"].mask.sum())
         flop, read = work_done(state, train_args, experience["rollout"])
         update = seconds["policy"] + seconds["critic"]
-        efficiency = {"update %": 100 * flop / update / machine_flop, "decode %": 100 * read / seconds["rollout"] / machine_bytes}
+        efficiency = {"update %": 100 * flop / update / machine[0], "decode %": 100 * read / seconds["rollout"] / machine[1]}
         connection.send({**seconds, "total": total, "tokens/s": tokens / total, "peak MiB": (peak_memory() - held) / 2**20, **efficiency})
 
 

@@ -537,6 +537,9 @@ BAD_FLAGS = [
     ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"),
     ("--critic-model-name-or-path ./nowhere", "--critic"), ("--device gpu", "--device"), ("--device meta", "--device"), ("--seed 40000000000000", "--seed"),
     ("--temperature 1e-42", "--temperature"), ("--response-length 300", "--response-length"), ("--reward-noise-outlier 1 1e30", "--reward-noise-outlier"),
+    ("--group-size 5", "--group-size"), ("--group-size -1", "--group-size"), ("--algo grpo --group-size 1", "--group-size"), ("--kv-cache paged", "--kv-cache"),
+    ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"), ("--score-floor-level 1", "--score-floor-level"),
+    ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
 ]  # fmt: skip
 
 
