@@ -1,6 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Algorithms x kinds of reward noise x seeds, on the built-in task.
 
-    python experiments/noise.py --jobs 2                  # the main grid; about a minute a run, --jobs runs at a time
+    python experiments/noise.py --jobs 2                  # the main grid; one to two minutes a run, --jobs runs at a time
+    python experiments/noise.py --noises outliers --methods ppo "dvpo, critic floor" --seeds 3    # a part of it
     python experiments/noise.py --grid tuning --jobs 2    # the learning rates that the main grid uses, on seeds of their own
     python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor
     python experiments/noise.py --quick                   # a few short runs, to see that it works; numbers mean nothing
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 
-BUDGET = "--total-episodes 7680 --eval-steps 10 --eval-samples 512"  # 60 iterations of 128 completions
+BUDGET = "--total-episodes 12800 --eval-steps 20 --eval-samples 512"  # 100 iterations of 128 completions
 CLEAN = "--reward-noise-fp 0 --reward-noise-fn 0"
 NOISES = {
     "none": CLEAN,
@@ -40,7 +41,7 @@ NOISES = {
     "offset": CLEAN + " --reward-offset 3",
     "offset, outliers": CLEAN + " --reward-offset 3 --reward-noise-outlier 0.3 3",
 }
-LEARNING_RATES = ("1e-4", "2e-4", "4e-4")  # what --grid tuning tries for each method, under flips 0.3 and outliers
+LEARNING_RATES = ("5e-5", "1e-4", "2e-4")  # what --grid tuning tries for each method, under flips 0.3 and outliers
 METHODS = {
     "ppo": "--algo ppo",
     "dvpo": "--algo dvpo",
@@ -51,7 +52,7 @@ METHODS = {
     "ppo, batch floor": "--algo ppo --score-floor batch",
     "dvpo, critic floor": "--algo dvpo --score-floor critic",
 }
-TUNED = dict.fromkeys(METHODS, "2e-4")
+TUNED = dict.fromkeys(METHODS, "1e-4")
 LADDER = ("consistency", "calibration", "shift", "shape", "curvature")
 
 
@@ -97,19 +98,18 @@ def train(folder, flags, seed):
     return results
 
 
-def run_grid(name, jobs, budget, seeds):
+def run_grid(name, jobs, budget, methods, noises, seeds):
     """Runs what experiments/results/noise-NAME.jsonl does not hold yet, and adds it there line by line."""
     import torch
     import transformers
 
     from experiments.warm_start import warm_start
 
-    methods, noises, _ = GRIDS[name]
     file = RESULTS / f"noise-{name}.jsonl"
     finished = {(row["method"], row["noise"], row["seed"], row["flags"]) for row in read(file)}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     about = {"commit": commit, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
-    todo = [(method, noise, seed, f"{budget} {methods[method]} {NOISES[noise]}") for seed in seeds for noise in noises for method in methods]
+    todo = [(method, noise, seed, f"{budget} {GRIDS[name][0][method]} {NOISES[noise]}") for seed in seeds for noise in noises for method in methods]
     todo = [key for key in todo if key not in finished]
     folder, lock = ROOT / "runs" / "noise", threading.Lock()
     for seed in {seed for _, _, seed, _ in todo}:
@@ -226,6 +226,8 @@ def main():
     parser.add_argument("--grid", choices=GRIDS, default="main")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=int, help="how many; default what the grid names")
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="only these of the grid's")
+    parser.add_argument("--noises", nargs="+", metavar="NAME", help="only these of the grid's")
     parser.add_argument("--quick", action="store_true", help="two methods, two noises, two seeds, four iterations; into noise-quick.jsonl under runs/")
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
@@ -235,9 +237,12 @@ def main():
         RESULTS, grid, budget = ROOT / "runs", "quick", "--total-episodes 256 --batch-size 64 --critic-warmup-steps 1 --eval-steps 2 --eval-samples 32"
         GRIDS["quick"] = ({name: METHODS[name] for name in ("ppo", "dvpo, critic floor", "grpo")}, ("none", "offset, outliers"), range(2))
     RESULTS.mkdir(parents=True, exist_ok=True)
+    methods, noises, seeds = GRIDS[grid]
+    for flag, given, known in (("methods", args.methods, methods), ("noises", args.noises, noises)):
+        if unknown := set(given or ()) - set(known):
+            parser.error(f"--{flag}: expected some of {', '.join(known)}; found {', '.join(unknown)}")
     if not args.table:
-        seeds = GRIDS[grid][2]
-        run_grid(grid, args.jobs, budget, seeds if args.seeds is None else seeds[: args.seeds])
+        run_grid(grid, args.jobs, budget, args.methods or methods, args.noises or noises, seeds[: args.seeds])
     print_table(grid)
     plot(grid)
 
