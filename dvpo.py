@@ -131,6 +131,7 @@ def winsorized_scores(scores, level, quantiles=None, mask=None):
         raise ValueError(f"level: expected a number in (0, 1), found {level}")
     if quantiles is None:
         return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
+    assert scores.shape == mask.shape[:1] and quantiles.shape[:2] == mask.shape, f"scores {tuple(scores.shape)}, quantiles {tuple(quantiles.shape)}"
     is_last = (mask & (mask.flip(1).cumsum(1).flip(1) == 1)).unsqueeze(-1)
     last = torch.where(is_last, quantiles, 0).sum(dim=1).sort(dim=-1).values
     floor = last[..., tail_size(last.shape[-1], level) - 1]
@@ -147,6 +148,7 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
 
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
+    assert rewards.shape == mask.shape == head_values.shape[:2], f"rewards {tuple(rewards.shape)}, head_values {tuple(head_values.shape)}"
     worst = head_values.amin(dim=-1, keepdim=True)
     after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
     return distributional_gae(rewards, head_values.mean(dim=-1, keepdim=True), mask, gamma, lam, after, worst)
@@ -166,9 +168,11 @@ def group_advantages(scores, group_size, divide_by_std):
     (r - mean) / std over each group (unbiased std, + 1e-4), 0 where all are equal; divide_by_std=False is Dr. GRPO's.
     Raises ValueError for a group of 1, or a size that does not divide B. (Shao et al. 2024; Liu et al. 2025.)
     """
+    assert scores.dim() == 1, f"scores {tuple(scores.shape)}"
     if group_size < 2 or len(scores) % group_size:
         raise ValueError(f"group_size: expected at least 2 and a divisor of {len(scores)} scores, found {group_size}")
     groups = scores.view(-1, group_size)
+    groups = groups - groups[:, :1]  # equal scores are then exactly 0, whatever rounding a mean has
     centred = groups - groups.mean(dim=1, keepdim=True)
     return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if divide_by_std else centred).flatten()
 
