@@ -131,6 +131,12 @@ def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def current(name):
+    """The finished runs whose flags are those that the grid has now: never two budgets or learning rates in one row."""
+    rows, methods = read(RESULTS / f"noise-{name}.jsonl"), GRIDS[name][0]
+    return [row for row in rows if row["method"] in methods and row["flags"].endswith(f" {methods[row['method']]} {NOISES[row['noise']]}")]
+
+
 def bootstrap(values, resamples=4000):
     """Mean and 95 % bootstrap interval (percentiles)."""
     rng = random.Random(0)
@@ -149,7 +155,7 @@ def steps_to(rows, target):
 
 def summarise(name):
     """Rows of (noise, method, number of seeds, {column: (mean, low, high)}, steps); differences are paired by seed with the first method."""
-    rows, (methods, noises, _) = read(RESULTS / f"noise-{name}.jsonl"), GRIDS[name]
+    rows, (methods, noises, _) = current(name), GRIDS[name]
     reference = next(iter(methods))
     clean = [row["after"]["in domain, greedy"] for row in rows if row["method"] == reference and row["noise"] == "none"]
     table = []
@@ -187,7 +193,7 @@ def plot(name):
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows, (table, _), (methods, noises, _) = read(RESULTS / f"noise-{name}.jsonl"), summarise(name), GRIDS[name]
+    rows, (table, _), (methods, noises, _) = current(name), summarise(name), GRIDS[name]
     noises = [noise for noise in noises if any(entry[0] == noise for entry in table)]
     colours = dict(zip(methods, [*pyplot.cm.tab10.colors, *pyplot.cm.Dark2.colors, *pyplot.cm.Set1.colors]))
     figure, axes = pyplot.subplots(1, len(noises), figsize=(3.2 * len(noises), 3.4), sharey=True, squeeze=False)
