@@ -225,10 +225,10 @@ def measure(rows, iterations):
     found = {name: [] for name in rows}
     for turn in tqdm(range(iterations + 2), desc="turns", leave=False):
         for name, connection in rows.items():
-            connection.send(True)
             try:
+                connection.send(True)
                 result = connection.recv()
-            except EOFError:
+            except (EOFError, OSError):
                 sys.exit(f"bench: {name} failed, see above")
             if turn > 1:
                 found[name].append(result)
