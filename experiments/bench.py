@@ -14,6 +14,7 @@ has a process of its own, and they take turns, iteration by iteration: a machine
 """
 
 import argparse
+import contextlib
 import json
 import math
 import multiprocessing
@@ -169,6 +170,12 @@ def held_memory():
     return peak_memory()
 
 
+def told_to_go_on(connection):
+    with contextlib.suppress(EOFError):  # the parent has ended
+        return connection.recv()
+    return False
+
+
 def worker(connection, args, flags):
     """One row's process: builds a run as train.py does, then one iteration for each message -> {phase: seconds, ...}."""
     import torch
@@ -191,7 +198,7 @@ def worker(connection, args, flags):
         shape_lengths(model, args.prompt, args.ragged)
     machine, seconds = None, time_phases(train)
     state.iteration = train_args.critic_warmup_steps
-    while connection.recv():
+    while told_to_go_on(connection):
         seconds.update(dict.fromkeys(PHASES, 0.0))
         machine = machine or rates(state.policy.device, torch.bfloat16 if state.half else torch.float32)  # the other rows rest now
         peak_memory()
