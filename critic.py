@@ -136,6 +136,17 @@ class QuantileCritic(nn.Module):
             self.heads.weight.copy_(spread * 2e-5 / hidden_size**0.5)
             self.heads.bias.fill_(bias)
 
+    @torch.no_grad()
+    def start_at(self, returns):
+        """Moves a fresh critic's heads to the quantiles of returns (R,), reward units; to their mean if M = 1. [ours]
+
+        Otherwise the heads' first steps all go into the spread of the returns, through the trunk, and none into telling states apart.
+        """
+        assert returns.dim() == 1 and len(returns), f"returns {tuple(returns.shape)}"
+        returns = returns.float()
+        start = returns.mean(0, keepdim=True) if len(self.levels) == 1 else returns.quantile(self.levels)
+        self.heads.bias.copy_(start.repeat(self.settings["num_heads"]))
+
     def forward(self, input_ids, attention_mask, position_ids, columns=None):
         """The quantiles of the return from every position on: ids, mask, positions (B, L) -> (B, L, N, M) fp32.
 

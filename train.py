@@ -286,25 +286,27 @@ def judge(state, args, batch, rollout):
 
 
 @torch.no_grad()
-def estimate(args, scores, logprobs, ref_logprobs, head_quantiles, rollout):
-    """Advantages (B, T), critic's targets (B, T, K) or None, and rewards (B, T), each method its own way; all that differs before the loss."""
-    mask = rollout.mask
+def rewards_of(args, scores, logprobs, ref_logprobs, mask):
+    """Token rewards (B, T): the scores (B,), and the KL unless the method has it in the loss."""
+    rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, 0 if args.algo in GROUPED else args.kl_coef)
+    return dvpo.masked_whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
 
-    def rewards_of(scores):
-        rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, 0 if args.algo in GROUPED else args.kl_coef)
-        return dvpo.masked_whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
 
-    floored, quantiles = scores, None
+@torch.no_grad()
+def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
+    """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way; all that differs before the loss."""
+    mask, floored, floored_rewards, quantiles = rollout.mask, scores, rewards, None
     if head_quantiles is not None:
         after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor != "none":
         floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
+        floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
     if args.algo in GROUPED:
-        return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None, rewards_of(scores)
+        return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
     if args.algo == "reinforce++":
-        return dvpo.masked_whiten(dvpo.discounted_returns(rewards_of(floored), mask, args.gamma), mask), None, rewards_of(scores)
+        return dvpo.masked_whiten(dvpo.discounted_returns(floored_rewards, mask, args.gamma), mask), None
 
     def gae(rewards):
         robust = args.algo == "robust"
@@ -313,10 +315,10 @@ def estimate(args, scores, logprobs, ref_logprobs, head_quantiles, rollout):
             return dvpo.robust_gae(rewards, head_quantiles[..., 0], mask, args.gamma, args.lam, None if after is None else after[..., 0])
         return dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, None if after is None else after.mean(dim=1))
 
-    advantages, targets = gae(rewards_of(scores))
+    advantages, targets = gae(rewards)
     if args.score_floor != "none":
-        advantages, _ = gae(rewards_of(floored))  # the targets stay those of the scores as they are
-    return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets, rewards_of(scores)
+        advantages, _ = gae(floored_rewards)  # the targets stay those of the scores as they are
+    return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
 
 
 @torch.no_grad()
@@ -334,12 +336,16 @@ def collect(state, args):
         logprobs, head_quantiles = rollout.logprobs if state.trust_recorded else logprobs_of(state.policy), None
         with torch.inference_mode():
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
-        if state.critic is not None:
-            head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
     scores, true_scores = judge(state, args, batch, rollout)
-    advantages, targets, rewards = estimate(args, scores, logprobs, ref_logprobs, head_quantiles, rollout)
+    mask, rewards = rollout.mask, rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
+    returns = dvpo.discounted_returns(rewards, mask, args.gamma)
+    if state.critic is not None:
+        if state.iteration == 0 and mask.any():
+            state.critic.start_at(returns[mask])
+        with state.autocast():
+            head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
+    advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
 
-    mask = rollout.mask
     metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     is_eos = torch.isin(rollout.response_ids, torch.tensor(state.stop_ids, device=mask.device)) & mask
     metrics |= {
@@ -350,7 +356,6 @@ def collect(state, args):
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         metrics["val/explained_var"] = dvpo.explained_variance(head_quantiles.mean(dim=(2, 3)), targets.mean(dim=-1), mask)
     if args.algo == "dvpo":
-        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
         metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta).items()}
     experience = {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets, "ref_logprobs": ref_logprobs}
     return experience, metrics

@@ -319,6 +319,18 @@ def test_critic_starts_at_its_bias_with_heads_apart(model):
     assert not torch.equal(quantiles, make_critic(model, bias=0.5, seed=1)(*inputs()))
 
 
+def test_critic_starts_at_the_quantiles_of_returns_or_at_their_mean(model):
+    """Levels 1/4 and 3/4 of 0, 1, 2, 3, 4 are 1 and 3; the mean of 0, 0, 3 is 1, their median would be 0."""
+    critic = make_critic(model, num_quantiles=2)
+    critic.start_at(torch.tensor([4.0, 0.0, 2.0, 1.0, 3.0]))
+    assert (critic(*inputs()) - torch.tensor([1.0, 3.0])).abs().max() < 1e-3
+    critic = make_critic(model, num_quantiles=1)
+    critic.start_at(torch.tensor([0.0, 3.0, 0.0]))
+    assert (critic(*inputs()) - 1).abs().max() < 1e-3
+    with pytest.raises(AssertionError):
+        critic.start_at(torch.zeros(2, 3))
+
+
 def test_critic_output_is_fp32_under_autocast_and_columns_are_a_slice(model):
     critic = make_critic(model)
     with torch.autocast("cpu", torch.bfloat16):

@@ -390,13 +390,31 @@ def test_noise_penalty_kl_and_whitening_reach_the_experience(warm_start, tmp_pat
     assert abs(advantages.mean()) < 1e-5 and advantages.std().item() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("algo", ["dvpo", "ppo"])
+def test_the_critic_starts_at_the_first_batchs_returns_and_only_there(warm_start, tmp_path, algo):
+    """Without KL and discount a token's return is its row's score, here the row's number; long rows count more."""
+    state, args = state_of(warm_start, tmp_path, "--kl-coef", "0", "--algo", algo)
+    state.reward = lambda prompts, completions, **columns: [float(row) for row in range(len(prompts))]
+    experience, _ = train.collect(state, args)
+    returns = torch.arange(64.0).repeat_interleave(experience["rollout"].mask.sum(1))
+    expected = returns.quantile(state.critic.levels) if algo == "dvpo" else returns.mean().view(1)
+    heads = state.critic.heads.bias.view(-1, len(expected))
+    torch.testing.assert_close(heads, expected.expand_as(heads))
+    first = experience["targets"][:, 0]  # the values were read after the move: GAE mixes the row's number with where the critic stands
+    assert (first.mean(-1) - torch.arange(64.0)).abs().max() < 40 and first[0].mean() > 1
+    state.iteration = 1
+    state.reward = lambda prompts, completions, **columns: [-1.0] * len(prompts)
+    train.collect(state, args)
+    torch.testing.assert_close(heads, expected.expand_as(heads))
+
+
 def test_risk_weights_reach_the_critic_and_each_model_has_its_own_learning_rate(warm_start, tmp_path):
     heads = {}
     for weight in ("0", "0.1"):
         state, args = state_of(warm_start, tmp_path, "--shape-weight", weight, "--learning-rate", "1e-4", "--critic-learning-rate", "3e-3")
         torch.manual_seed(0)
-        state.critic.heads.bias.data[::16] = -5.0  # one far quantile a head: a long lower tail
         experience, _ = train.collect(state, args)
+        state.critic.heads.bias.data[::16] = -5.0  # one far quantile a head: a long lower tail
         train.update(state, args, experience)
         heads[weight] = state.critic.heads.bias.detach().clone()
         assert state.optimizer.param_groups[0]["lr"] == 1e-4 and state.critic_optimizer.param_groups[0]["lr"] == 3e-3
@@ -439,6 +457,7 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
     clipped = metrics["completions/clipped_ratio"].item()
     assert clipped > 0.9 and metrics["objective/scores"].item() == pytest.approx(metrics["objective/true_scores"].item() - 3 * clipped)
     state.reward = lambda prompts, completions, **columns: [0.0] * len(prompts)
+    state.iteration = 1  # the critic starts at the first batch's returns only in the first
     state.critic.heads.bias.data.fill_(2.0)  # V = 2 everywhere: without a reward, targets are 2 if truncation counts on it, else fall to 0
     for flag, last_target in (((), 0.0), (("--bootstrap-truncated",), 2.0)):
         args = train.parse_args([*SMALL, "--output-dir", str(tmp_path), "--response-length", "2", "--kl-coef", "0", *flag])
