@@ -73,10 +73,11 @@ def unless(usual, value, flag):
 
 
 SOME, OUTLYING = ("none", "flips 0.3", "outliers"), ("none", "outliers", "offset, outliers")
+TRIED = {f"{name}, lr {lr}": f"{METHODS[name]} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first method
     "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, tuple(NOISES), range(10)),
-    "tuning": ({f"{name}, lr {lr}": f"{METHODS[name]} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}, ("flips 0.3", "outliers"), range(100, 102)),
+    "tuning": (TRIED, ("flips 0.3", "outliers"), range(100, 102)),
     "ladder": ({name: tuned("dvpo", weights(0, LADDER[steps:])) for name, steps in RUNGS.items()}, SOME, range(5)),
     "quantiles": ({f"M = {m}": tuned("dvpo", unless(200, m, "--num-quantiles")) for m in (1, 8, 50, 200, 500)}, SOME, range(5)),
     "risk": ({f"weight {w}": tuned("dvpo", weights(w)) for w in (0, 0.01, 0.1, 1)}, SOME, range(5)),

@@ -1,8 +1,13 @@
 """experiments/: the scripts run, at sizes of seconds."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from experiments import noise
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,3 +32,31 @@ def test_the_noise_laboratory_runs_skips_what_is_finished_and_prints_paired_diff
     assert len((ROOT / "runs" / "noise-quick.jsonl").read_text().splitlines()) == 12
     rows = [line for line in done.stdout.splitlines() if line.startswith(("none", "offset"))]
     assert len(rows) == 6 and "0.000 [0.000, 0.000]" in rows[0] and (ROOT / "runs" / "noise-quick-dots.png").exists()
+
+
+def test_windows_and_steps_to_by_hand():
+    assert noise.windows([1, 2, 3, 4, 5, None, 7]) == [3, 7] and noise.windows([None] * 5) == [None]
+    rows = [{"true": [0.1, 0.5, 0.9]}, {"true": [0.3, 0.5, 0.7]}]  # means 0.2, 0.5, 0.8 at the end of iterations 5, 10, 15
+    assert [noise.steps_to(rows, target) for target in (0.2, 0.5, 0.51, 0.81)] == [5, 10, 15, None]
+
+
+def test_bootstrap_interval_is_that_of_the_mean():
+    """A hundred values of sd 1/2: the mean has a standard error of 0.05, so 95 % lie within 0.098."""
+    mean, low, high = noise.bootstrap([0.0, 1.0] * 50)
+    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
+    assert noise.bootstrap([2.0, 2.0]) == (2, 2, 2)
+
+
+def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypatch):
+    """Seeds 0 and 1 have both methods: 0.5 - 0.25 and 0.75 - 0.75. Seed 2 has one, and one run of grpo had another budget."""
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    flags = lambda method, budget="--few": f"{budget} {noise.GRIDS['main'][0][method]} {noise.NOISES['none']}"
+    runs = [("ppo", 0, 0.25), ("ppo", 1, 0.75), ("dvpo", 0, 0.5), ("dvpo", 1, 0.75), ("dvpo", 2, 0.0)]
+    rows = [{"flags": flags(method), "seed": seed, "after": dict.fromkeys(noise.SPLITS, score), "true": [score]} for method, seed, score in runs]
+    rows += [{**rows[0], "flags": flags("grpo", "--many")}, {**rows[1], "flags": flags("grpo", "--many")}]
+    for number, part in enumerate((rows[:2], rows[2:])):  # whichever grid made them
+        (tmp_path / f"noise-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    ppo, dvpo = noise.summarise(noise.current("main", "--few"), "ppo")
+    assert (ppo[:3], dvpo[:3]) == (("none", "ppo", 2), ("none", "dvpo", 2))
+    assert dvpo[3]["in domain, greedy"][0] == 0.625 and dvpo[3]["in domain, greedy, difference"] == (0.125, 0.0, 0.25)
+    assert ppo[4] == 5 and ppo[3]["in domain, greedy, difference"] == (0, 0, 0)
