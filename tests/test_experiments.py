@@ -60,3 +60,15 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     assert (ppo[:3], dvpo[:3]) == (("none", "ppo", 2), ("none", "dvpo", 2))
     assert dvpo[3]["in domain, greedy"][0] == 0.625 and dvpo[3]["in domain, greedy, difference"] == (0.125, 0.0, 0.25)
     assert ppo[4] == 5 and ppo[3]["in domain, greedy, difference"] == (0, 0, 0)
+
+
+def test_the_learning_rates_are_those_that_tuning_found():
+    """Recomputed from the results that the repository holds."""
+    found = noise.current("tuning", noise.BUDGET)
+    mean = {}
+    for method in noise.TRIED:
+        runs = [run for noise_kind in noise.GRIDS["tuning"][1] for run in found[noise_kind, method].values()]
+        assert len(runs) == 4
+        mean[method] = sum(run["after"][split] for run in runs for split in ("in domain, greedy", "in domain, sampled"))
+    best = {name: max(noise.LEARNING_RATES, key=lambda lr: mean[f"{name}, lr {lr}"]) for name in noise.METHODS}
+    assert best == noise.TUNED
