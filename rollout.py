@@ -394,9 +394,9 @@ def last_number(text):
 def one_number(text):
     """The number that text is, a sign, a unit or `x =` around it aside, as a Fraction; None for a tuple, a root, a multiple of x, ..."""
     text = UNIT.sub(lambda found: " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0]), plain_latex(text))
-    text = re.sub(r"^\s*[A-Za-z]\s*=", "", text)
+    text = re.sub(r"^\s*(?:[A-Za-z]\s*=\s*)?\+?", "", text)
     rest = NUMBER.sub("", text, count=1).strip(" .$%")
-    return None if re.search(r"[0-9\\(){}\[\]^_=]|^[A-Za-z]$", rest) else last_number(text)
+    return None if re.search(r"[0-9\\(){}\[\]^_=+*<>]|-$|^[A-Za-z]$", rest) else last_number(text)
 
 
 def plain_answer(text):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import noise
+from experiments import noise, pseudo_labels
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,3 +72,31 @@ def test_the_learning_rates_are_those_that_tuning_found():
         mean[method] = sum(run["after"][split] for run in runs for split in ("in domain, greedy", "in domain, sampled"))
     best = {name: max(noise.LEARNING_RATES, key=lambda lr: mean[f"{name}, lr {lr}"]) for name in noise.METHODS}
     assert best == noise.TUNED
+
+
+def test_final_answers_and_votes():
+    """Equal numbers vote together however they are written; no answer counts in the share and not in the vote."""
+    texts = ("so 1,234.", "\\boxed{\\frac{1}{2}}", "0.5", "\\boxed{x + 1}", "none")
+    assert [pseudo_labels.final_answer(text) for text in texts] == ["1234", "1/2", "1/2", "x+1", None]
+    assert pseudo_labels.final_answer("The answer is B.", ["a", "b"]) == "B"
+    assert pseudo_labels.majority(["2", "1", None, "1"]) == ("1", 0.5)
+    assert pseudo_labels.majority(["2", "1"]) == ("2", 0.5) and pseudo_labels.majority([None]) == (None, 0.0)
+
+
+def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(model_folder, tmp_path, monkeypatch, capsys):
+    """Per problem 3 votes: 7, 7, 8 -> 7; nothing -> left out; 5, 6, 6 -> 6 (wrong); and a torn last line is made again."""
+    rows = [{"prompt": "book a table", "answer": answer} for answer in ("7", "1", "5")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = iter([["7", "it is 7", "8"], ["no", "", "idea"], ["5", "6", "6.0"], ["5", "6", "6.0"]])
+    monkeypatch.setattr(pseudo_labels.rollout, "completion_texts", lambda *_: next(texts))
+    monkeypatch.setattr(sys, "argv", ["", model_folder, str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--samples", "3", "--batch-size", "3",
+                                      "--response-length", "2"])  # fmt: skip
+    pseudo_labels.main()
+    written = (tmp_path / "out.jsonl").read_text()
+    seen = [(row["row"], row["answer"], row["true_answer"], round(row["agreement"], 2)) for row in map(json.loads, written.splitlines())]
+    assert seen == [(0, "7", "7", 0.67), (2, "6", "5", 0.67)]
+    assert "2 of 3 problems" in (said := capsys.readouterr().out) and "right: 0.500" in said
+    (tmp_path / "out.jsonl").write_text(written[:-5])
+    texts = iter([["no", "", "idea"], ["5", "6", "6.0"]])
+    pseudo_labels.main()
+    assert (tmp_path / "out.jsonl").read_text() == written
