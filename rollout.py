@@ -444,6 +444,15 @@ def exact_reward(prompts, completions, answer, **columns):
     return [float(text_of(completion).split() == str(expected).split()) for completion, expected in zip(completions, answer)]
 
 
+def judged_text(prompt, completion, tokenizer):
+    """A prompt (text or messages) and the response to it as a reward model reads them: by its own chat template, else a line per turn."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [*messages, {"role": "assistant", "content": text_of(completion)}]
+    if tokenizer.chat_template:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
 def model_reward(name, device="cpu", batch_size=16):
     """A reward function that scores with a sequence classifier: its one logit, or the probability of its last label."""
     classify = pipeline("text-classification", name, device=device, dtype=torch.float32, top_k=None)
@@ -457,12 +466,7 @@ def model_reward(name, device="cpu", batch_size=16):
     function, last_label = ("none" if config.num_labels == 1 else "softmax"), config.id2label[config.num_labels - 1]
 
     def reward(prompts, completions, **columns):
-        texts = []
-        for prompt, completion in zip(prompts, completions):
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-            messages = [*messages, {"role": "assistant", "content": text_of(completion)}]
-            plain = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-            texts.append(tokenizer.apply_chat_template(messages, tokenize=False) if tokenizer.chat_template else plain)
+        texts = [judged_text(prompt, completion, tokenizer) for prompt, completion in zip(prompts, completions)]
         found = classify(texts, batch_size=batch_size, truncation=True, function_to_apply=function, add_special_tokens=not tokenizer.chat_template)
         return [next(label["score"] for label in labels if label["label"] == last_label) for labels in found]
 

@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
-from experiments import noise, pseudo_labels
+import rollout
+from experiments import noise, pseudo_labels, reward_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -100,3 +102,42 @@ def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(model_fol
     texts = iter([["no", "", "idea"], ["5", "6", "6.0"]])
     pseudo_labels.main()
     assert (tmp_path / "out.jsonl").read_text() == written
+
+
+def test_reward_models_data_pairs_references_and_holds_out_dialogues(tmp_path):
+    """Each reference is good once, and once stands a different one of another dialogue in its place."""
+    rows = [{"prompt": f"p{i}", "reference": f"r{i % 4}", "dialogue_id": str(i // 2)} for i in range(12)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = reward_model.read(tmp_path / "d.jsonl")
+    for row, good, bad in zip(rows, judged[::2], judged[1::2]):
+        assert good[:3] == (row["prompt"], row["reference"], 1) and bad[0] == row["prompt"] and bad[2] == 0 and good[3] == bad[3]
+        assert bad[1] != row["reference"] and bad[1] in {other["reference"] for other in rows}
+    train, held_out = reward_model.split(judged, 0.34, 0)
+    assert len({row[3] for row in held_out}) == 2 and not {row[3] for row in train} & {row[3] for row in held_out} and len(train) == 16
+
+
+def test_auc_by_hand():
+    """Pairs good-bad: 0.9 beats 0.5 and 0.2, 0.5 ties 0.5 and beats 0.2: 3.5 of 4."""
+    assert reward_model.auc([0.9, 0.5, 0.5, 0.2], [1, 1, 0, 0]) == 0.875 and reward_model.auc([0.1, 0.2], [1, 1]) is None
+
+
+@pytest.mark.parametrize("line,found", [("nonsense", "line 2: expected a JSON object"), ('{"prompt": "a"}', "line 2: expected prompt"),
+                                        ('{"prompt": "a", "completion": "b", "reward": 2}', "line 2: expected prompt")])  # fmt: skip
+def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b", "reward": 1}\n' + line + "\n")
+    with pytest.raises(rollout.InputError, match=found):
+        reward_model.read(tmp_path / "d.jsonl")
+
+
+def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, monkeypatch, capsys):
+    """Good responses end in one word, bad ones in another: learned, stopped early where asked, and scored alike through --reward model:."""
+    words = [word for word in sorted(AutoTokenizer.from_pretrained(model_folder).get_vocab()) if word.isalpha()][:2]
+    rows = [{"prompt": words[i // 2 % 2], "completion": words[i % 2], "reward": i % 2, "dialogue_id": str(i)} for i in range(200)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--epochs", "8", "--learning-rate", "3e-3", "--stop-at", "1", "--eval-steps", "5"]
+    monkeypatch.setattr(sys, "argv", ["", model_folder, str(tmp_path / "d.jsonl"), str(tmp_path / "rm"), *flags])
+    reward_model.main()
+    report = json.loads((tmp_path / "rm" / "report.json").read_text())
+    assert report["accuracy"] > 0.9 and report["steps"] < 96 and report["curve"][-1]["accuracy"] == 1 and "AUC 1.000" in capsys.readouterr().out
+    good, bad = rollout.load_reward(f"model:{tmp_path / 'rm'}")(prompts=[words[0]] * 2, completions=[words[1], words[0]])
+    assert good > 0.5 > bad
