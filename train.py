@@ -3,7 +3,7 @@
     python train.py                                   # a tiny model on a built-in task, noisy rewards, under two minutes
     python train.py --model-name-or-path FOLDER_OR_HUB_NAME --dataset-name FILE_OR_HUB_NAME --reward math
 
-The loop, as data flows: prompts -> sample -> score (+ noise) -> log-probs, values -> token rewards -> GAE -> losses -> step.
+The loop, as data flows: prompts -> sample -> log-probs -> score (+ noise) -> token rewards -> values -> GAE -> losses -> step.
 `--algo ppo` runs the same lines with a scalar critic and a squared error; robust, grpo, dr_grpo and reinforce++ are the other
 baselines, each with its own advantage (dvpo.py) and otherwise the same loop.
 """
@@ -285,16 +285,15 @@ def judge(state, args, batch, rollout):
     return (scores - args.missing_eos_penalty * rollout.truncated.cpu()).to(rollout.mask.device), true_scores
 
 
-@torch.no_grad()
 def rewards_of(args, scores, logprobs, ref_logprobs, mask):
-    """Token rewards (B, T): the scores (B,), and the KL unless the method has it in the loss."""
+    """Token rewards (B, T): the scores (B,), and the KL unless the method has it in the loss; with --whiten-rewards, over their std."""
     rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, 0 if args.algo in GROUPED else args.kl_coef)
     return dvpo.masked_whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
 
 
 @torch.no_grad()
 def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
-    """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way; all that differs before the loss."""
+    """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
     mask, floored, floored_rewards, quantiles = rollout.mask, scores, rewards, None
     if head_quantiles is not None:
         after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
@@ -302,9 +301,10 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor != "none":
         floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
-        floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
     if args.algo in GROUPED:
         return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
+    if args.score_floor != "none":
+        floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
     if args.algo == "reinforce++":
         return dvpo.masked_whiten(dvpo.discounted_returns(floored_rewards, mask, args.gamma), mask), None
 
@@ -338,9 +338,9 @@ def collect(state, args):
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
     scores, true_scores = judge(state, args, batch, rollout)
     mask, rewards = rollout.mask, rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
-    returns = dvpo.discounted_returns(rewards, mask, args.gamma)
     if state.critic is not None:
-        if state.iteration == 0 and mask.any():
+        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
+        if state.iteration == 0:
             state.critic.start_at(returns[mask])
         with state.autocast():
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))

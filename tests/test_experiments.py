@@ -1,6 +1,7 @@
 """experiments/: the scripts run, at sizes of seconds."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import rollout
+import train
 from experiments import noise, pseudo_labels, reward_model
 
 ROOT = Path(__file__).parent.parent
@@ -25,48 +27,90 @@ def test_bench_prints_a_row_per_value_with_its_phases():
     assert all(float(columns[name]) > 0 for name in ("rollout", "scoring", "values", "policy", "critic", "rest", "tokens/s", "MiB"))
 
 
+def laboratory(*flags):
+    return subprocess.run([sys.executable, "experiments/noise.py", "--quick", *flags], cwd=ROOT, capture_output=True, text=True, timeout=600)
+
+
 def test_the_noise_laboratory_runs_skips_what_is_finished_and_prints_paired_differences():
-    (ROOT / "runs" / "noise-quick.jsonl").unlink(missing_ok=True)
-    command = [sys.executable, "experiments/noise.py", "--quick", "--jobs", "2"]
-    for todo in ("12/12", "0it"):
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0 and todo in done.stderr, done.stderr[-2000:]
-    assert len((ROOT / "runs" / "noise-quick.jsonl").read_text().splitlines()) == 12
+    shutil.rmtree(ROOT / "runs" / "noise-quick", ignore_errors=True)
+    done = laboratory("--jobs", "2", "--noises", "none", "--methods", "grpo", "--seeds", "1")
+    assert done.returncode == 0 and "2/2" in done.stderr, done.stderr[-2000:]  # PPO beside
+    done = laboratory("--jobs", "2")
+    assert done.returncode == 0 and "10/10" in done.stderr, done.stderr[-2000:]
+    assert len((ROOT / "runs" / "noise-quick" / "noise-quick.jsonl").read_text().splitlines()) == 12
     rows = [line for line in done.stdout.splitlines() if line.startswith(("none", "offset"))]
-    assert len(rows) == 6 and "0.000 [0.000, 0.000]" in rows[0] and (ROOT / "runs" / "noise-quick-dots.png").exists()
+    assert len(rows) == 6 and "0.000 [0.000, 0.000]" in rows[0] and (ROOT / "runs" / "noise-quick" / "noise-quick-dots.png").exists()
+
+
+def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.setitem(noise.NOISES, "odd", "--reward-noise-fp 7")  # argparse exits
+    monkeypatch.setattr(noise, "QUICK", "--total-episodes 16 --batch-size 16 --critic-warmup-steps 1 --eval-samples 8")
+    monkeypatch.setitem(noise.GRIDS, "quick", ({"ppo": "--algo ppo"}, ("odd", "none"), range(1)))
+    assert noise.run_grid("quick", 1, ["ppo"], ["odd", "none"], [0]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "noise.py:" in line]
+    assert len(said) == 1 and "--reward-noise-fp" in said[0] and "expected a number in [0, 1], found '7'" in said[0]
+    (row,) = [json.loads(line) for line in (tmp_path / "noise-quick.jsonl").read_text().splitlines()]
+    assert row["noise"] == "none" and row["seed"] == 0 and row["after"]
+
+
+@pytest.mark.parametrize("flags,found", [(["--jobs", "0"], "--jobs: expected at least 1"), (["--methods", "sac"], "--methods: expected some of ppo")])
+def test_the_laboratorys_bad_flags_are_one_line(flags, found):
+    done = laboratory(*flags)
+    assert done.returncode == 2 and found in done.stderr.splitlines()[-1]
 
 
 def test_windows_and_steps_to_by_hand():
-    assert noise.windows([1, 2, 3, 4, 5, None, 7]) == [3, 7] and noise.windows([None] * 5) == [None]
+    assert noise.windows([1, 2, 3, 4, 5, None, 7, 8, 9, 10, 11]) == [3, 8.5] and noise.windows([None] * 5) == [None]
     rows = [{"true": [0.1, 0.5, 0.9]}, {"true": [0.3, 0.5, 0.7]}]  # means 0.2, 0.5, 0.8 at the end of iterations 5, 10, 15
     assert [noise.steps_to(rows, target) for target in (0.2, 0.5, 0.51, 0.81)] == [5, 10, 15, None]
 
 
-def test_bootstrap_interval_is_that_of_the_mean():
-    """A hundred values of sd 1/2: the mean has a standard error of 0.05, so 95 % lie within 0.098."""
-    mean, low, high = noise.bootstrap([0.0, 1.0] * 50)
-    assert mean == 0.5 and low == pytest.approx(0.402, abs=0.015) and high == pytest.approx(0.598, abs=0.015)
-    assert noise.bootstrap([2.0, 2.0]) == (2, 2, 2)
+def test_the_interval_is_students():
+    """1, 2, 3: standard error 1 / sqrt(3), t(2) = 4.30."""
+    mean, low, high = noise.mean_and_interval([1.0, 2.0, 3.0])
+    assert mean == 2 and high - 2 == pytest.approx(4.30 / 3**0.5) == 2 - low
 
 
 def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypatch):
-    """Seeds 0 and 1 have both methods: 0.5 - 0.25 and 0.75 - 0.75. Seed 2 has one, and one run of grpo had another budget."""
+    """DVPO and PPO share seeds 0 and 1, DVPO and its floor the reference at one only; one run each of GRPO had another budget, or trial seeds.
+
+    In domain 0.5 - 0.25 and 0.75 - 0.75, out of domain 0.1 more for DVPO. PPO ends its clean training at (0.6 + 1) / 2, 90 % of that
+    is 0.72: PPO is there in its second window, DVPO never.
+    """
     monkeypatch.setattr(noise, "RESULTS", tmp_path)
-    flags = lambda method, budget="--few": f"{budget} {noise.GRIDS['main'][0][method]} {noise.NOISES['none']}"
-    runs = [("ppo", 0, 0.25), ("ppo", 1, 0.75), ("dvpo", 0, 0.5), ("dvpo", 1, 0.75), ("dvpo", 2, 0.0)]
-    rows = [{"flags": flags(method), "seed": seed, "after": dict.fromkeys(noise.SPLITS, score), "true": [score]} for method, seed, score in runs]
-    rows += [{**rows[0], "flags": flags("grpo", "--many")}, {**rows[1], "flags": flags("grpo", "--many")}]
-    for number, part in enumerate((rows[:2], rows[2:])):  # whichever grid made them
+    runs = [("ppo", 0, 0.25, [0.0, 0.6]), ("ppo", 1, 0.75, [0.5, 1.0]), ("dvpo", 0, 0.5, [0.5, 0.6]), ("dvpo", 1, 0.75, [0.3, 0.8]),
+            ("dvpo", 2, 0.0, [1.0, 1.0]), ("dvpo, critic floor", 0, 1.0, [1.0, 1.0]), ("grpo", 100, 0.5, [1.0, 1.0])]  # fmt: skip
+    rows = []
+    for method, seed, score, true in runs:
+        after = {"in domain, greedy": score, "out of domain, greedy": 0.3 + 0.1 * (method == "dvpo")}
+        rows.append({"flags": noise.flags_of("main", method, "none"), "seed": seed, "before": seed, "after": after, "true": true, "ev": [0.0, 0.25]})
+    rows += [{**row, "flags": rows[-1]["flags"].replace("7680", "12800")} for row in rows[:2]]
+    for number, part in enumerate((rows[:3], rows[3:])):  # whichever grid made them
         (tmp_path / f"noise-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
-    ppo, dvpo = noise.summarise(noise.current("main", "--few"), "ppo")
-    assert (ppo[:3], dvpo[:3]) == (("none", "ppo", 2), ("none", "dvpo", 2))
-    assert dvpo[3]["in domain, greedy"][0] == 0.625 and dvpo[3]["in domain, greedy, difference"] == (0.125, 0.0, 0.25)
-    assert ppo[4] == 5 and ppo[3]["in domain, greedy, difference"] == (0, 0, 0)
+    ppo, dvpo = noise.summarise(noise.current("main"), "ppo")
+    assert (ppo[:3], dvpo[:3]) == (("none", "ppo", [0, 1]), ("none", "dvpo", [0, 1]))
+    assert dvpo[3]["in domain, greedy"][0] == 0.625 and ppo[3]["in domain, greedy, difference"] == (0, 0, 0)
+    assert dvpo[3]["in domain, greedy, difference"] == pytest.approx((0.125, 0.125 - 12.71 / 8, 0.125 + 12.71 / 8))
+    assert dvpo[3]["out of domain, greedy, difference"] == pytest.approx((0.1, 0.1, 0.1))
+    assert (ppo[4:], dvpo[4:]) == ((0.25, 10), (0.25, "never"))
+    rows[0]["before"] = 7
+    (tmp_path / "noise-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    with pytest.raises(AssertionError, match="another warm start"):
+        noise.summarise(noise.current("main"), "ppo")
+    (tmp_path / "noise-1.jsonl").write_text('{"torn": ')
+    with pytest.raises(SystemExit, match="noise-1.jsonl, line 1: expected a run as JSON"):
+        noise.current("main")
+
+
+def test_what_the_sweeps_leave_out_is_train_pys_default():
+    args = train.parse_args([])
+    assert (args.num_quantiles, args.lam, args.score_floor_level) == (200, 0.95, 0.3)
 
 
 def test_the_learning_rates_are_those_that_tuning_found():
     """Recomputed from the results that the repository holds."""
-    found = noise.current("tuning", noise.BUDGET)
+    found = noise.current("tuning")
     mean = {}
     for method in noise.TRIED:
         runs = [run for noise_kind in noise.GRIDS["tuning"][1] for run in found[noise_kind, method].values()]
