@@ -70,6 +70,11 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', found {kind!r}")
 
 
+def last_token(mask):
+    """(B, T) -> (B, T) bool: of every row only the last True slot."""
+    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
+
+
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of every token: -kl_coef * k1 on each, plus the sequence's score on the last True slot of its mask row.
 
@@ -80,8 +85,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     rewards = torch.zeros_like(logprobs, requires_grad=False)
     if kl_coef != 0:
         rewards = torch.where(mask, -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1"), 0)
-    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
-    return rewards + torch.where(is_last, scores.detach().to(rewards.dtype).unsqueeze(1), 0)
+    return rewards + torch.where(last_token(mask), scores.detach().to(rewards.dtype).unsqueeze(1), 0)
 
 
 @torch.no_grad()
@@ -132,8 +136,7 @@ def winsorized_scores(scores, level, quantiles=None, mask=None):
     if quantiles is None:
         return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
     assert scores.shape == mask.shape[:1] and quantiles.shape[:2] == mask.shape, f"scores {tuple(scores.shape)}, quantiles {tuple(quantiles.shape)}"
-    is_last = (mask & (mask.flip(1).cumsum(1).flip(1) == 1)).unsqueeze(-1)
-    last = torch.where(is_last, quantiles, 0).sum(dim=1).sort(dim=-1).values
+    last = torch.where(last_token(mask).unsqueeze(-1), quantiles, 0).sum(dim=1).sort(dim=-1).values
     floor = last[..., tail_size(last.shape[-1], level) - 1]
     return torch.where(mask.any(1), torch.maximum(scores, floor), scores)
 

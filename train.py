@@ -37,6 +37,7 @@ from rollout import InputError
 
 RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 POLICY_METRICS = {"approx_kl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "ratio": "val/ratio"}
+CRITICS = ("dvpo", "ppo", "robust")
 GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL in the loss
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
@@ -79,7 +80,8 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token"),
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
-        ("score-floor", "none", ["none", "critic", "batch"], "in advantages, raise scores to a quantile of the critic's at the last token, or of the batch"),
+        ("score-floor", "none", ["none", "critic", "batch", "residual"], "in advantages, raise scores to a quantile: the critic's at the last token, "
+         "the batch's, or the batch's of score - V"),
         ("score-floor-level", 0.3, "(0, 1)", "the level of that quantile"),
     ],
     "distributional critic (dvpo)": [
@@ -184,6 +186,7 @@ def parse_args(argv=None):
         (args.batch_size % args.group_size, f"--group-size: expected a divisor of --batch-size {args.batch_size}, found {args.group_size}"),
         (args.algo in GROUPED and args.group_size == 1, f"--group-size: expected at least 2 for {args.algo}, found 1: alone, a response has no advantage"),
         (args.score_floor == "critic" and args.algo != "dvpo", f"--score-floor: critic needs the quantiles of --algo dvpo, found {args.algo}"),
+        (args.score_floor == "residual" and args.algo not in CRITICS, f"--score-floor: residual needs a critic, found --algo {args.algo}"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
@@ -299,7 +302,10 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
         after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
-    if args.score_floor != "none":
+    if args.score_floor == "residual":
+        values = torch.where(dvpo.last_token(mask), quantiles.mean(dim=-1), 0).sum(dim=1)
+        floored = values + dvpo.winsorized_scores(scores - values, args.score_floor_level)
+    elif args.score_floor != "none":
         floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
     if args.algo in GROUPED:
         return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None

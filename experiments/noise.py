@@ -57,7 +57,11 @@ METHODS = {
     "dr_grpo": "--algo dr_grpo",
     "reinforce++": "--algo reinforce++",
 }
-FLOORS = {"ppo, batch floor": ("ppo", "--score-floor batch"), "dvpo, critic floor": ("dvpo", "--score-floor critic")}
+FLOORS = {
+    "ppo, batch floor": ("ppo", "--score-floor batch"),
+    "ppo, residual floor": ("ppo", "--score-floor residual"),
+    "dvpo, critic floor": ("dvpo", "--score-floor critic"),
+}
 # The best of LEARNING_RATES by mean in-domain accuracy, greedy and sampled, in --grid tuning; a floor keeps its method's.
 TUNED = {"ppo": "2e-4", "dvpo": "2e-4", "robust": "1e-4", "grpo": "2e-4", "dr_grpo": "1e-4", "reinforce++": "2e-4"}
 LADDER = ("consistency", "calibration", "shift", "shape", "curvature")

@@ -1,5 +1,6 @@
 """train.py: the run from end to end, equal seeds, resuming, and bad input in one line."""
 
+import argparse
 import collections
 import json
 import math
@@ -174,7 +175,7 @@ def test_dr_grpos_gradient_of_a_token_does_not_depend_on_lengths(warm_start, tmp
 
 def test_a_score_floor_reaches_advantages_and_not_targets(warm_start, tmp_path):
     """One judge in two takes up to 50 points off: with a floor the lowest advantages are cut, the critic's targets stay."""
-    for algo, floor in (("dvpo", "critic"), ("ppo", "batch"), ("grpo", "batch")):
+    for algo, floor in (("dvpo", "critic"), ("ppo", "batch"), ("ppo", "residual"), ("grpo", "batch")):
         lowest, targets = [], []
         for flags in ([], ["--score-floor", floor, "--score-floor-level", "0.5"]):
             state, args = state_of(warm_start, tmp_path, "--algo", algo, "--reward-noise-outlier", "0.3", "50", "--kl-coef", "0", *flags)
@@ -184,6 +185,19 @@ def test_a_score_floor_reaches_advantages_and_not_targets(warm_start, tmp_path):
             targets.append(experience["targets"])
         assert lowest[1] > lowest[0] + 0.3, algo
         assert algo == "grpo" or torch.equal(*targets)
+
+
+def test_a_residual_floor_moves_with_the_value():
+    """V = 0, 0, 0, 5, 5, 5 and scores 1, 0, -9, 6, 5, -4: the residuals' median is 0, so -9 and -4 count as 0 and 5; advantages 1 or 0."""
+    args = train.parse_args(["--algo", "ppo", "--score-floor", "residual", "--score-floor-level", "0.5", "--kl-coef", "0", "--lam", "1"])
+    values, scores, mask = torch.tensor([0.0, 0, 0, 5, 5, 5]), torch.tensor([1.0, 0, -9, 6, 5, -4]), torch.ones(6, 1).bool()
+    rollout = argparse.Namespace(mask=mask, truncated=torch.zeros(6).bool())
+    logprobs = torch.zeros(6, 1)
+    rewards = train.rewards_of(args, scores, logprobs, None, mask)
+    advantages, targets = train.estimate(args, scores, rewards, logprobs, None, values.view(6, 1, 1, 1), rollout)
+    expected = torch.tensor([1.0, 0, 0, 1, 0, 0])
+    torch.testing.assert_close(advantages[:, 0], (expected - expected.mean()) / expected.std())
+    assert torch.equal(targets[:, 0, 0], scores)
 
 
 def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
@@ -556,7 +570,8 @@ BAD_FLAGS = [
     ("--critic-model-name-or-path ./nowhere", "--critic"), ("--device gpu", "--device"), ("--device meta", "--device"), ("--seed 40000000000000", "--seed"),
     ("--temperature 1e-42", "--temperature"), ("--response-length 300", "--response-length"), ("--reward-noise-outlier 1 1e30", "--reward-noise-outlier"),
     ("--group-size 5", "--group-size"), ("--group-size -1", "--group-size"), ("--algo grpo --group-size 1", "--group-size"), ("--kv-cache paged", "--kv-cache"),
-    ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"), ("--score-floor-level 1", "--score-floor-level"),
+    ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"),
+    ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor-level 1", "--score-floor-level"),
     ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
 ]  # fmt: skip
 
