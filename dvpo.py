@@ -120,7 +120,40 @@ def scalar_advantage(advantages):
     return advantages.mean(dim=-1)
 
 
-def winsorized_scores(scores, level, quantiles=None, mask=None):
+def floor_of(sorted_quantiles, level, kind):
+    floor = sorted_quantiles[..., tail_size(sorted_quantiles.shape[-1], level) - 1]
+    if kind == "capped":
+        return torch.minimum(floor, sorted_quantiles.mean(-1))
+    if kind == "tail":
+        return lower_tail_mean(sorted_quantiles, level)
+    return floor
+
+
+def raised(quantiles, level, kind):
+    quantiles = quantiles.sort(dim=-1).values
+    return torch.maximum(quantiles, floor_of(quantiles, level, kind).unsqueeze(-1))
+
+
+def mixture_targets(rewards, quantiles, mask, gamma, lam):
+    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
+    M = quantiles.shape[-1]
+    rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
+    targets = torch.zeros_like(quantiles)
+    following = torch.zeros_like(quantiles[:, 0])
+    weights = torch.cat([torch.full((M,), (1 - lam) / M), torch.full((M,), lam / M)])
+    levels = (torch.arange(M) + 0.5) / M
+    for t in reversed(range(mask.shape[1])):
+        valid = mask[:, t, None]
+        y = rewards[:, t] + gamma * following
+        targets[:, t] = torch.where(valid, y, 0)
+        atoms, order = torch.cat([quantiles[:, t], targets[:, t]], dim=1).sort(dim=1)
+        cdf = weights[order].cumsum(1)
+        index = torch.searchsorted(cdf, levels.expand(len(atoms), -1).contiguous()).clamp(max=2 * M - 1)
+        following = torch.where(valid, atoms.gather(1, index), following)
+    return targets
+
+
+def winsorized_scores(scores, level, quantiles=None, mask=None, kind="quantile"):
     """Scores raised to their level-quantile where they are below it; the upper side is left alone: (B,) -> (B,). [ours]
 
     quantiles (B, T, M), mask (B, T): the critic's quantile at the last token of each row, which knows the prompt; without them the
@@ -130,11 +163,11 @@ def winsorized_scores(scores, level, quantiles=None, mask=None):
     if not 0 < level < 1:
         raise ValueError(f"level: expected a number in (0, 1), found {level}")
     if quantiles is None:
-        return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
+        return scores.clamp(min=floor_of(scores.float().sort().values, level, kind).to(scores.dtype))
     assert scores.shape == mask.shape[:1] and quantiles.shape[:2] == mask.shape, f"scores {tuple(scores.shape)}, quantiles {tuple(quantiles.shape)}"
     is_last = (mask & (mask.flip(1).cumsum(1).flip(1) == 1)).unsqueeze(-1)
     last = torch.where(is_last, quantiles, 0).sum(dim=1).sort(dim=-1).values
-    floor = last[..., tail_size(last.shape[-1], level) - 1]
+    floor = floor_of(last, level, kind)
     return torch.where(mask.any(1), torch.maximum(scores, floor), scores)
 
 

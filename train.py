@@ -81,6 +81,12 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
         ("score-floor", "none", ["none", "critic", "batch"], "in advantages, raise scores to a quantile of the critic's at the last token, or of the batch"),
         ("score-floor-level", 0.3, "(0, 1)", "the level of that quantile"),
+        ("floor-kind", "quantile", ["quantile", "capped", "tail"], "trial: the quantile; it or the mean, whichever is lower; the lower tail's mean"),
+        ("floor-values", False, None, "trial: the critic's quantiles are raised to that level as well, in advantages"),
+        ("score-bootstrap", 0.0, "[0, 1]", "trial (b): eta"),
+        ("score-readout", "mean", ["mean", "median", "trimmed"], "trial (b)"),
+        ("target", "comonotone", ["comonotone", "mixture"], "trial (c)"),
+        ("advantage-scale", "none", ["none", "spread"], "trial (d)"),
     ],
     "distributional critic (dvpo)": [
         ("num-quantiles", 200, "[1, inf)", "M"),
@@ -296,12 +302,21 @@ def rewards_of(args, scores, logprobs, ref_logprobs, mask):
 def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way; all that differs before the loss."""
     mask, floored, floored_rewards, quantiles = rollout.mask, scores, rewards, None
-    if head_quantiles is not None:
+    if args.score_bootstrap:
+        after_last = None
+        end = head_quantiles[:, -1].mean(dim=1).sort(dim=-1).values
+        M = end.shape[-1]
+        readout = {"mean": end.mean(-1), "median": end[:, (M - 1) // 2 : M // 2 + 1].mean(-1), "trimmed": end[:, M // 4 : M - M // 4].mean(-1)}[args.score_readout]
+        floored = (1 - args.score_bootstrap) * scores + args.score_bootstrap * readout
+        floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
+        head_quantiles = head_quantiles[:, : mask.shape[1]]
+        quantiles = head_quantiles.mean(dim=2)
+    elif head_quantiles is not None:
         after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor != "none":
-        floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
+        floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()), kind=args.floor_kind)
         floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
     if args.algo in GROUPED:
         return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
@@ -316,9 +331,20 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
         return dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, None if after is None else after.mean(dim=1))
 
     advantages, targets = gae(rewards)
-    if args.score_floor != "none":
+    spread = quantiles.std(dim=-1) if quantiles.shape[-1] > 1 else None
+    if args.target == "mixture":
+        targets = dvpo.mixture_targets(rewards, quantiles, mask, args.gamma, args.lam)
+    if args.score_floor != "none" or args.score_bootstrap:
+        if args.floor_values:
+            quantiles = dvpo.raised(quantiles, args.score_floor_level, args.floor_kind)
         advantages, _ = gae(floored_rewards)  # the targets stay those of the scores as they are
-    return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
+    advantages = dvpo.scalar_advantage(advantages)
+    if args.advantage_scale == "spread":
+        advantages = torch.where(mask, advantages / (spread + 0.1 * spread[mask].mean()), 0)
+    if args.score_bootstrap:  # the critic also learns the state after the last token
+        last = torch.nn.functional.one_hot(mask.sum(1), mask.shape[1] + 1).bool()
+        targets = torch.where(last.unsqueeze(-1), scores[:, None, None], torch.nn.functional.pad(targets, (0, 0, 0, 1)))
+    return dvpo.masked_whiten(advantages, mask), targets
 
 
 @torch.no_grad()
@@ -343,7 +369,7 @@ def collect(state, args):
         if state.iteration == 0 and mask.any():
             state.critic.start_at(returns[mask])
         with state.autocast():
-            head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
+            head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated or args.score_bootstrap > 0))
     advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
 
     metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
@@ -353,8 +379,11 @@ def collect(state, args):
         "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
     }  # fmt: skip
     if state.critic is not None:
+        head_quantiles_end = head_quantiles[:, -1].mean(dim=(1, 2))
         head_quantiles = head_quantiles[:, : mask.shape[1]]
-        metrics["val/explained_var"] = dvpo.explained_variance(head_quantiles.mean(dim=(2, 3)), targets.mean(dim=-1), mask)
+        metrics["val/explained_var"] = dvpo.explained_variance(head_quantiles.mean(dim=(2, 3)), targets[:, : mask.shape[1]].mean(dim=-1), mask)
+    if args.score_bootstrap:
+        metrics["val/end_corr"] = torch.corrcoef(torch.stack([true_scores.float(), head_quantiles_end]))[0, 1]
     if args.algo == "dvpo":
         metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta).items()}
     experience = {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets, "ref_logprobs": ref_logprobs}
@@ -376,8 +405,11 @@ def critic_backward(state, args, part, targets, num_tokens):
     """Adds the critic loss's gradient of a micro-batch -> metrics."""
     kappa, risk = (args.kappa, state.risk) if args.algo == "dvpo" else (None, None)  # all that tells dvpo from ppo
     with state.autocast():
-        head_quantiles = ro.response_quantiles(state.critic, part)
-    loss, metrics = dvpo.critic_loss(head_quantiles, targets, part.mask, state.critic.levels, kappa, risk, num_tokens)
+        head_quantiles = ro.response_quantiles(state.critic, part, after_last=args.score_bootstrap > 0)
+    mask = part.mask
+    if args.score_bootstrap:
+        mask = torch.nn.functional.pad(mask, (0, 1)) | torch.nn.functional.one_hot(mask.sum(1), mask.shape[1] + 1).bool()
+    loss, metrics = dvpo.critic_loss(head_quantiles, targets, mask, state.critic.levels, kappa, risk, num_tokens)
     loss.backward()
     return {"loss/value_avg": loss.detach(), **{f"loss/critic_{name}": value for name, value in metrics.items()}}
 
@@ -398,7 +430,7 @@ def update(state, args, experience):
             token_weights *= num_tokens / (len(minibatch) * args.response_length)
         for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
             part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
-            now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
+            now = {name: value[at, : part.mask.shape[1] + (name == "targets" and args.score_bootstrap > 0)] for name, value in experience.items() if isinstance(value, torch.Tensor)}
             if train_policy:
                 weights = token_weights[at, : part.mask.shape[1]]
                 totals.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
