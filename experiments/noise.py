@@ -75,9 +75,29 @@ def unless(usual, value, flag):
 SOME, OUTLYING = ("none", "flips 0.3", "outliers"), ("none", "outliers", "offset, outliers")
 TRIED = {f"{name}, lr {lr}": f"{METHODS[name]} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
+FLOOR = "--score-floor critic"
+READOUTS = {
+    "ppo": tuned("ppo"),
+    "dvpo": tuned("dvpo"),
+    "ppo, batch floor": tuned("ppo", "--score-floor batch"),
+    "ppo, batch floor, capped": tuned("ppo", "--score-floor batch --floor-kind capped"),
+    "critic floor": tuned("dvpo", FLOOR),
+    "critic floor, capped": tuned("dvpo", FLOOR, "--floor-kind capped"),
+    "critic floor, tail mean": tuned("dvpo", FLOOR, "--floor-kind tail"),
+    "critic floor, capped, values": tuned("dvpo", FLOOR, "--floor-kind capped --floor-values"),
+    "bootstrapped, mean, 0.5": tuned("dvpo", "--score-bootstrap 0.5"),
+    "bootstrapped, median, 0.5": tuned("dvpo", "--score-bootstrap 0.5 --score-readout median"),
+    "bootstrapped, median, 1": tuned("dvpo", "--score-bootstrap 1 --score-readout median"),
+    "bootstrapped, trimmed, 0.5": tuned("dvpo", "--score-bootstrap 0.5 --score-readout trimmed"),
+    "mixture target, critic floor": tuned("dvpo", FLOOR, "--target mixture"),
+    "scaled by spread": tuned("dvpo", "--advantage-scale spread"),
+    "lam 0.9, warm-up 20": tuned("dvpo", "--lam 0.9", "--critic-warmup-steps 20"),
+    "ppo, lam 0.9, warm-up 20": tuned("ppo", "--lam 0.9", "--critic-warmup-steps 20"),
+}
 GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first method
     "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, tuple(NOISES), range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(100, 102)),
+    "readouts": (READOUTS, ("outliers", "offset, outliers", "none", "flips 0.3"), range(100, 103)),
     "ladder": ({name: tuned("dvpo", weights(0, LADDER[steps:])) for name, steps in RUNGS.items()}, SOME, range(5)),
     "quantiles": ({f"M = {m}": tuned("dvpo", unless(200, m, "--num-quantiles")) for m in (1, 8, 50, 200, 500)}, SOME, range(5)),
     "risk": ({f"weight {w}": tuned("dvpo", weights(w)) for w in (0, 0.01, 0.1, 1)}, SOME, range(5)),
