@@ -98,6 +98,8 @@ GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first
     "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, tuple(NOISES), range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(100, 102)),
     "readouts": (READOUTS, ("outliers", "offset, outliers", "none", "flips 0.3"), range(100, 103)),
+    "long": ({name: f"{flags} --total-episodes 19200" for name, flags in READOUTS.items() if name in ("dvpo", "ppo, batch floor", "critic floor", "critic floor, capped")},
+             ("none", "outliers"), range(100, 102)),
     "ladder": ({name: tuned("dvpo", weights(0, LADDER[steps:])) for name, steps in RUNGS.items()}, SOME, range(5)),
     "quantiles": ({f"M = {m}": tuned("dvpo", unless(200, m, "--num-quantiles")) for m in (1, 8, 50, 200, 500)}, SOME, range(5)),
     "risk": ({f"weight {w}": tuned("dvpo", weights(w)) for w in (0, 0.01, 0.1, 1)}, SOME, range(5)),
