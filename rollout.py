@@ -536,7 +536,8 @@ def noisy_scores(scores, fp, fn, outlier, generator):
     if fp or fn:
         odd = ((scores != 0) & (scores != 1)).nonzero().flatten().tolist()
         if odd:
-            raise InputError(f"--reward-noise-fp, --reward-noise-fn: they flip 0/1 scores, found {scores[odd[0]]:g} in row {odd[0]} of the batch")
+            found = f"found {scores[odd[0]]:g} in row {odd[0]} of the batch"
+            raise InputError(f"--reward-noise-fp, --reward-noise-fn: they flip 0/1 scores, {found}; expected both at 0 for such a reward")
         scores = torch.where(flip < torch.where(scores == 1, fn, fp), 1 - scores, scores)
     return scores - (hit < outlier[0]).float() * outlier[1] * size
 

@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python experiments/bench.py --vary algo=dvpo,ppo --ragged           # prompt 16, responses of 8 to 112
     OMP_NUM_THREADS=1 python experiments/bench.py --vary algo=dvpo,ppo --shape tiny --prompt 32 --response 16 --batch 128
     OMP_NUM_THREADS=1 python experiments/bench.py --vary num-quantiles=8,50,200,800
-    OMP_NUM_THREADS=1 python experiments/bench.py --vary response=64,256,1024,4096 --batch 4
+    OMP_NUM_THREADS=1 python experiments/bench.py --vary response=64,256,1024,4096 --batch 2
     python experiments/bench.py --shape qwen3-1.7b --prompt 512 --response 2048 --batch 64 -- --kv-cache static     # a GPU's
 
 update %: matrix products of the update (padding and recomputation not counted) over its time, of the rate of one large product.

@@ -236,8 +236,10 @@ def print_table(table, reference):
 
 def plot(name, table, found):
     """Two figures: accuracy over iterations with bands, and final accuracy with intervals, a panel per noise."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no figures: they need matplotlib, which is in requirements-dev.txt")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

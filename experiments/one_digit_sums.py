@@ -6,7 +6,7 @@
 import json
 import sys
 
-if len(sys.argv) != 2:
+if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
     sys.exit(__doc__)
 with open(sys.argv[1], "w") as file:
     for a in range(10):
