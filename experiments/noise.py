@@ -182,7 +182,7 @@ def current(name):
     """{(noise, method): {seed: finished run}} of exactly the flags that the grid has now: never two budgets or learning rates in one row."""
     runs = {(row["flags"], row["seed"]): row for row in finished_runs()}
     methods, noises, own = GRIDS[name]
-    seeds = sorted({seed for _, seed in runs if (seed >= TRIAL_SEEDS) == (own[0] >= TRIAL_SEEDS)})
+    seeds = own if own[0] >= TRIAL_SEEDS else sorted({seed for _, seed in runs if seed < TRIAL_SEEDS})
     keys = {(noise, method): flags_of(name, method, noise) for noise in noises for method in methods}
     return {key: {seed: runs[flags, seed] for seed in seeds if (flags, seed) in runs} for key, flags in keys.items()}
 
