@@ -297,7 +297,7 @@ def main():
             failed = run_grid(grid, args.jobs, chosen, args.noises or noises, range(seeds[0], seeds[0] + (args.seeds or len(seeds))))
         except KeyboardInterrupt:
             sys.exit("noise.py: stopped; finished runs are kept, and the same command goes on")
-    found = current(grid)
+    found = {key: runs for key, runs in current(grid).items() if key[0] in (args.noises or noises)}
     table = summarise(found, reference)
     print_table(table, reference)
     if table:
