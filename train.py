@@ -187,6 +187,8 @@ def parse_args(argv=None):
         (args.algo in GROUPED and args.group_size == 1, f"--group-size: expected at least 2 for {args.algo}, found 1: alone, a response has no advantage"),
         (args.score_floor == "critic" and args.algo != "dvpo", f"--score-floor: critic needs the quantiles of --algo dvpo, found {args.algo}"),
         (args.score_floor == "residual" and args.algo not in CRITICS, f"--score-floor: residual needs a critic, found --algo {args.algo}"),
+        (args.whiten_rewards and args.score_floor in ("critic", "residual"),
+         f"--whiten-rewards: expected none with --score-floor {args.score_floor}, whose values are in the scores' units, found it"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),

@@ -571,7 +571,8 @@ BAD_FLAGS = [
     ("--temperature 1e-42", "--temperature"), ("--response-length 300", "--response-length"), ("--reward-noise-outlier 1 1e30", "--reward-noise-outlier"),
     ("--group-size 5", "--group-size"), ("--group-size -1", "--group-size"), ("--algo grpo --group-size 1", "--group-size"), ("--kv-cache paged", "--kv-cache"),
     ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"),
-    ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor-level 1", "--score-floor-level"),
+    ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor critic --whiten-rewards", "--whiten-rewards"),
+    ("--score-floor-level 1", "--score-floor-level"),
     ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
 ]  # fmt: skip
 
