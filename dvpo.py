@@ -75,6 +75,11 @@ def last_token(mask):
     return mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
 
 
+def at_last_token(values, mask):
+    """What values (B, T, M) hold at each row's last True slot of mask (B, T): -> (B, M), 0 for a row without one."""
+    return torch.where(last_token(mask).unsqueeze(-1), values, 0).sum(dim=1)
+
+
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of every token: -kl_coef * k1 on each, plus the sequence's score on the last True slot of its mask row.
 
@@ -136,7 +141,7 @@ def winsorized_scores(scores, level, quantiles=None, mask=None):
     if quantiles is None:
         return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
     assert scores.shape == mask.shape[:1] and quantiles.shape[:2] == mask.shape, f"scores {tuple(scores.shape)}, quantiles {tuple(quantiles.shape)}"
-    last = torch.where(last_token(mask).unsqueeze(-1), quantiles, 0).sum(dim=1).sort(dim=-1).values
+    last = at_last_token(quantiles, mask).sort(dim=-1).values
     floor = last[..., tail_size(last.shape[-1], level) - 1]
     return torch.where(mask.any(1), torch.maximum(scores, floor), scores)
 

@@ -429,12 +429,17 @@ def chosen_letter(text, choices):
     return named[0] if len(named) == 1 else None
 
 
+def option_texts(choices):
+    """The texts to choose from: a list of texts, the hub's {"text": [...], "label": [...]}, or None -> a list."""
+    return choices["text"] if isinstance(choices, dict) else choices or []
+
+
 def choice_reward(prompts, completions, answer, choices=None, **columns):
     """1.0 where the completion names the option whose letter is in the answer column (by letter or by its text), else 0.0.
 
     choices: per row a list of texts, or the hub's {"text": [...], "label": [...]}.
     """
-    options = [option["text"] if isinstance(option, dict) else option or [] for option in choices or [[]] * len(answer)]
+    options = [option_texts(option) for option in choices or [None] * len(answer)]
     named = [chosen_letter(text_of(completion), option) for completion, option in zip(completions, options)]
     return [float(letter == str(expected).strip().upper()) for letter, expected in zip(named, answer)]
 

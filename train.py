@@ -299,20 +299,19 @@ def rewards_of(args, scores, logprobs, ref_logprobs, mask):
 @torch.no_grad()
 def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
-    mask, floored, floored_rewards, quantiles = rollout.mask, scores, rewards, None
+    mask, floored, quantiles = rollout.mask, scores, None
     if head_quantiles is not None:
         after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor == "residual":
-        values = torch.where(dvpo.last_token(mask), quantiles.mean(dim=-1), 0).sum(dim=1)
+        values = dvpo.at_last_token(quantiles, mask).mean(dim=-1)
         floored = values + dvpo.winsorized_scores(scores - values, args.score_floor_level)
     elif args.score_floor != "none":
         floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
     if args.algo in GROUPED:
         return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
-    if args.score_floor != "none":
-        floored_rewards = rewards_of(args, floored, logprobs, ref_logprobs, mask)
+    floored_rewards = rewards if args.score_floor == "none" else rewards_of(args, floored, logprobs, ref_logprobs, mask)
     if args.algo == "reinforce++":
         return dvpo.masked_whiten(dvpo.discounted_returns(floored_rewards, mask, args.gamma), mask), None
 
@@ -347,9 +346,8 @@ def collect(state, args):
     scores, true_scores = judge(state, args, batch, rollout)
     mask, rewards = rollout.mask, rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
     if state.critic is not None:
-        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
         if state.iteration == 0:
-            state.critic.start_at(returns[mask])
+            state.critic.start_at(dvpo.discounted_returns(rewards, mask, args.gamma)[mask])
         with state.autocast():
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
     advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
@@ -364,6 +362,7 @@ def collect(state, args):
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         metrics["val/explained_var"] = dvpo.explained_variance(head_quantiles.mean(dim=(2, 3)), targets.mean(dim=-1), mask)
     if args.algo == "dvpo":
+        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
         metrics |= {f"quantile/{name}": value for name, value in dvpo.quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta).items()}
     experience = {"rollout": rollout, "logprobs": logprobs, "advantages": advantages, "targets": targets, "ref_logprobs": ref_logprobs}
     return experience, metrics
@@ -504,8 +503,7 @@ def make_logger(args):
 
 def build_critic(args, policy, context):
     """The critic that --algo asks for, from the checkpoint to resume, --critic-model-name-or-path or a copy of the policy; or None."""
-    size = {"dvpo": (args.num_heads, args.num_quantiles), "ppo": (1, 1), "robust": (args.num_heads, 1)}.get(args.algo)
-    if size is None:
+    if args.algo not in CRITICS:
         return None
     if args.resume:
         return load(QuantileCritic, Path(args.resume) / "critic", "--resume")
@@ -513,7 +511,8 @@ def build_critic(args, policy, context):
     trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(policy.base_model)
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
         raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
-    return QuantileCritic(trunk, *size, args.tau_grid, seed=args.seed)
+    num_heads, num_quantiles = 1 if args.algo == "ppo" else args.num_heads, args.num_quantiles if args.algo == "dvpo" else 1
+    return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
 
 
 def build(args):

@@ -49,14 +49,7 @@ NOISES = {
     "offset, outliers": CLEAN + " --reward-offset 3 --reward-noise-outlier 0.3 3",
 }
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")  # what --grid tuning tries for each method, under flips 0.3 and outliers
-METHODS = {
-    "ppo": "--algo ppo",
-    "dvpo": "--algo dvpo",
-    "robust": "--algo robust",
-    "grpo": "--algo grpo",
-    "dr_grpo": "--algo dr_grpo",
-    "reinforce++": "--algo reinforce++",
-}
+METHODS = ("ppo", "dvpo", "robust", "grpo", "dr_grpo", "reinforce++")
 FLOORS = {
     "ppo, batch floor": ("ppo", "--score-floor batch"),
     "ppo, residual floor": ("ppo", "--score-floor residual"),
@@ -68,7 +61,7 @@ LADDER = ("consistency", "calibration", "shift", "shape", "curvature")
 
 
 def tuned(name, *more):
-    return " ".join((METHODS[name], f"--learning-rate {TUNED[name]}", *filter(None, more)))
+    return " ".join((f"--algo {name} --learning-rate {TUNED[name]}", *filter(None, more)))
 
 
 def weights(value, terms=LADDER):
@@ -82,7 +75,7 @@ def unless(usual, value, flag):
 
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
 SOME, OUTLYING = ("none", "flips 0.3", "outliers"), ("none", "outliers", "offset, outliers")
-TRIED = {f"{name}, lr {lr}": f"{METHODS[name]} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
+TRIED = {f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first method
     "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, tuple(NOISES), range(10)),
@@ -215,9 +208,10 @@ def summarise(found, reference):
             columns[split] = mean_and_interval([own[seed]["after"][split] for seed in shared])
             columns[f"{split}, difference"] = mean_and_interval([own[seed]["after"][split] - base[seed]["after"][split] for seed in shared])
         explained = statistics.fmean(own[seed]["ev"][-1] for seed in shared) if "ev" in own[shared[0]] else None
-        known = all(seed in clean for seed in shared)
-        goal = 0.9 * statistics.fmean(clean[seed]["true"][-1] for seed in shared) if known else None
-        steps = (steps_to([own[seed] for seed in shared], goal) or "never") if known else ""
+        steps = ""
+        if clean.keys() >= set(shared):
+            goal = 0.9 * statistics.fmean(clean[seed]["true"][-1] for seed in shared)
+            steps = steps_to([own[seed] for seed in shared], goal) or "never"
         table.append((noise, method, shared, columns, explained, steps))
     return table
 

@@ -86,8 +86,7 @@ def label(args):
                 sampled = rollout.sample(model, prompt_ids[i : i + args.batch_size], pad_id, stop_ids, args.response_length, args.temperature)
                 texts += rollout.completion_texts(sampled, tokenizer, stop_ids)
             for number, problem in enumerate(problems):
-                choices = problem.get("choices") or ()
-                choices = choices["text"] if isinstance(choices, dict) else choices
+                choices = rollout.option_texts(problem.get("choices"))
                 votes = [final_answer(text, choices) for text in texts[number * args.samples : (number + 1) * args.samples]]
                 answer, agreement = majority(votes)
                 if answer is not None:

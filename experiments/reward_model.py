@@ -72,6 +72,11 @@ def auc(scores, labels):
     return ((difference > 0).double() + (difference == 0).double() / 2).mean().item()
 
 
+def accuracy(scores, labels):
+    """The share of rows where the score is above one half exactly if the label is 1."""
+    return statistics.fmean((score > 0.5) == label for score, label in zip(scores, labels))
+
+
 def encode(rows, tokenizer, max_length):
     texts = [rollout.judged_text(prompt, completion, tokenizer) for prompt, completion, *_ in rows]
     return tokenizer(texts, truncation=True, max_length=max_length, add_special_tokens=not tokenizer.chat_template)["input_ids"]
@@ -133,31 +138,30 @@ def fit(args):
     train, held_out = split([row for name in args.data.split(",") for row in read(name)], 0.1, args.seed)
     if not train:
         raise rollout.InputError("data: expected rows of at least two dialogues, found one")
-    probe = random.Random(args.seed).sample(held_out, min(args.eval_rows, len(held_out)))
-    encoded, probe_ids = encode(train, tokenizer, args.max_length), encode(probe, tokenizer, args.max_length)
-    labels = torch.tensor([row[2] for row in train], device=device)
+    encoded, held_out_ids = encode(train, tokenizer, args.max_length), encode(held_out, tokenizer, args.max_length)
+    labels, truth = torch.tensor([row[2] for row in train], device=device), [row[2] for row in held_out]
+    probe = random.Random(args.seed).sample(range(len(held_out)), min(args.eval_rows, len(held_out)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     steps = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(args.batch_size)]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 50) * (1 - (step + 1) / (len(steps) + 1)))
     curve = []
     with tqdm(steps, desc="reward model") as bar:
         for step, rows in enumerate(bar, 1):
-            for group in optimizer.param_groups:
-                group["lr"] = args.learning_rate * min(1, step / 50) * (1 - step / (len(steps) + 1))
             logits = model(**batch_of([encoded[row] for row in rows], tokenizer, device)).logits
             loss = torch.nn.functional.cross_entropy(logits, labels[rows.to(device)])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            schedule.step()
             if step % args.eval_steps == 0:
-                scores = judge(model, tokenizer, probe_ids, device)
-                curve.append({"step": step, "accuracy": statistics.fmean((score > 0.5) == row[2] for score, row in zip(scores, probe))})
+                scores = judge(model, tokenizer, [held_out_ids[row] for row in probe], device)
+                curve.append({"step": step, "accuracy": accuracy(scores, [truth[row] for row in probe])})
                 bar.set_postfix(accuracy=f"{curve[-1]['accuracy']:.3f}")
                 if curve[-1]["accuracy"] >= args.stop_at:
                     break
-    scores = judge(model, tokenizer, encode(held_out, tokenizer, args.max_length), device)
-    truth = [row[2] for row in held_out]
-    right, common = [statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth)), max(statistics.fmean(truth), 1 - statistics.fmean(truth))]
+    scores = judge(model, tokenizer, held_out_ids, device)
+    right, common = accuracy(scores, truth), max(statistics.fmean(truth), 1 - statistics.fmean(truth))
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     report = {"data": [Path(name).name for name in args.data.split(",")], "steps": step, "train_rows": len(train), "held_out_rows": len(held_out),
@@ -165,9 +169,10 @@ def fit(args):
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"after {step} steps: right on {right:.3f} of {len(held_out)} held-out rows (always saying the commoner: {common:.3f}); AUC {report['auc'] or 0:.3f}")
     for name in args.data.split(","):
-        own = [(score, row[2]) for score, row in zip(scores, held_out) if row[3].startswith(f"{name} ")]
-        if own and auc(*zip(*own)) is not None:
-            print(f"  {Path(name).name}: {statistics.fmean((score > 0.5) == label for score, label in own):.3f} of {len(own)}, AUC {auc(*zip(*own)):.3f}")
+        rows = [row for row, judged in enumerate(held_out) if judged[3].startswith(f"{name} ")]
+        own = [scores[row] for row in rows], [truth[row] for row in rows]
+        if (area := auc(*own)) is not None:
+            print(f"  {Path(name).name}: {accuracy(*own):.3f} of {len(rows)}, AUC {area:.3f}")
     print(f"python train.py ... --reward model:{args.output}")
 
 
