@@ -6,6 +6,7 @@ the reward. And the old log-probs are those of the update's own forward pass, or
 
 import importlib
 import inspect
+import json
 import math
 import random
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 from dvpo import token_logprobs
@@ -39,9 +41,10 @@ SLOTS = {
     "day": "monday tuesday friday sunday".split(),
     "people": "two three four five six".split(),
 }
-TASKS = {  # per split: range of the number of terms or user turns, and the share of long sums or of turns that revise an earlier one
+TASKS = {  # per split: range of the number of terms, user turns or slots, and the share of long sums or of turns that revise an earlier one
     "sums": {"warm": ((2, 3), 0.1), "train": ((2, 4), 0.0), "test": ((2, 4), 0.0), "ood": ((5, 6), 0.0)},
     "dialogue": {"warm": ((2, 5), 0.03), "train": ((2, 5), 0.5), "test": ((2, 5), 0.5), "ood": ((6, 8), 0.5)},
+    "booking": {"warm": ((3, 4), 0.03), "train": ((3, 4), 0.5), "test": ((3, 4), 0.5), "ood": ((5, 5), 0.5)},
 }
 
 
@@ -49,7 +52,8 @@ def task_row(task, split, rng):
     """One example of a built-in task as {prompt, answer, completion}; rng a random.Random.
 
     sums: `12+7+40=` -> `19,59#59`, running totals and then the answer.  dialogue: a user fills the slots of a booking turn by
-    turn, sometimes changing their mind, and then asks for it -> the slots as they stand at the end.  [ours]
+    turn, sometimes changing their mind, and then asks for it -> the slots as they stand at the end.  booking: the same the other way
+    round, for scripted_user: the policy asks slot by slot for what the first message leaves open, and then books.  [ours]
     """
     (low, high), rare = TASKS[task][split]
     length = rng.randint(low, high)
@@ -58,6 +62,8 @@ def task_row(task, split, rng):
         terms = [rng.randint(1, 20) for _ in range(length)]
         totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
         return {"prompt": "+".join(map(str, terms)) + "=", "answer": totals[-1], "completion": ",".join(totals) + "#" + totals[-1]}
+    if task == "booking":
+        return booking_row(length, rare, rng)
     state, messages = {}, []
     for _ in range(length):
         unset = [slot for slot in SLOTS if slot not in state]
@@ -70,6 +76,47 @@ def task_row(task, split, rng):
     return {"prompt": messages, "answer": answer, "completion": answer}
 
 
+def booking_row(num_slots, rare, rng):
+    """{prompt, replies, completion}: `book area food thai` -> ask for `area`, hear `area north`, or `area north food greek`, book."""
+    values = {slot: rng.choice(SLOTS[slot]) for slot in rng.sample(list(SLOTS), num_slots)}
+    given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
+    opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
+    known, replies, completion = [slot for slot in values if slot in given], {}, []
+    for slot in (slot for slot in values if slot not in given):
+        replies[slot] = f"{slot} {values[slot]}"
+        if rng.random() < rare:
+            changed = rng.choice(known)
+            values[changed] = rng.choice([value for value in SLOTS[changed] if value != values[changed]])
+            replies[slot] += f" {changed} {values[changed]}"
+        known.append(slot)
+        completion += [{"role": "assistant", "content": slot}, {"role": "user", "content": replies[slot]}]
+    booked = " ".join(f"{slot} {values[slot]}" for slot in SLOTS if slot in values)
+    completion.append({"role": "assistant", "content": f"book {booked}"})
+    return {"prompt": [{"role": "user", "content": f"book {opening}"}], "replies": json.dumps(replies), "completion": completion}
+
+
+def scripted_user(messages, replies, **columns):
+    """The user of the booking task: answers a slot's name with its value, anything else with ok, and leaves when something is booked."""
+    said = messages[-1]["content"]
+    return None if said.startswith("book") else json.loads(replies).get(said.strip(), "ok")
+
+
+def booking_reward(prompts, completions, **columns):
+    """1.0 where the last turn books every slot that the user named, with the value that the user said last, else 0.0."""
+    scores = []
+    for prompt, completion in zip(prompts, completions):
+        state = {}
+        for word in " ".join(m["content"] for m in [*prompt, *completion] if m["role"] == "user").split():
+            if word in SLOTS:
+                slot = word
+                state.setdefault(slot)
+            elif word not in ("book", "ok"):
+                state[slot] = word
+        expected = ["book", *(word for slot in SLOTS if slot in state for word in (slot, state[slot]))]  # None: not said
+        scores.append(float(text_of(completion).split() == expected))
+    return scores
+
+
 def task_rows(task, split, num_rows, seed):
     """num_rows examples with distinct prompts, the same for the same seed."""
     rng, rows = random.Random(f"{task}/{split}/{seed}"), {}
@@ -80,7 +127,7 @@ def task_rows(task, split, num_rows, seed):
 
 
 def task_tokenizer(task):
-    """A small real tokenizer: characters for sums, words and a chat template for dialogue."""
+    """A small real tokenizer: characters for sums, words and a chat template for the others."""
     special = ["<pad>", "<eos>", "<bos>", "<user>", "<assistant>"]
     if task == "sums":
         words, split = list("0123456789+=,#"), pre_tokenizers.Split(Regex("."), "isolated")
@@ -93,7 +140,7 @@ def task_tokenizer(task):
         tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                    extra_special_tokens=["<user>", "<assistant>"], padding_side="left")  # fmt: skip
-    if task == "dialogue":
+    if task != "sums":
         fast.chat_template = (
             "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
             "{% if message['role'] == 'assistant' %} <eos>{% endif %} {% endfor %}"
@@ -110,7 +157,7 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     try:
         if isinstance(split, tuple):
-            data = Dataset.from_list([{"prompt": row["prompt"], "answer": row["answer"]} for row in task_rows(name, *split)])
+            data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
         elif kind and not Path(name).is_file():
             raise FileNotFoundError("no such file")
         else:
@@ -149,9 +196,13 @@ def encode_prompts(prompts, tokenizer, use_chat_template=True):
     return encoded
 
 
+def as_messages(prompt):
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+
+
 def render_chat(prompt, tokenizer, row=0):
     """The text of a prompt (a string is one user's message) after the tokenizer's chat template; raises InputError."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) and prompt else prompt
+    messages = as_messages(prompt)
     well_formed = isinstance(messages, list) and messages and all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
     )  # fmt: skip
@@ -167,11 +218,12 @@ def render_chat(prompt, tokenizer, row=0):
 
 @dataclass
 class Rollout:
-    """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T.
+    """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T. A response may be a conversation.
 
     input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
     truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each prompt and response,
-    kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded.
+    kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded; messages: the turns
+    of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask.
     """
 
     input_ids: torch.Tensor
@@ -181,6 +233,7 @@ class Rollout:
     truncated: torch.Tensor
     lengths: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
+    messages: list | None = None
 
     def __post_init__(self):
         if self.lengths is None:
@@ -188,7 +241,7 @@ class Rollout:
             self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
 
     def __getitem__(self, rows):
-        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, and without logprobs."""
+        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs and messages."""
         width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
         prompt, used = lengths.amax(0).tolist()
         rows = rows.to(self.mask.device, non_blocking=True) if isinstance(rows, torch.Tensor) else rows
@@ -257,6 +310,70 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
             chosen.append(step.pop().gather(1, input_ids[:, -1:]))
         found.logprobs = torch.where(mask, torch.cat(chosen[: mask.shape[1]], dim=1), 0)
     return found
+
+
+def turns_between(reply, tokenizer):
+    """Ids of what the chat template writes from the end of one assistant's turn to the beginning of the next, a user's reply between."""
+    mark = "turn-of-the-policy"
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}, {"role": "user", "content": reply}]
+    _, found, text = render_chat(messages, tokenizer).rpartition(mark)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not (found and ids):
+        raise InputError("--user: expected a chat template that writes every turn, found one that leaves some out")
+    return ids
+
+
+def reply_of(user, messages, columns):
+    """What --user says to the conversation so far: a str, or None where it is over; raises InputError."""
+    try:
+        reply = user(messages, **columns)
+    except Exception as error:  # the user's own code may fail in any way
+        raise InputError(f"--user: it raised {type(error).__name__}: {one_line(error)}") from error
+    if reply is not None and not isinstance(reply, str):
+        raise InputError(f"--user: expected a str, or None at the end, found {str(reply)[:80]!r}")
+    return reply
+
+
+@torch.no_grad()
+def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max_tokens):
+    """Whole conversations, the policy's turns and between them a user's, until the user has nothing to say -> Rollout with messages.
+
+    take_turn: list of lists of int -> Rollout of one turn each, as sample gives it. batch: {prompt, its ids, other columns: lists}.
+    user: f(messages, **a row's columns) -> the reply, or None. A conversation also ends after max_turns, and truncated where a turn
+    found no stop token or more than max_tokens would be behind it. What was sampled is not encoded again: the next turn reads the
+    same ids, and behind them the template's tokens and the reply's, which the mask leaves out. [ours]
+    """
+    prompts, columns = batch[PROMPT_IDS], {name: values for name, values in batch.items() if name not in ("prompt", PROMPT_IDS)}
+    tokens, messages = [[] for _ in prompts], [[] for _ in prompts]  # tokens: (id, whether the policy chose it, its log-prob)
+    truncated, live, device, recorded = [False] * len(prompts), range(len(prompts)), "cpu", False
+    for turn in range(1, max_turns + 1):
+        part = take_turn([prompts[row] + [token for token, *_ in tokens[row]] for row in live])
+        texts, device, recorded = completion_texts(part, tokenizer, stop_ids), part.mask.device, part.logprobs is not None
+        logprobs = part.logprobs if recorded else torch.zeros(part.mask.shape)
+        sampled, still = zip(live, texts, part.truncated.tolist(), part.lengths[:, 1].tolist(), part.response_ids.tolist(), logprobs.tolist()), []
+        for row, text, cut, length, ids, logprobs in sampled:
+            tokens[row] += zip(ids[:length], [True] * length, logprobs)
+            messages[row].append({"role": "assistant", "content": text})
+            truncated[row] = cut
+            own = {name: values[row] for name, values in columns.items()}
+            reply = None if cut or turn == max_turns else reply_of(user, as_messages(batch["prompt"][row]) + messages[row], own)
+            if reply is None:
+                continue
+            between = turns_between(reply, tokenizer)
+            between = between[between[0] in stop_ids :]  # the stop token has been sampled
+            truncated[row] = len(prompts[row]) + len(tokens[row]) + len(between) > max_tokens
+            if not truncated[row]:
+                tokens[row] += ((token, False, 0.0) for token in between)
+                messages[row].append({"role": "user", "content": reply})
+                still.append(row)
+        if not (live := still):
+            break
+    padded = lambda rows, fill, side="right": pad_sequence([torch.tensor(row) for row in rows], True, fill, side).to(device)
+    ids, mask, logprobs = (padded([[token[i] for token in row] for row in tokens], fill) for i, fill in enumerate((pad_id, False, 0.0)))
+    attention = torch.cat([padded([[1] * len(row) for row in prompts], 0, "left"), padded([[1] * len(row) for row in tokens], 0)], dim=1)
+    input_ids = torch.cat([padded(prompts, pad_id, "left"), ids], dim=1)
+    positions, truncated = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(truncated, device=device)
+    return Rollout(input_ids, attention, positions, mask, truncated, logprobs=logprobs if recorded else None, messages=messages)
 
 
 def completion_texts(rollout, tokenizer, stop_ids):
@@ -451,8 +568,7 @@ def exact_reward(prompts, completions, answer, **columns):
 
 def judged_text(prompt, completion, tokenizer):
     """A prompt (text or messages) and the response to it as a reward model reads them: by its own chat template, else a line per turn."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [*messages, {"role": "assistant", "content": text_of(completion)}]
+    messages = [*as_messages(prompt), *([{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion)]
     if tokenizer.chat_template:
         return tokenizer.apply_chat_template(messages, tokenize=False)
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
@@ -478,30 +594,39 @@ def model_reward(name, device="cpu", batch_size=16):
     return reward
 
 
+def load_function(flag, spec):
+    """module:function, the module found from the working folder on; raises InputError."""
+    module, _, name = spec.partition(":")
+    try:
+        sys.path.insert(0, "")
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the user's own code may fail in any way
+        raise InputError(f"{flag}: cannot load {spec!r}: {one_line(error)}") from error
+    if not callable(function):
+        raise InputError(f"{flag}: {spec!r}: expected a function, found {type(function).__name__}")
+    return function
+
+
 def load_reward(spec, device="cpu"):
     """The reward function behind --reward: math, choice, exact, model:NAME or module:function. Raises InputError."""
     built_in = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
     if spec in built_in:
         return built_in[spec]
-    module, colon, function = spec.partition(":")
-    if not (module and colon and function):
+    module, _, name = spec.partition(":")
+    if not (module and name):
         raise InputError(f"--reward: expected {', '.join(built_in)}, model:NAME or module:function, found {spec!r}")
+    if module != "model":
+        return load_function("--reward", spec)
     try:
-        if module == "model":
-            return model_reward(function, device)
-        sys.path.insert(0, "")
-        reward = getattr(importlib.import_module(module), function)
-    except Exception as error:  # the user's own code may fail in any way
+        return model_reward(name, device)
+    except Exception as error:  # a broken folder or a missing one, each library in its own words
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
-    if not callable(reward):
-        raise InputError(f"--reward: {spec!r}: expected a function, found {type(reward).__name__}")
-    return reward
 
 
 def score(reward, batch, completions, answer="answer"):
     """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
-    Conversational prompts get conversational completions, [{role, content}], as in TRL. `answer` names the column that the
+    Conversational prompts get conversational completions, [{role, content}], as in TRL; whole conversations are that already. `answer` names the column that the
     function sees under that name: pseudo-labels stand in another one.
     """
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}
@@ -510,8 +635,9 @@ def score(reward, batch, completions, answer="answer"):
         needed = parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         if needed and name not in {"prompts", "completions", *columns}:
             raise InputError(f"--reward: it needs the column {name!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
+    plain = lambda prompt, completion: isinstance(prompt, str) or not isinstance(completion, str)
     pairs = zip(batch["prompt"], completions)
-    shaped = [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}] for prompt, text in pairs]
+    shaped = [completion if plain(prompt, completion) else [{"role": "assistant", "content": completion}] for prompt, completion in pairs]
     try:
         scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
     except Exception as error:  # the user's own code may fail in any way

@@ -53,6 +53,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("eval-dataset-name", None, None, "prompts for evaluation; without it some of the training rows are held out"),
         ("eval-dataset-split", "train", None, "split of --eval-dataset-name"),
         ("reward", None, None, "math, choice, exact, model:NAME or module:function; --task has its own"),
+        ("user", None, None, "module:function that answers the policy's turns: a whole conversation is one response; --task booking has its own"),
         ("chat-template", "auto", ["auto", "never"], "auto: string prompts become a user's message if the model has a template"),
         ("stop-token", None, None, "one more token that ends a response, beside the model's own"),
     ],
@@ -63,7 +64,8 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("micro-batch-size", (128, 64), "[1, inf)", "most responses per forward pass; changes memory and time, never the gradient"),
         ("micro-batch-tokens", 4096, "[1, inf)", "most tokens per forward pass, prompts and padding counted (a longer response goes alone)"),
         ("num-ppo-epochs", 2, "[1, inf)", "passes over each batch"),
-        ("response-length", (16, 256), "[1, inf)", "most tokens per response"),
+        ("response-length", (16, 256), "[1, inf)", "most tokens per response, in a conversation per turn"),
+        ("max-turns", 6, "[1, inf)", "most turns of the policy in a conversation"),
         ("critic-warmup-steps", 5, "[0, inf)", "first iterations that train the critic only"),
     ],
     "algorithm": [
@@ -192,6 +194,7 @@ def parse_args(argv=None):
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
+        (args.user and args.chat_template == "never", "--chat-template: expected auto with --user, whose turns the template writes; found never"),
         (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
         (not re.fullmatch(devices, args.device), f"--device: expected {devices.replace('|', ', ')}, found {args.device}"),
         (Path(args.output_dir).is_file(), f"--output-dir: expected a folder, found the file {args.output_dir}"),
@@ -259,12 +262,16 @@ def batch_rows(num_rows, episode, batch_size, seed):
     return rows
 
 
-def sample_batch(state, args, prompt_ids, temperature, record_logprobs=False):
-    """ro.sample from the policy, or in half precision from its bf16 copy, brought up to date: decoding reads every weight per token."""
+def sample_batch(state, args, batch, temperature, record_logprobs=False):
+    """Responses from the policy, or in half precision from its bf16 copy, brought up to date: decoding reads every weight per token."""
     if state.sampler is not state.policy:
         torch._foreach_copy_([*state.sampler.parameters()], [*state.policy.parameters()])
-    static = args.kv_cache == "static"
-    return ro.sample(state.sampler, prompt_ids, state.pad_id, state.stop_ids, args.response_length, temperature, record_logprobs, static)
+    pad_id, stop_ids, static = state.pad_id, state.stop_ids, args.kv_cache == "static"
+    take_turn = lambda prompt_ids: ro.sample(state.sampler, prompt_ids, pad_id, stop_ids, args.response_length, temperature, record_logprobs, static)
+    if state.user is None:
+        return take_turn(batch[ro.PROMPT_IDS])
+    max_tokens = context_of(state.policy) - args.response_length
+    return ro.converse(take_turn, batch, state.user, state.tokenizer, pad_id, stop_ids, args.max_turns, max_tokens)
 
 
 def recorded_as_scored(state, args, rollout):
@@ -281,7 +288,7 @@ def recorded_as_scored(state, args, rollout):
 @torch.no_grad()
 def judge(state, args, batch, rollout):
     """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
-    texts = ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
+    texts = rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
     true_scores = ro.score(state.reward, batch, texts)
     labelled = ro.score(state.reward, batch, texts, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
@@ -335,7 +342,7 @@ def collect(state, args):
     rows = batch_rows(len(state.data), state.iteration * num_prompts, num_prompts, args.seed)
     batch = state.data[[row for row in rows for _ in range(args.group_size)]]
     with state.autocast():
-        rollout = sample_batch(state, args, batch[ro.PROMPT_IDS], args.temperature, record_logprobs=state.trust_recorded is not False)
+        rollout = sample_batch(state, args, batch, args.temperature, record_logprobs=state.trust_recorded is not False)
         forward = lambda function: ro.in_micro_batches(function, rollout, args.micro_batch_size, args.micro_batch_tokens)
         logprobs_of = lambda model: forward(lambda part: ro.response_logprobs(model, part, args.temperature))
         if state.trust_recorded is None:
@@ -430,8 +437,9 @@ def evaluate(state, args):
             scores = []
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
-                    rollout = sample_batch(state, args, batch[ro.PROMPT_IDS], args.temperature if mode == "sampled" else 0.0)
-                scores.append(ro.score(state.reward, batch, ro.completion_texts(rollout, state.tokenizer, state.stop_ids)))
+                    rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
+                completions = rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
+                scores.append(ro.score(state.reward, batch, completions))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
     return results
@@ -519,7 +527,9 @@ def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
     state = argparse.Namespace(iteration=0, before=None, start=time.time())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    state.reward = ro.load_reward(args.reward or {"sums": "math", "dialogue": "exact"}[args.task], device)
+    built_in = {"sums": ro.math_reward, "dialogue": ro.exact_reward, "booking": ro.booking_reward}[args.task]
+    state.reward = ro.load_reward(args.reward, device) if args.reward else built_in
+    state.user = ro.load_function("--user", args.user) if args.user else ro.scripted_user if args.dataset_name is None and args.task == "booking" else None
     name = args.model_name_or_path or Path(args.output_dir) / "warm_start"
     if args.model_name_or_path is None:
         importlib.import_module("experiments.warm_start").warm_start(args.task, args.seed, name)
@@ -528,6 +538,8 @@ def build(args):
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = state.tokenizer.pad_token_id if state.tokenizer.pad_token_id is not None else state.stop_ids[0]
+    if state.user:
+        ro.turns_between("hello", state.tokenizer)  # a template that cannot is found out here
     context = context_of(state.policy)
     if args.response_length >= context:
         raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")

@@ -18,6 +18,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
 
 
+def example(prompt_ids, completion, tokenizer):
+    """Token ids of a prompt and what the policy should say (a text, or a conversation), and the labels: -100 but for the policy's tokens."""
+    ids, labels = [*prompt_ids], [-100] * len(prompt_ids)
+    for message in [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion:
+        if message["role"] == "assistant":
+            turn = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        else:
+            turn = rollout.turns_between(message["content"], tokenizer)[1:]  # the stop token stands at the end of the turn before
+        ids += turn
+        labels += turn if message["role"] == "assistant" else [-100] * len(turn)
+    return ids, labels
+
+
 def warm_start(task, seed, folder):
     """Saves the tiny policy and its tokenizer in folder (a Path), or leaves the ones that a run with the same task and seed made."""
     settings = json.dumps({"task": task, "seed": seed, "version": 2})
@@ -25,7 +38,7 @@ def warm_start(task, seed, folder):
         return
     torch.manual_seed(seed)
     tokenizer = rollout.task_tokenizer(task)
-    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "sums": (96, 450, 128, 16384)}[task]
+    hidden, steps, batch_size, num_rows = {"dialogue": (64, 120, 64, 4096), "booking": (64, 120, 64, 4096), "sums": (96, 450, 128, 16384)}[task]
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "eos", "bos")}
     model = AutoModelForCausalLM.from_config(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3, num_attention_heads=4,
@@ -36,9 +49,8 @@ def warm_start(task, seed, folder):
     held_out = {str(row["prompt"]) for split in ("test", "ood") for row in rollout.task_rows(task, split, 512, seed)}
     rows = [row for row in rollout.task_rows(task, "warm", num_rows, seed) if str(row["prompt"]) not in held_out]
     prompts = rollout.encode_prompts([row["prompt"] for row in rows], tokenizer)
-    answers = [tokenizer(row["completion"])["input_ids"] + [tokenizer.eos_token_id] for row in rows]
-    ids = [torch.tensor(prompt + answer) for prompt, answer in zip(prompts, answers)]
-    labels = [torch.tensor([-100] * len(prompt) + answer) for prompt, answer in zip(prompts, answers)]
+    examples = [example(prompt, row["completion"], tokenizer) for prompt, row in zip(prompts, rows)]
+    ids, labels = ([torch.tensor(part) for part in parts] for parts in zip(*examples))
     for _ in tqdm(range(steps), desc="warm start", leave=False):
         batch = torch.randperm(len(rows))[:batch_size].tolist()
         batch_ids, batch_labels = (pad_sequence([x[i] for i in batch], True, fill) for x, fill in ((ids, 0), (labels, -100)))

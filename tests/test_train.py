@@ -520,6 +520,44 @@ def test_a_folder_a_file_and_a_python_reward(model_folder, tmp_path, monkeypatch
     assert row["objective/scores"] >= 3 and "eval/held_out/greedy" in row
 
 
+def test_a_whole_conversation_is_one_response(tmp_path):
+    """The built-in booking task: ratio 1 at first, the user's tokens neither scored nor trained on, and the reward rises."""
+    make_warm_start("booking", 0, tmp_path / "warm_start")
+    flags = [*SMALL, "--task", "booking", "--output-dir", str(tmp_path), "--learning-rate", "3e-4"]
+    args = train.parse_args(flags)
+    state = train.build(args)
+    experience, metrics = train.collect(state, args)
+    rollout = experience["rollout"]
+    gaps = ~rollout.mask & rollout.attention_mask[:, -rollout.mask.shape[1] :].bool()
+    assert gaps.any() and (experience["advantages"][gaps] == 0).all()
+    heard = {word for row in state.tokenizer.batch_decode([ids[gap].tolist() for ids, gap in zip(rollout.response_ids, gaps)]) for word in row.split()}
+    assert heard >= {"<user>", "<assistant>", "ok"} and not heard & {"book", "<pad>"}
+    last = torch.stack([torch.as_tensor(row.nonzero().max()) for row in rollout.mask])
+    ends = [row[-1]["role"] for row in rollout.messages]
+    assert set(ends) == {"assistant"} and rollout.lengths[:, 1].equal(last + 1)  # the score stands on the last token of all
+    experience["targets"] = torch.where(gaps.unsqueeze(-1), torch.nan, experience["targets"])  # nobody reads them
+    policy_before = torch.cat([p.flatten() for p in state.policy.parameters()]).clone()
+    state.iteration = args.critic_warmup_steps
+    updated = train.update(state, argparse.Namespace(**{**vars(args), "num_ppo_epochs": 1, "num_mini_batches": 1}), experience)
+    assert updated["val/ratio"] == pytest.approx(1, abs=1e-5) and updated["loss/value_avg"].isfinite()
+    assert not torch.cat([p.flatten() for p in state.policy.parameters()]).equal(policy_before)
+    assert train.main(flags) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["after"]["in domain, sampled"] > results["before"]["in domain, sampled"] + 0.05
+    assert "replies" in state.data.column_names and "completion" not in state.data.column_names
+
+
+def test_a_users_own_user_and_reward_for_conversations(model_folder, tmp_path, monkeypatch):
+    module = tmp_path / "talk.py"
+    module.write_text("def user(messages, name):\n    return name if len(messages) < 4 else None\n"
+                      "def reward(prompts, completions, name):\n    return [float(len(c)) for c in completions]\n")  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    rows = write_rows(tmp_path / "data.jsonl", [{"prompt": f"book {slot}", "name": f"{slot} two"} for slot in ro.SLOTS])
+    flags = ["--model-name-or-path", model_folder, "--dataset-name", str(rows), "--reward", "talk:reward", "--user", "talk:user"]
+    assert train.main([*MODEL, *flags, "--output-dir", "run", "--missing-eos-penalty", "1"]) == 0
+    assert all(1 <= row["objective/true_scores"] <= 5 for row in log(tmp_path / "run"))
+
+
 def test_parquet_and_an_evaluation_set(model_folder, tmp_path):
     from datasets import Dataset
 
@@ -573,6 +611,8 @@ BAD_FLAGS = [
     ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"),
     ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor critic --whiten-rewards", "--whiten-rewards"),
     ("--score-floor-level 1", "--score-floor-level"),
+    ("--max-turns 0", "--max-turns"), ("--user nonsense", "--user"), ("--user json:nosuch", "--user"), ("--user os:sep", "--user"),
+    ("--user json:dumps --chat-template never", "--chat-template"), ("--task sums --user json:dumps", "--user"),
     ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
 ]  # fmt: skip
 
