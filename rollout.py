@@ -626,7 +626,7 @@ def load_reward(spec, device="cpu"):
 def score(reward, batch, completions, answer="answer"):
     """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
-    Conversational prompts get conversational completions, [{role, content}], as in TRL; whole conversations are that already. `answer` names the column that the
+    Conversational prompts get conversational completions, [{role, content}], as in TRL (whole conversations are). `answer` names the column that the
     function sees under that name: pseudo-labels stand in another one.
     """
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}

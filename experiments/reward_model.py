@@ -113,6 +113,7 @@ def main():
     parser.add_argument("--max-length", type=int, default=192, help="tokens; of a longer dialogue the end is read")
     parser.add_argument("--eval-steps", type=int, default=25)
     parser.add_argument("--eval-rows", type=int, default=400, help="held-out rows for --stop-at; the last report uses all")
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16 while training; the weights stay fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -147,7 +148,8 @@ def fit(args):
     curve = []
     with tqdm(steps, desc="reward model") as bar:
         for step, rows in enumerate(bar, 1):
-            logits = model(**batch_of([encoded[row] for row in rows], tokenizer, device)).logits
+            with torch.autocast(device, torch.bfloat16, enabled=args.bf16):
+                logits = model(**batch_of([encoded[row] for row in rows], tokenizer, device)).logits.float()
             loss = torch.nn.functional.cross_entropy(logits, labels[rows.to(device)])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

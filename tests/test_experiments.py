@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
 import train
-from experiments import noise, pseudo_labels, reward_model
+from experiments import dialogue, evaluate, noise, pseudo_labels, reward_model, sft
 
 ROOT = Path(__file__).parent.parent
 
@@ -185,3 +186,108 @@ def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, m
     assert report["accuracy"] > 0.9 and report["steps"] < 96 and report["curve"][-1]["accuracy"] == 1 and "AUC 1.000" in capsys.readouterr().out
     good, bad = rollout.load_reward(f"model:{tmp_path / 'rm'}")(prompts=[words[0]] * 2, completions=[words[1], words[0]])
     assert good > 0.5 > bad
+
+
+# ---- supervised fine-tuning
+
+
+def test_both_losses_are_cross_entropy_on_the_policys_tokens(model):
+    tokenizer = rollout.task_tokenizer("booking")
+    row = rollout.task_rows("booking", "train", 1, 5)[0]
+    talk = sft.example(rollout.encode_prompts([row["prompt"]], tokenizer)[0], row["completion"], tokenizer)
+    batch = [talk, (torch.tensor([5, 6, 7, 8]), torch.tensor([-100, -100, 7, 8]))]
+    total, count = 0.0, 0
+    for ids, labels in batch:
+        logprobs = model(ids.unsqueeze(0)).logits[0].double().log_softmax(-1)
+        for t in range(1, len(ids)):
+            if labels[t] != -100:
+                total, count = total - logprobs[t - 1, ids[t]], count + 1
+    assert count == sum(len(m["content"].split()) + 1 for m in row["completion"] if m["role"] == "assistant") + 2
+    for loss in (sft.whole_loss, sft.response_loss):
+        assert loss(model, batch).item() == pytest.approx(total.item() / count, rel=1e-5)
+
+
+def test_examples_label_what_the_policy_says_and_nothing_else():
+    tokenizer = rollout.task_tokenizer("booking")
+    said = [{"role": "assistant", "content": "area"}, {"role": "user", "content": "area north"}, {"role": "assistant", "content": "book"}]
+    ids, labels = sft.example(tokenizer("<user> book area <assistant>")["input_ids"], said, tokenizer)
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words == "<user> book area <assistant> area <eos> <user> area north <assistant> book <eos>".split()
+    assert [word for word, label in zip(words, labels) if label != -100] == "area <eos> book <eos>".split()
+    assert [label for label in labels.tolist() if label != -100] == [ids[i] for i in (4, 5, 10, 11)]
+
+
+def test_fine_tuning_teaches_and_keeps_the_first_layers(model_folder, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"area {value}", "answer": value, "other": 1} for value in rollout.SLOTS["area"]]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows + [{"prompt": "area " * 30, "answer": "north", "other": 1}]))
+    flags = [model_folder, str(data), str(tmp_path / "out"), *"--layers 1 --epochs 100 --batch-size 4 --max-length 20 --learning-rate 3e-3".split()]
+    monkeypatch.setattr("sys.argv", ["sft.py", *flags])
+    sft.main()
+    assert "4 rows (1 too long), 100 steps" in capsys.readouterr().out
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == len(model.base_model.h) == 1
+    found = rollout.sample(model, rollout.encode_prompts([row["prompt"] for row in rows], tokenizer), 0, [1], 4, 0.0)
+    assert rollout.completion_texts(found, tokenizer, [1]) == rollout.SLOTS["area"]
+
+
+@pytest.mark.parametrize("flags,words", [(["--layers", "9"], "--layers: expected 1 to 2"), (["--max-length", "2"], "--max-length: expected rows")])
+def test_fine_tunings_bad_flags_are_one_line(flags, words, model_folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "data.jsonl").write_text('{"prompt": "area", "answer": "north"}\n')
+    monkeypatch.setattr("sys.argv", ["sft.py", model_folder, str(tmp_path / "data.jsonl"), str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        sft.main()
+    assert stopped.value.code == 2 and words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+# ---- evaluation and the dialogue experiment
+
+
+def test_success_by_hand():
+    prompt = [{"role": "user", "content": "A table for Two at Luigi's"}]
+    row = {"reference": "Shall I book Luigi's for two at 7 pm?", "acts": ["CONFIRM"], "values": ["Luigi's", "two", "7 pm"]}
+    judge = lambda text, **other: dialogue.success([prompt], [[{"role": "assistant", "content": text}]], **{k: [v] for k, v in {**row, **other}.items()})[0]
+    assert judge(row["reference"]) == judge("LUIGI'S, two?") == 1.0  # 7 pm is nothing that the dialogue has named
+    assert judge("Luigi's it is.") == (1 / 2 + 0) / 2 and judge("Which place?") == (0 + 1) / 2
+    assert judge("Sorry?", values=[]) == 1.0 and judge("Sorry.", values=[]) == 0.0 and judge("Bye.", values=[], acts=["GOODBYE"]) == 1.0
+    assert judge(" ", values=[], acts=["GOODBYE"]) == 0.0  # silence is no answer
+    assert judge("8 pm?", values=["8 pm"]) == 1.0  # nor what the reference does not say
+
+
+def test_the_dialogues_parts_share_no_dialogue_and_the_policys_is_short(model_folder, tmp_path, monkeypatch, capsys):
+    rows = [{"prompt": "area " * (1 + i % 4), "reference": "north", "acts": [], "values": [], "dialogue_id": i // 2} for i in range(60)]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("sys.argv", ["dialogue.py", model_folder, str(data), str(tmp_path / "parts"), "--max-tokens", "4"])
+    dialogue.main()
+    parts = {name: [json.loads(line) for line in (tmp_path / "parts" / f"{name}.jsonl").read_text().splitlines()] for name in dialogue.PARTS}
+    ids = [{row["dialogue_id"] for row in part} for part in parts.values()]
+    assert all(ids) and not (ids[0] & ids[1] or ids[0] & ids[2] or ids[1] & ids[2])
+    assert {len(row["prompt"].split()) for row in parts["policy"]} <= {1, 2} and {len(row["prompt"].split()) for row in parts["judge"]} == {1, 2, 3, 4}
+    assert len(parts["judge"]) + len(parts["strict"]) < 60 and parts["judge"][0].keys() == rows[0].keys()
+    data.write_text('{"prompt": "area"}\n')
+    with pytest.raises(SystemExit):
+        dialogue.main()
+    assert "found no acts, dialogue_id, reference, values" in capsys.readouterr().err
+
+
+def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"area {value}", "answer": value}) + "\n" for value in rollout.SLOTS["area"]))
+    (tmp_path / "rewards.py").write_text("def longer(prompts, completions, **columns):\n    return [float(len(p)) for p in prompts]\n")
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "run" / "checkpoint-000001"
+    shutil.copytree(model_folder, run / "policy")
+    (run / "state.pt").touch()
+    (tmp_path / "run" / "args.json").write_text("{}")
+    sets = ["--set", "data.jsonl", "exact", "--set", "data.jsonl", "rewards:longer", "--rows", "3", "--response-length", "4", "--batch-size", "2"]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", model_folder, "run", *sets, "--output", "out.jsonl"])
+    evaluate.main()
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["policy"] for row in found] == [model_folder] * 2 + ["run"] * 2 and [row["reward"] for row in found] == ["exact", "rewards:longer"] * 2
+    assert found[1]["score"] == pytest.approx((10 + 10 + 9) / 3) and all(row["rows"] == 3 for row in found)
+    assert {**found[0], "policy": ""} == {**found[2], "policy": ""} and len(capsys.readouterr().out.splitlines()) == 4
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "nowhere", *sets])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "cannot load 'nowhere'" in capsys.readouterr().err

@@ -1,0 +1,147 @@
+"""Supervised fine-tuning on prompts and what should be said: a warm start for a model that earns no reward yet.
+
+    python experiments/sft.py FOLDER_OR_HUB_NAME dialogues.jsonl OUTPUT_FOLDER               # rows with prompt and completion, reference or answer
+    python experiments/sft.py FOLDER_OR_HUB_NAME data.jsonl,more.jsonl OUTPUT_FOLDER --layers 6      # only the model's first 6 layers: for a CPU
+
+The loss counts the policy's tokens only. Prompts are encoded as train.py does it. Rows beyond --max-length tokens are left out.
+"""
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+
+import datasets
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import rollout
+from dvpo import masked_mean
+
+SAID = ("completion", "reference", "answer")  # columns with what should be said; the first that a row has
+
+
+def example(prompt_ids, said, tokenizer):
+    """Token ids of a prompt and what the policy should say (a text, or a conversation), and the labels: -100 but for the policy's tokens."""
+    ids, labels = [*prompt_ids], [-100] * len(prompt_ids)
+    for message in [{"role": "assistant", "content": said}] if isinstance(said, str) else said:
+        if message["role"] == "assistant":
+            turn = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        else:
+            turn = rollout.turns_between(message["content"], tokenizer)[1:]  # the stop token stands at the end of the turn before
+        ids += turn
+        labels += turn if message["role"] == "assistant" else [-100] * len(turn)
+    return torch.tensor(ids), torch.tensor(labels)
+
+
+def padded(rows, fill, device, side="right"):
+    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side).to(device)
+
+
+def whole_loss(model, batch):
+    """transformers' own loss of a batch of (ids, labels), which computes logits at every token."""
+    ids, labels = zip(*batch)
+    attention = padded([torch.ones_like(row) for row in ids], 0, model.device)
+    return model(padded(ids, 0, model.device), attention_mask=attention, labels=padded(labels, -100, model.device)).loss
+
+
+def response_loss(model, batch):
+    """The same number, with logits only from the first label on: with a vocabulary of 50,000 they would cost most."""
+    starts = [int((labels != -100).nonzero()[0]) for _, labels in batch]
+    prompts, responses = [ids[:start] for (ids, _), start in zip(batch, starts)], [ids[start:] for (ids, _), start in zip(batch, starts)]
+    ones = lambda rows: [torch.ones_like(row) for row in rows]
+    ids = torch.cat([padded(prompts, 0, model.device, "left"), padded(responses, 0, model.device)], dim=1)
+    attention = torch.cat([padded(ones(prompts), 0, model.device, "left"), padded(ones(responses), 0, model.device)], dim=1)
+    mask = padded([labels[start:] != -100 for (_, labels), start in zip(batch, starts)], False, model.device)
+    examples = rollout.Rollout(ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, torch.zeros(len(batch), dtype=torch.bool))
+    return -masked_mean(rollout.response_logprobs(model, examples, 1.0), mask)
+
+
+def fine_tune(model, examples, loss_of, num_steps, batch_size, learning_rate, half=False):
+    """AdamW on loss_of(model, batch), batches of examples from torch's generator, linear decay; half: bf16 matrix products -> losses."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / num_steps))
+    losses = []
+    with tqdm(range(num_steps), desc="warm start", leave=False) as bar:
+        for _ in bar:
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+                loss = loss_of(model, [examples[row] for row in torch.randperm(len(examples))[:batch_size].tolist()])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix(loss=f"{losses[-1]:.2f}")
+    return losses
+
+
+def first_layers(model, count):
+    """Keeps the first `count` of the model's layers; raises InputError for a model whose layers it does not find."""
+    layers = getattr(model.base_model, "layers", None) or getattr(model.base_model, "h", None)
+    if layers is None or not 1 <= count <= len(layers):
+        raise rollout.InputError(f"--layers: expected 1 to {len(layers or ())}, the model's own, found {count}")
+    del layers[count:]
+    for name in ("num_hidden_layers", "n_layer"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, count)
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:count]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("data", help="a hub name, or json, jsonl or parquet files with commas between")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--split", default="train")
+    parser.add_argument("--layers", type=int, help="keep only so many of the model's layers, from the first on")
+    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16; the weights stay fp32")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        tune(args)
+    except (rollout.InputError, OSError) as error:
+        parser.exit(2, f"sft.py: error: {error}\n")
+
+
+def tune(args):
+    from train import load  # not above: train.py's own warm start uses this file
+
+    torch.manual_seed(args.seed)
+    model, tokenizer = load(AutoModelForCausalLM, args.model, "model"), load(AutoTokenizer, args.model, "model")
+    if args.layers is not None:
+        first_layers(model, args.layers)
+    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    examples, left_out = [], 0
+    for name in args.data.split(","):
+        data = rollout.load_prompts("data", name, args.split, tokenizer, float("inf"))
+        column = next((column for column in SAID if column in data.column_names), None)
+        if column is None:
+            raise rollout.InputError(f"data: {name}: expected a column {', '.join(SAID[:-1])} or {SAID[-1]}, found {', '.join(data.column_names)}")
+        found = [example(prompt, str(said) if column == "answer" else said, tokenizer) for prompt, said in zip(data[rollout.PROMPT_IDS], data[column])]
+        kept = [pair for pair in found if len(pair[0]) <= args.max_length]
+        examples, left_out = examples + kept, left_out + len(found) - len(kept)
+    if not examples:
+        raise rollout.InputError(f"--max-length: expected rows of at most {args.max_length} tokens, found {left_out} longer ones")
+    num_steps = max(1, round(args.epochs * len(examples) / args.batch_size))
+    losses = fine_tune(model, examples, response_loss, num_steps, args.batch_size, args.learning_rate, half=args.bf16)
+    model.save_pretrained(args.output)
+    tokenizer.save_pretrained(args.output)
+    early, late = (statistics.fmean(part) for part in (losses[:20], losses[-20:]))
+    print(f"{len(examples)} rows ({left_out} too long), {len(losses)} steps: loss {early:.3f} -> {late:.3f}; written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
