@@ -149,10 +149,11 @@ def task_tokenizer(task):
     return fast
 
 
-def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True):
+def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, config=None, prompt_column="prompt"):
     """A data set with its prompts' ids in a column of their own; raises InputError naming the flag and the row.
 
-    name: a hub name, a json, jsonl or parquet file, or a built-in task whose split is (split, number of rows, seed).
+    name: a hub name, perhaps with a config, a json, jsonl or parquet file, or a built-in task whose split is (split, number of rows, seed).
+    prompt_column: the one that is renamed to prompt.
     """
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(Path(name).suffix)
     try:
@@ -161,12 +162,14 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
         elif kind and not Path(name).is_file():
             raise FileNotFoundError("no such file")
         else:
-            data = load_dataset(kind, data_files=name, split=split) if kind else load_dataset(name, split=split)
+            data = load_dataset(kind, data_files=name, split=split) if kind else load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises many kinds; the cause of the last one says most
         raise InputError(f"{flag}: cannot load {name!r}: {one_line(error.__cause__ or error)}") from error
-    if "prompt" not in data.column_names or len(data) == 0:
+    if prompt_column not in data.column_names or len(data) == 0:
         found = f"{len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
-        raise InputError(f"{flag}: {name!r}: expected a column 'prompt' and at least one row, found {found}")
+        raise InputError(f"{flag}: {name!r}: expected a column {prompt_column!r} (--prompt-column) and at least one row, found {found}")
+    if prompt_column != "prompt":
+        data = data.remove_columns([column for column in ("prompt",) if column in data.column_names]).rename_column(prompt_column, "prompt")
     try:
         prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
     except InputError as error:

@@ -49,8 +49,11 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("model-name-or-path", None, None, "policy: a hub name or a folder; without it a tiny model is warm-started on --task"),
         ("critic-model-name-or-path", None, None, "the critic's trunk; without it a copy of the policy's"),
         ("dataset-name", None, None, "prompts: a hub name or a json, jsonl or parquet file with a column 'prompt'"),
+        ("dataset-config", None, None, "config of --dataset-name, where the hub asks for one"),
         ("dataset-split", "train", None, "split of --dataset-name"),
+        ("prompt-column", "prompt", None, "the column with the prompts, in both data sets"),
         ("eval-dataset-name", None, None, "prompts for evaluation; without it some of the training rows are held out"),
+        ("eval-dataset-config", None, None, "config of --eval-dataset-name"),
         ("eval-dataset-split", "train", None, "split of --eval-dataset-name"),
         ("reward", None, None, "math, choice, exact, model:NAME or module:function; --task has its own"),
         ("user", None, None, "module:function that answers the policy's turns: a whole conversation is one response; --task booking has its own"),
@@ -225,17 +228,18 @@ def context_of(model):
 def load_data(args, tokenizer, context):
     """-> training data, {name: evaluation data}; held-out prompts do not stand in the training data."""
 
-    def prompts(flag, name, split):
-        return ro.load_prompts(flag, name, split, tokenizer, context - args.response_length, args.chat_template == "auto")
+    def prompts(flag, name, split, config=None, column="prompt"):
+        return ro.load_prompts(flag, name, split, tokenizer, context - args.response_length, args.chat_template == "auto", config, column)
 
     if args.dataset_name is None:
         splits = {"in domain": "test", "out of domain": "ood"}
         evals = {name: prompts("--task", args.task, (split, args.eval_samples, args.seed)) for name, split in splits.items()}
         train = prompts("--task", args.task, ("train", 4096, args.seed))
     else:
-        train, evals = prompts("--dataset-name", args.dataset_name, args.dataset_split), {}
+        train, evals = prompts("--dataset-name", args.dataset_name, args.dataset_split, args.dataset_config, args.prompt_column), {}
         if args.eval_dataset_name:
-            held_out = prompts("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
+            where = args.eval_dataset_name, args.eval_dataset_split, args.eval_dataset_config, args.prompt_column
+            held_out = prompts("--eval-dataset-name", *where)
             evals = {"held out": held_out.select(range(min(args.eval_samples, len(held_out))))}
         elif len(train) > 1:
             halves = train.train_test_split(min(args.eval_samples, len(train) // 2), seed=args.seed)

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import rollout
 import train
-from experiments import dialogue, evaluate, noise, pseudo_labels, reward_model, sft
+from experiments import dialogue, evaluate, memory, noise, pseudo_labels, reward_model, sft
 
 ROOT = Path(__file__).parent.parent
 
@@ -291,3 +291,39 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         evaluate.main()
     assert "cannot load 'nowhere'" in capsys.readouterr().err
+
+
+# ---- the memory formula
+
+
+def test_the_memory_formula_by_hand(tmp_path):
+    config = LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
+    params = 2 * 100 * 8 + 3 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 20 * 8 + 2 * 8) + 8
+    flags = ["--model-name-or-path", "x", "--response-length", "10", "--batch-size", "4", "--micro-batch-size", "2"]
+    found = memory.needs(config, config, train.parse_args(flags), prompt=6)
+    assert found["policy"] == found["critic"] == 16 * params and found["reference"] == 4 * params and found["sampler"] == found["casts"] == 2 * params
+    assert found["activations"] == 2 * 16 * 3 * (16 * 8 + 2 * (3 * 8 + 4 * 4 + 4 * 20)) and found["logits"] == 2 * 10 * 4 * 100
+    assert found["KV cache"] == 4 * 16 * 3 * 4 * 4
+    assert found["peak"] == 38 * params + max(found["KV cache"], found["casts"] + found["activations"] + found["logits"])
+    lean = memory.needs(config, config, train.parse_args([*flags, "--algo", "grpo", "--kl-coef", "0", "--gradient-checkpointing", "--batch-size", "8"]), 6)
+    assert lean["critic"] == lean["reference"] == 0 and lean["activations"] == 2 * 16 * (3 * 4 * 8 + found["activations"] // (2 * 16 * 3))
+
+
+def test_the_memory_formula_counts_what_a_model_keeps_for_backward():
+    """Every tensor that autograd saves in a Llama's forward, parameters aside, against the formula: within a tenth."""
+    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4, num_key_value_heads=2)
+    model, kept = AutoModelForCausalLM.from_config(config), {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids = torch.zeros(4, 64, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model.base_model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+    flags = ["--model-name-or-path", "x", "--response-length", "60", "--micro-batch-size", "4", "--kl-coef", "0"]
+    found = memory.needs(config, config, train.parse_args(flags), prompt=4, half=False)["activations"]
+    assert output.requires_grad and found == pytest.approx(sum(kept.values()), rel=0.1)

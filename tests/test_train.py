@@ -568,6 +568,26 @@ def test_parquet_and_an_evaluation_set(model_folder, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["before"].keys() == {"held out, greedy", "held out, sampled"}
 
 
+def test_a_data_set_as_the_hub_has_them_with_a_config_and_a_column_of_another_name(model_folder, tmp_path, capsys):
+    hub = tmp_path / "gsm"
+    for config in ("main", "socratic"):
+        (hub / config).mkdir(parents=True)
+        for split, first in (("train", 0), ("test", 8)):
+            rows = [{"question": f"area {' '.join(['north'] * i)} {config}", "answer": f"so\n#### {i}", "prompt": 7} for i in range(first, first + 4)]
+            write_rows(hub / config / f"{split}.jsonl", rows)
+    files = lambda config: [{"split": split, "path": f"{config}/{split}.jsonl"} for split in ("train", "test")]
+    configs = [{"config_name": config, "data_files": files(config)} for config in ("main", "socratic")]
+    (hub / "README.md").write_text("---\nconfigs: " + json.dumps(configs) + "\n---\n")
+    flags = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", str(hub), "--reward", "math", "--output-dir", str(tmp_path / "run")]
+    own = ["--dataset-config", "main", "--prompt-column", "question", "--eval-dataset-name", str(hub), "--eval-dataset-config", "main"]
+    args = train.parse_args([*flags, *own, "--eval-dataset-split", "test"])
+    data, evals = train.load_data(args, AutoTokenizer.from_pretrained(model_folder), 64)
+    assert sorted(data["prompt"]) == sorted(f"area {' '.join(['north'] * i)} main" for i in range(4)) and len(evals["held out"]) == 2
+    assert train.main([*flags, *own]) == 0
+    refused(capsys, [*flags, "--prompt-column", "question"], "--dataset-name", "main")
+    refused(capsys, [*flags, "--dataset-config", "main", "--prompt-column", "query"], "--dataset-name", "'query'", "--prompt-column")
+
+
 def test_dropout_is_off_even_in_train_mode_and_weights_are_fp32(model_folder, tmp_path):
     """The folder's GPT-2 has dropout 0.1 in its config; a bf16 copy of it is trained in fp32 all the same."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
