@@ -464,6 +464,7 @@ def in_micro_batches(function, rollout, max_rows, max_tokens):
 
 NUMBER = re.compile(r"(?<![0-9)])-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?")
 UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\[%$]")
+POWER = re.compile(r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))(?!\s*[\w^])")
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # an A before a word is an article
 ANSWERS = [
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
@@ -514,6 +515,7 @@ def last_number(text):
 def one_number(text):
     """The number that text is, a sign, a unit or `x =` around it aside, as a Fraction; None for a tuple, a root, a multiple of x, ..."""
     text = UNIT.sub(lambda found: " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0]), plain_latex(text))
+    text = POWER.sub(lambda found: str(int(found[1]) ** int(found[2] or found[3])), text)
     text = re.sub(r"^\s*(?:[A-Za-z]\s*=\s*)?\+?", "", text)
     rest = NUMBER.sub("", text, count=1).strip(" .$%")
     return None if re.search(r"[0-9\\(){}\[\]^_=+*<>]|-$|^[A-Za-z]$", rest) else last_number(text)
@@ -559,9 +561,14 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
 
     choices: per row a list of texts, or the hub's {"text": [...], "label": [...]}.
     """
-    options = [option_texts(option) for option in choices or [None] * len(answer)]
-    named = [chosen_letter(text_of(completion), option) for completion, option in zip(completions, options)]
-    return [float(letter == str(expected).strip().upper()) for letter, expected in zip(named, answer)]
+    scores = []
+    for completion, expected, option in zip(completions, answer, choices or [None] * len(answer)):
+        text, expected = text_of(completion), str(expected).strip().upper()
+        if isinstance(option, dict) and all(str(label).isdigit() for label in option["label"]):  # some of ARC's are 1 to 4
+            letters = {str(label): chr(ord("A") + i) for i, label in enumerate(option["label"])}
+            text, expected = re.sub(r"\b[0-9]\b", lambda found: letters.get(found[0], found[0]), text), letters.get(expected, expected)  # noqa: B023
+        scores.append(float(chosen_letter(text, option_texts(option)) == expected))
+    return scores
 
 
 def exact_reward(prompts, completions, answer, **columns):

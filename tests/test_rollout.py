@@ -581,7 +581,9 @@ MATH = [  # (completion, answer column, right)
     ("\\boxed{10^{-3}}", "-3", False), ("\\boxed{3\\pi}", "3", False), ("\\boxed{2k}", "2", False),
     ("\\boxed{x + 1}", "1", False), ("\\boxed{x - 1}", "1", False), ("\\boxed{+5}", "5", True), ("\\boxed{x = +5}", "5", True),
     ("\\boxed{n > 3}", "3", False), ("\\boxed{60\\text{ km/h}}", "60", True), ("\\boxed{10-inch}", "10", True),
-    ("the set [1,2]", "[1,2]", False),
+    ("the set [1,2]", "[1,2]", False), ("\\boxed{2^{10}}", "1024", True), ("\\boxed{1024}", "2^{10}", True), ("1024", "2^{10}", True),
+    ("\\boxed{3^2}", "9", True), ("\\boxed{2^{10}}", "20", False), ("\\boxed{2x^2}", "4", False), ("\\boxed{3^2x}", "9", False),
+    ("\\boxed{2^{3^2}}", "8", False), ("\\boxed{12_5^2}", "25", False), ("\\boxed{5^{-1}}", "5", False), ("\\boxed{2^{10}}", "2^{10}", True),
     ("\\boxed{x^2+1}", "x^2 + 1", True), ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\pi/2 \\right)", True), ("\\boxed{x^2}", "x^2+1", False),
     ("\\boxed{\\frac{\\pi}{2}}", "\\dfrac{\\pi}{2}", True), ("\\boxed{\\sqrt{2x}}", "\\sqrt{2}x", False), ("\\boxed{[1,2]}", "[1,2]", True),
     ("72", "He has <<48/2=24>>24\n#### 72", True), ("\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}", "\\begin{pmatrix} 1 \\\\2 \\end{pmatrix}", True),
@@ -633,6 +635,9 @@ def test_choice_verifier(text, letter):
 def test_choices_as_the_hub_has_them_and_numbers():
     assert choice_reward([""], ["D"], ["D"], [{"text": CHOICES, "label": list("ABCD")}]) == [1.0]
     assert choice_reward([""] * 2, ["B", "it is 7"], ["B", "A"], [None, [7, 8]]) == [1.0, 1.0]
+    numbered = {"text": CHOICES, "label": list("1234")}
+    said = ["3", "The answer is 3.", "(2)", "C", CHOICES[2], "D", "30"]
+    assert choice_reward([""] * 7, said, ["3"] * 7, [numbered] * 7) == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_choice_without_a_choices_column_and_exact():
