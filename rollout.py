@@ -161,6 +161,8 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
             data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
         elif kind and not Path(name).is_file():
             raise FileNotFoundError("no such file")
+        elif kind and config:
+            raise ValueError(f"a file has no config, found {config!r}")
         else:
             data = load_dataset(kind, data_files=name, split=split) if kind else load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises many kinds; the cause of the last one says most
@@ -319,17 +321,24 @@ def turns_between(reply, tokenizer):
     """Ids of what the chat template writes from the end of one assistant's turn to the beginning of the next, a user's reply between."""
     mark = "turn-of-the-policy"
     messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}, {"role": "user", "content": reply}]
-    _, found, text = render_chat(messages, tokenizer).rpartition(mark)
+    _, found, text = render_chat(messages, tokenizer).partition(mark)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not (found and ids):
-        raise InputError("--user: expected a chat template that writes every turn, found one that leaves some out")
+        raise InputError("expected a chat template that writes every turn, found one that leaves some out")
     return ids
+
+
+def continuation(last_id, reply, tokenizer):
+    """turns_between, without the template's own end of turn if last_id, the token that the turn before ended in, is just that."""
+    ids = turns_between(reply, tokenizer)
+    at = ids.index(last_id) if last_id in ids else len(ids)
+    return ids[at + 1 :] if at < len(ids) and not tokenizer.decode(ids[:at]).strip() else ids
 
 
 def reply_of(user, messages, columns):
     """What --user says to the conversation so far: a str, or None where it is over; raises InputError."""
     try:
-        reply = user(messages, **columns)
+        reply = user([dict(message) for message in messages], **columns)  # copies: a user may swap roles in place
     except Exception as error:  # the user's own code may fail in any way
         raise InputError(f"--user: it raised {type(error).__name__}: {one_line(error)}") from error
     if reply is not None and not isinstance(reply, str):
@@ -346,7 +355,8 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
     found no stop token or more than max_tokens would be behind it. What was sampled is not encoded again: the next turn reads the
     same ids, and behind them the template's tokens and the reply's, which the mask leaves out. [ours]
     """
-    prompts, columns = batch[PROMPT_IDS], {name: values for name, values in batch.items() if name not in ("prompt", PROMPT_IDS)}
+    prompts = batch[PROMPT_IDS]
+    columns = {name: values for name, values in batch.items() if name not in ("prompt", "messages", PROMPT_IDS, PSEUDO_LABEL)}
     tokens, messages = [[] for _ in prompts], [[] for _ in prompts]  # tokens: (id, whether the policy chose it, its log-prob)
     truncated, live, device, recorded = [False] * len(prompts), range(len(prompts)), "cpu", False
     for turn in range(1, max_turns + 1):
@@ -362,8 +372,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
             reply = None if cut or turn == max_turns else reply_of(user, as_messages(batch["prompt"][row]) + messages[row], own)
             if reply is None:
                 continue
-            between = turns_between(reply, tokenizer)
-            between = between[between[0] in stop_ids :]  # the stop token has been sampled
+            between = continuation(tokens[row][-1][0], reply, tokenizer)
             truncated[row] = len(prompts[row]) + len(tokens[row]) + len(between) > max_tokens
             if not truncated[row]:
                 tokens[row] += ((token, False, 0.0) for token in between)
@@ -464,7 +473,7 @@ def in_micro_batches(function, rollout, max_rows, max_tokens):
 
 NUMBER = re.compile(r"(?<![0-9)])-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?")
 UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\[%$]")
-POWER = re.compile(r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))(?!\s*[\w^])")
+POWER = re.compile(r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))(?!\s*[\w^!'])")
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # an A before a word is an article
 ANSWERS = [
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
@@ -473,6 +482,9 @@ ANSWERS = [
     r"^\W*([A-Za-z])(?:\W*$|[.):,*]|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
     r"\(([A-Z])\)",
 ]  # tried in this order
+
+NUMBERED = [r"^\W*([0-9])\W*$", r"\\boxed\{\s*([0-9])\s*\}", r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|:))*\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
+            r"\(([0-9])\)"]  # fmt: skip
 
 
 def text_of(completion):
@@ -494,9 +506,10 @@ def boxed(text):
 
 
 def plain_latex(text):
-    """Fractions as a/b, mixed ones too, and the many ways to write a comma, a minus or a \\frac as one."""
+    """Powers of whole numbers as numbers, fractions as a/b, mixed ones too, and the many ways to write a comma, a minus or a \\frac as one."""
     for old, new in (("\\!", ""), ("{,}", ","), ("\u2212", "-"), ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\$", "$"), ("\\\\", ";")):
         text = text.replace(old, new)
+    text = POWER.sub(lambda found: str(int(found[1]) ** int(found[2] or found[3])), text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
     fraction = r"\\frac\s*\{\s*(-?[0-9]{1,50})\s*\}\s*\{\s*([0-9]{1,50})\s*\}"
     text = re.sub(r"\b([0-9]{1,50})\s*" + fraction, lambda found: f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}", text)
@@ -515,10 +528,9 @@ def last_number(text):
 def one_number(text):
     """The number that text is, a sign, a unit or `x =` around it aside, as a Fraction; None for a tuple, a root, a multiple of x, ..."""
     text = UNIT.sub(lambda found: " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0]), plain_latex(text))
-    text = POWER.sub(lambda found: str(int(found[1]) ** int(found[2] or found[3])), text)
     text = re.sub(r"^\s*(?:[A-Za-z]\s*=\s*)?\+?", "", text)
     rest = NUMBER.sub("", text, count=1).strip(" .$%")
-    return None if re.search(r"[0-9\\(){}\[\]^_=+*<>]|-$|^[A-Za-z]$", rest) else last_number(text)
+    return None if re.search(r"[0-9\\(){}\[\]^_=+*<>!']|-$|^[A-Za-z]$|[-/]\s*[A-Za-z]$|^[A-Za-z]\s*/", rest) else last_number(text)
 
 
 def plain_answer(text):
@@ -563,11 +575,13 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
     """
     scores = []
     for completion, expected, option in zip(completions, answer, choices or [None] * len(answer)):
-        text, expected = text_of(completion), str(expected).strip().upper()
+        text, expected = text_of(completion).strip()[:10_000], str(expected).strip().upper()
+        found, letters = None, {}
         if isinstance(option, dict) and all(str(label).isdigit() for label in option["label"]):  # some of ARC's are 1 to 4
             letters = {str(label): chr(ord("A") + i) for i, label in enumerate(option["label"])}
-            text, expected = re.sub(r"\b[0-9]\b", lambda found: letters.get(found[0], found[0]), text), letters.get(expected, expected)  # noqa: B023
-        scores.append(float(chosen_letter(text, option_texts(option)) == expected))
+            found = next(filter(None, (re.search(pattern, text) for pattern in NUMBERED)), None)
+        letter = letters.get(found[1]) if found else chosen_letter(text, option_texts(option))
+        scores.append(float(letter is not None and letter == letters.get(expected, expected)))
     return scores
 
 

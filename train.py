@@ -48,7 +48,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("task", "dialogue", list(ro.TASKS), "built-in prompts and rewards, used without --dataset-name"),
         ("model-name-or-path", None, None, "policy: a hub name or a folder; without it a tiny model is warm-started on --task"),
         ("critic-model-name-or-path", None, None, "the critic's trunk; without it a copy of the policy's"),
-        ("dataset-name", None, None, "prompts: a hub name or a json, jsonl or parquet file with a column 'prompt'"),
+        ("dataset-name", None, None, "prompts: a hub name or a json, jsonl or parquet file"),
         ("dataset-config", None, None, "config of --dataset-name, where the hub asks for one"),
         ("dataset-split", "train", None, "split of --dataset-name"),
         ("prompt-column", "prompt", None, "the column with the prompts, in both data sets"),
@@ -82,7 +82,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("lam", 0.95, "[0, 1]", "GAE lambda"),
         ("kl-coef", (0.02, 0.05), "[0, inf)", "reward per nat of k1 to the starting policy; 0 skips the reference model"),
         ("temperature", 1.0, "[0.01, 100]", "of sampling, and of every log-prob"),
-        ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token"),
+        ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token, or of a conversation without room for more"),
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
         ("score-floor", "none", ["none", "critic", "batch", "residual"], "in advantages, raise scores to a quantile: the critic's at the last token, "
@@ -197,6 +197,9 @@ def parse_args(argv=None):
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
+        ((args.dataset_config or args.prompt_column != "prompt") and not args.dataset_name,
+         "--dataset-name: expected one with --dataset-config or --prompt-column, found none"),
+        (args.eval_dataset_config and not args.eval_dataset_name, "--eval-dataset-name: expected one with --eval-dataset-config, found none"),
         (args.user and args.chat_template == "never", "--chat-template: expected auto with --user, whose turns the template writes; found never"),
         (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
         (not re.fullmatch(devices, args.device), f"--device: expected {devices.replace('|', ', ')}, found {args.device}"),
@@ -312,7 +315,8 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
     mask, floored, quantiles = rollout.mask, scores, None
     if head_quantiles is not None:
-        after_last = head_quantiles[:, -1] if args.bootstrap_truncated else None
+        rows, ends = torch.arange(len(mask), device=mask.device), rollout.lengths[:, 1].to(mask.device)
+        after_last = head_quantiles[rows, ends] if args.bootstrap_truncated else None  # not [:, -1]: conversations may end early
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor == "residual":
@@ -413,7 +417,7 @@ def update(state, args, experience):
         if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
             token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
         elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
-            token_weights *= num_tokens / (len(minibatch) * args.response_length)
+            token_weights *= num_tokens / (len(minibatch) * args.response_length * (args.max_turns if state.user else 1))
         for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
             part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
             now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
@@ -543,7 +547,10 @@ def build(args):
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = state.tokenizer.pad_token_id if state.tokenizer.pad_token_id is not None else state.stop_ids[0]
     if state.user:
-        ro.turns_between("hello", state.tokenizer)  # a template that cannot is found out here
+        try:
+            ro.turns_between("hello", state.tokenizer)
+        except InputError as error:
+            raise InputError(f"--user: it needs a chat template for all turns: {error}") from error
     context = context_of(state.policy)
     if args.response_length >= context:
         raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")

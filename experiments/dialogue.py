@@ -9,6 +9,7 @@ reference conveys), dialogue_id. The parts: for the policy, for the reward model
 import argparse
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -34,9 +35,10 @@ def success(prompts, completions, reference, acts, values, **columns):
     for prompt, completion, said, own_acts, own_values in zip(prompts, completions, reference, acts, values):
         text, said = rollout.text_of(completion).lower(), said.lower()
         heard = " ".join(message["content"] for message in rollout.as_messages(prompt)).lower()
-        due = [value for value in map(str.lower, own_values) if value in said and value in heard]
+        names = lambda value, text: re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
+        due = [value for value in map(str.lower, own_values) if names(value, said) and names(value, heard)]
         asks = float(("?" in text) == bool(ASKING & set(own_acts))) if text.strip() else 0.0
-        scores.append((sum(value in text for value in due) / len(due) + asks) / 2 if due else asks)
+        scores.append((sum(names(value, text) for value in due) / len(due) + asks) / 2 if due else asks)
     return scores
 
 

@@ -2,8 +2,8 @@
 
     python experiments/evaluate.py MODEL runs/a runs/b --set test.jsonl math --set dialogues.jsonl model:FOLDER --rows 200
 
-A run's folder stands for the policy of its newest checkpoint. --set FILE REWARD may be given often; rewards are train.py's. Prints a
-row per policy and set, and with --output adds them to a jsonl file.
+A run's folder stands for the policy of its newest checkpoint, and its --stop-token and --chat-template are kept. --set FILE REWARD may be
+given often; rewards are train.py's. Prints a row per policy and set, and with --output adds them to a jsonl file.
 """
 
 import argparse
@@ -19,38 +19,48 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from train import context_of, find_checkpoint, load
+from train import context_of, load, number_in
 
 
-def policy_folder(name):
-    """The policy's own folder for a run, else the name as it is."""
-    return str(find_checkpoint(Path(name)) / "policy") if (Path(name) / "args.json").exists() else name
+def policy_of(name):
+    """(the policy's own folder, the flags it was trained with) for a run, else (name, {}); raises InputError."""
+    if not (Path(name) / "args.json").exists():
+        return name, {}
+    flags = json.loads((Path(name) / "args.json").read_text()).get("flags", {})
+    if flags.get("user") or flags.get("task") == "booking" and not flags.get("dataset_name"):
+        raise rollout.InputError(f"policy: {name}: expected a policy of single turns, found one trained on conversations")
+    found = sorted(Path(name).glob("checkpoint-*[0-9]/policy"))
+    if not found:
+        raise rollout.InputError(f"policy: {name}: expected a checkpoint in the run's folder, found none")
+    return str(found[-1]), flags
 
 
 def evaluate(name, sets, rows, response_length, batch_size):
-    """One policy on sets [(file, split, reward's name, reward)] -> [{policy, set, reward, rows, score, length}]."""
-    folder, results = policy_folder(name), []
+    """One policy on sets [(file, split, reward's name, reward)] -> [{policy, set, reward, rows, score, words}]."""
+    (folder, flags), results = policy_of(name), []
     model, tokenizer = load(AutoModelForCausalLM, folder, "policy"), load(AutoTokenizer, folder, "policy")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    stop_ids = rollout.stop_token_ids(model, tokenizer)
+    stop_ids = rollout.stop_token_ids(model, tokenizer, flags.get("stop_token"))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    template, room = flags.get("chat_template") != "never", context_of(model) - response_length
     said = {}  # two rewards for one file: its responses are sampled once
     for file, split, reward_name, reward in sets:
-        data = rollout.load_prompts("--set", file, split, tokenizer, context_of(model) - response_length)
+        data = rollout.load_prompts("--set", file, split, tokenizer, room, template)
         data = data.select(range(min(rows, len(data))))
         if (file, split) not in said:
             order = sorted(range(len(data)), key=lambda row: len(data[row][rollout.PROMPT_IDS]))  # similar lengths together
             texts = [""] * len(data)
             for start in tqdm(range(0, len(order), batch_size), desc=f"{Path(name).name}, {Path(file).stem}", leave=False):
                 part = order[start : start + batch_size]
-                sampled = rollout.sample(model, [data[row][rollout.PROMPT_IDS] for row in part], tokenizer.pad_token_id, stop_ids, response_length, 0.0)
+                prompt_ids = [data[row][rollout.PROMPT_IDS] for row in part]
+                sampled = rollout.sample(model, prompt_ids, pad_id, stop_ids, response_length, 0.0)
                 for row, text in zip(part, rollout.completion_texts(sampled, tokenizer, stop_ids)):
                     texts[row] = text
             said[file, split] = texts
         texts = said[file, split]
         scores = rollout.score(reward, data.to_dict(), texts)
         words = sum(len(text.split()) for text in texts) / len(texts)
-        results.append({"policy": name, "set": Path(file).stem, "reward": reward_name, "rows": len(texts), "score": scores.mean().item(), "words": words})
+        results.append({"policy": name, "set": file, "reward": reward_name, "rows": len(texts), "score": scores.mean().item(), "words": words})
     return results
 
 
@@ -59,9 +69,9 @@ def main():
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
     parser.add_argument("--set", nargs=2, action="append", required=True, metavar=("FILE", "REWARD"), dest="sets")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--rows", type=int, default=200, help="the first so many of each set")
-    parser.add_argument("--response-length", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rows", type=number_in("[1, inf)", int), default=200, help="the first so many of each set")
+    parser.add_argument("--response-length", type=number_in("[1, inf)", int), default=64)
+    parser.add_argument("--batch-size", type=number_in("[1, inf)", int), default=32)
     parser.add_argument("--output", type=Path, help="a jsonl file to add to")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -73,7 +83,8 @@ def main():
         sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
         for policy in args.policies:
             for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size):
-                print(f"{policy:40} {result['set']:24} {result['reward']:34} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
+                what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
+                print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
                 if args.output:
                     with open(args.output, "a") as out:
                         out.write(json.dumps(result) + "\n")

@@ -5,13 +5,15 @@
 
 Reads the models' config only (a hub name, or a folder with config.json). Bytes, P a model's parameters:
 
-    held        policy 16 P and critic 16 P (fp32 weight, gradient, Adam's two moments), reference 4 P, bf16 sampler 2 P
+    held        policy 16 P and critic 16 P (fp32 weight, gradient, Adam's two moments), reference 4 P, bf16 sampler 2 P; a critic's P
+                are its trunk's and hidden * N * M for its heads
     update      bf16 casts of the weights in use 2 P; per token of a micro-batch and layer 16 hidden + 2 (3 q + 4 kv + 4 mlp), with
                 --gradient-checkpointing 4 hidden and once a whole layer; per response token 4 vocabulary (bf16 logits and their gradient)
     rollout     KV cache: per token of the batch and layer 4 kv (bf16 keys and values)
 
 q and kv are the widths of all query heads and of all key heads together. The peak is held + the larger of update and rollout; allow
-some 10 % more for what CUDA and its allocator take. On a CPU (fp32, no sampler) every 2 of the update counts 4.
+some 10 % more for what CUDA and its allocator take. With --dtype float32 there are no casts and no sampler, and the other 2s and 4s of update
+and rollout double, but for hidden. A conversation counts as --max-turns responses; a user's turns do not count.
 """
 
 import argparse
@@ -20,16 +22,16 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
 import train
 
 
-def count_parameters(config):
+def count_parameters(config, auto_class=AutoModelForCausalLM):
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+        return auto_class.from_config(config).num_parameters()
 
 
 def widths(config):
@@ -39,11 +41,14 @@ def widths(config):
     return hidden, heads * head, (getattr(config, "num_key_value_heads", None) or heads) * head, getattr(config, "intermediate_size", None) or 4 * hidden
 
 
-def needs(policy, critic, args, prompt, half=True):
-    """{part: bytes} of a run with these configs and train.py's flags, and "peak"; half: bf16 matrix products and a sampler, as on a GPU."""
-    num_policy, num_critic = count_parameters(policy), count_parameters(critic) if args.algo in train.CRITICS else 0
-    few = 2 if half else 4
-    length, per_token, once = prompt + args.response_length, 0, 0
+def needs(policy, critic, args, prompt):
+    """{part: bytes} of a run with these configs and train.py's flags, and "peak"."""
+    half, num_policy, num_critic = args.dtype != "float32", count_parameters(policy), 0
+    if args.algo in train.CRITICS:
+        heads = (args.num_heads * args.num_quantiles if args.algo == "dvpo" else args.num_heads if args.algo == "robust" else 1) * (critic.hidden_size + 1)
+        num_critic = count_parameters(critic, AutoModel) + heads
+    few, response = 2 if half else 4, args.response_length * (args.max_turns if args.user else 1)
+    length, per_token, once = prompt + response, 0, 0
     rows = max(1, min(args.micro_batch_size, args.micro_batch_tokens // length, args.batch_size // args.num_mini_batches))
     for config in (policy, critic)[: 1 + (num_critic > 0)]:
         hidden, q, kv, mlp = widths(config)
@@ -58,7 +63,7 @@ def needs(policy, critic, args, prompt, half=True):
         "sampler": 2 * num_policy if half else 0,
         "casts": 2 * max(num_policy, num_critic) if half else 0,
         "activations": rows * length * (per_token + once),
-        "logits": rows * args.response_length * 2 * few * policy.vocab_size,
+        "logits": rows * response * 2 * few * policy.vocab_size,
         "KV cache": args.batch_size * length * policy.num_hidden_layers * 2 * few * widths(policy)[2],
     }
     held = sum(parts[name] for name in ("policy", "critic", "reference", "sampler"))
@@ -67,25 +72,32 @@ def needs(policy, critic, args, prompt, half=True):
 
 def read_config(name):
     try:
-        return AutoConfig.from_pretrained(name)
-    except Exception as error:  # each library in its own words
+        config = AutoConfig.from_pretrained(name)
+        widths(config)
+        return config
+    except Exception as error:  # each library in its own words, and some models have no such widths
         raise rollout.InputError(f"model: cannot read the config of {name!r}: {rollout.one_line(error)}") from error
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("flags", nargs="*", help="train.py's, behind --")
-    parser.add_argument("--prompt", type=int, default=256, help="tokens of a prompt")
-    own = parser.parse_args()
+    parser.add_argument("--prompt", type=train.number_in("[1, inf)", int), default=256, help="tokens of a prompt")
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    own = parser.parse_args(words[:at])
     transformers.logging.set_verbosity_error()
     try:
-        args = train.parse_args(["--model-name-or-path", own.model, *own.flags])
+        args = train.parse_args(["--model-name-or-path", own.model, *words[at + 1 :]])
         policy = read_config(own.model)
         critic = read_config(args.critic_model_name_or_path) if args.critic_model_name_or_path else policy
+        try:
+            found = needs(policy, critic, args, own.prompt)
+        except ValueError as error:  # not a causal language model
+            raise rollout.InputError(f"model: {rollout.one_line(error)}") from error
     except rollout.InputError as error:
         parser.exit(2, f"memory.py: error: {error}\n")
-    for name, size in needs(policy, critic, args, own.prompt).items():
+    for name, size in found.items():
         print(f"{name:12} {size / 2**30:7.1f} GiB")
 
 

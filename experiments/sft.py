@@ -25,14 +25,23 @@ from dvpo import masked_mean
 SAID = ("completion", "reference", "answer")  # columns with what should be said; the first that a row has
 
 
-def example(prompt_ids, said, tokenizer):
+def end_of_turn(tokenizer, stop_ids):
+    """The stop token that the chat template writes behind an assistant's turn, else the tokenizer's EOS."""
+    if tokenizer.chat_template:
+        first = next((token for token in rollout.turns_between("x", tokenizer) if tokenizer.decode([token]).strip()), None)
+        if first in stop_ids:
+            return first
+    return tokenizer.eos_token_id
+
+
+def example(prompt_ids, said, tokenizer, end_id):
     """Token ids of a prompt and what the policy should say (a text, or a conversation), and the labels: -100 but for the policy's tokens."""
     ids, labels = [*prompt_ids], [-100] * len(prompt_ids)
     for message in [{"role": "assistant", "content": said}] if isinstance(said, str) else said:
         if message["role"] == "assistant":
-            turn = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+            turn = [*tokenizer(message["content"], add_special_tokens=False)["input_ids"], end_id]
         else:
-            turn = rollout.turns_between(message["content"], tokenizer)[1:]  # the stop token stands at the end of the turn before
+            turn = rollout.continuation(end_id, message["content"], tokenizer)
         ids += turn
         labels += turn if message["role"] == "assistant" else [-100] * len(turn)
     return torch.tensor(ids), torch.tensor(labels)
@@ -61,15 +70,15 @@ def response_loss(model, batch):
     return -masked_mean(rollout.response_logprobs(model, examples, 1.0), mask)
 
 
-def fine_tune(model, examples, loss_of, num_steps, batch_size, learning_rate, half=False):
-    """AdamW on loss_of(model, batch), batches of examples from torch's generator, linear decay; half: bf16 matrix products -> losses."""
+def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=False):
+    """AdamW with linear decay on loss_of(model, some examples), batches: their rows, num_steps lists; half: bf16 matrix products -> losses."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 20) * (1 - step / num_steps))
     losses = []
-    with tqdm(range(num_steps), desc="warm start", leave=False) as bar:
-        for _ in bar:
+    with tqdm(batches, total=num_steps, desc="warm start", leave=False) as bar:
+        for rows in bar:
             with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-                loss = loss_of(model, [examples[row] for row in torch.randperm(len(examples))[:batch_size].tolist()])
+                loss = loss_of(model, [examples[row] for row in rows])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -94,16 +103,18 @@ def first_layers(model, count):
 
 
 def main():
+    from train import number_in  # not above: train.py's own warm start uses this file
+
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("data", help="a hub name, or json, jsonl or parquet files with commas between")
     parser.add_argument("output", type=Path)
     parser.add_argument("--split", default="train")
-    parser.add_argument("--layers", type=int, help="keep only so many of the model's layers, from the first on")
-    parser.add_argument("--max-length", type=int, default=512, help="tokens of prompt and response")
-    parser.add_argument("--epochs", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--layers", type=number_in("[1, inf)", int), help="keep only so many of the model's layers, from the first on")
+    parser.add_argument("--max-length", type=number_in("[2, inf)", int), default=512, help="tokens of prompt and response")
+    parser.add_argument("--epochs", type=number_in("(0, inf)", float), default=1.0)
+    parser.add_argument("--batch-size", type=number_in("[1, inf)", int), default=16)
+    parser.add_argument("--learning-rate", type=number_in("(0, inf)", float), default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16; the weights stay fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -116,31 +127,44 @@ def main():
         parser.exit(2, f"sft.py: error: {error}\n")
 
 
+def read(name, args, tokenizer, stop_ids):
+    """One file's examples; raises InputError naming the row."""
+    data = rollout.load_prompts("data", name, args.split, tokenizer, float("inf"))
+    end_id, examples = end_of_turn(tokenizer, stop_ids), []
+    if end_id is None:
+        raise rollout.InputError("model: expected a tokenizer with an end-of-sequence token, found none")
+    for row, values in enumerate(data):
+        said = next((values[column] for column in SAID if values.get(column) is not None), None)
+        said = str(said) if isinstance(said, (int, float)) else said
+        turns = said if isinstance(said, list) and said else [{"role": "assistant", "content": said}]
+        if not all(isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns) or turns[-1].get("role") != "assistant":
+            expected = f"a text, or messages with an assistant's at the end, in {', '.join(SAID[:-1])} or {SAID[-1]}"
+            raise rollout.InputError(f"data: {name}, row {row}: expected {expected}, found {str(said)[:60]!r}")
+        examples.append(example(values[rollout.PROMPT_IDS], said, tokenizer, end_id))
+    return examples
+
+
 def tune(args):
-    from train import load  # not above: train.py's own warm start uses this file
+    from train import context_of, load
 
     torch.manual_seed(args.seed)
     model, tokenizer = load(AutoModelForCausalLM, args.model, "model"), load(AutoTokenizer, args.model, "model")
     if args.layers is not None:
         first_layers(model, args.layers)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    examples, left_out = [], 0
-    for name in args.data.split(","):
-        data = rollout.load_prompts("data", name, args.split, tokenizer, float("inf"))
-        column = next((column for column in SAID if column in data.column_names), None)
-        if column is None:
-            raise rollout.InputError(f"data: {name}: expected a column {', '.join(SAID[:-1])} or {SAID[-1]}, found {', '.join(data.column_names)}")
-        found = [example(prompt, str(said) if column == "answer" else said, tokenizer) for prompt, said in zip(data[rollout.PROMPT_IDS], data[column])]
-        kept = [pair for pair in found if len(pair[0]) <= args.max_length]
-        examples, left_out = examples + kept, left_out + len(found) - len(kept)
+    stop_ids, longest = rollout.stop_token_ids(model, tokenizer), min(args.max_length, context_of(model))
+    found = [pair for name in args.data.split(",") for pair in read(name, args, tokenizer, stop_ids)]
+    examples = [pair for pair in found if len(pair[0]) <= longest]
     if not examples:
-        raise rollout.InputError(f"--max-length: expected rows of at most {args.max_length} tokens, found {left_out} longer ones")
+        raise rollout.InputError(f"--max-length: expected rows of at most {longest} tokens, found {len(found)} longer ones")
     num_steps = max(1, round(args.epochs * len(examples) / args.batch_size))
-    losses = fine_tune(model, examples, response_loss, num_steps, args.batch_size, args.learning_rate, half=args.bf16)
+    epochs = range(-(-num_steps * args.batch_size // len(examples)))
+    batches = [rows.tolist() for _ in epochs for rows in torch.randperm(len(examples)).split(args.batch_size)][:num_steps]
+    losses = fine_tune(model, examples, response_loss, batches, len(batches), args.learning_rate, args.bf16)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     early, late = (statistics.fmean(part) for part in (losses[:20], losses[-20:]))
-    print(f"{len(examples)} rows ({left_out} too long), {len(losses)} steps: loss {early:.3f} -> {late:.3f}; written: {args.output}")
+    print(f"{len(examples)} rows ({len(found) - len(examples)} too long), {len(losses)} steps: loss {early:.3f} -> {late:.3f}; written: {args.output}")
 
 
 if __name__ == "__main__":

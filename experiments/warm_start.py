@@ -33,8 +33,10 @@ def warm_start(task, seed, folder):
     held_out = {str(row["prompt"]) for split in ("test", "ood") for row in rollout.task_rows(task, split, 512, seed)}
     rows = [row for row in rollout.task_rows(task, "warm", num_rows, seed) if str(row["prompt"]) not in held_out]
     prompts = rollout.encode_prompts([row["prompt"] for row in rows], tokenizer)
-    examples = [example(prompt, row["completion"], tokenizer) for prompt, row in zip(prompts, rows)]
-    fine_tune(model, examples, whole_loss, steps, batch_size, learning_rate=3e-3)
+    examples = [example(prompt, row["completion"], tokenizer, tokenizer.eos_token_id) for prompt, row in zip(prompts, rows)]
+    batches = (torch.randperm(len(rows))[:batch_size].tolist() for _ in range(steps))
+    fine_tune(model, examples, whole_loss, batches, steps, learning_rate=3e-3)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # another task's, which this one's tokenizer would not overwrite
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "settings.json").write_text(settings)

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import rollout
 import train
-from experiments import dialogue, evaluate, memory, noise, pseudo_labels, reward_model, sft
+from experiments import dialogue, evaluate, memory, noise, pseudo_labels, reward_model, sft, warm_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -194,7 +195,7 @@ def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, m
 def test_both_losses_are_cross_entropy_on_the_policys_tokens(model):
     tokenizer = rollout.task_tokenizer("booking")
     row = rollout.task_rows("booking", "train", 1, 5)[0]
-    talk = sft.example(rollout.encode_prompts([row["prompt"]], tokenizer)[0], row["completion"], tokenizer)
+    talk = sft.example(rollout.encode_prompts([row["prompt"]], tokenizer)[0], row["completion"], tokenizer, 1)
     batch = [talk, (torch.tensor([5, 6, 7, 8]), torch.tensor([-100, -100, 7, 8]))]
     total, count = 0.0, 0
     for ids, labels in batch:
@@ -210,11 +211,40 @@ def test_both_losses_are_cross_entropy_on_the_policys_tokens(model):
 def test_examples_label_what_the_policy_says_and_nothing_else():
     tokenizer = rollout.task_tokenizer("booking")
     said = [{"role": "assistant", "content": "area"}, {"role": "user", "content": "area north"}, {"role": "assistant", "content": "book"}]
-    ids, labels = sft.example(tokenizer("<user> book area <assistant>")["input_ids"], said, tokenizer)
+    ids, labels = sft.example(tokenizer("<user> book area <assistant>")["input_ids"], said, tokenizer, 1)
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == "<user> book area <assistant> area <eos> <user> area north <assistant> book <eos>".split()
     assert [word for word, label in zip(words, labels) if label != -100] == "area <eos> book <eos>".split()
     assert [label for label in labels.tolist() if label != -100] == [ids[i] for i in (4, 5, 10, 11)]
+
+
+def test_fine_tuning_ends_turns_as_the_template_does_and_sees_what_a_conversation_will_show():
+    """Three kinds of template: the mark is EOS, is another stop token, or stands behind a newline and is none at all."""
+    said = [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "go on"}, {"role": "assistant", "content": "done"}]
+    words = ["<pad>", "</s>", "<end>", "<user>", "<bot>", "ok", "go", "on", "done", "\\n", ":"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    turn = "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}> {{ m.content }} MARK {% endfor %}<bot>"
+    for template, stop_ids, expected in (
+        (turn.replace("MARK", "</s>"), [1], "ok </s> <user> go on </s> <bot> done </s>"),
+        (turn.replace("MARK", "<end>"), [1, 2], "ok <end> <user> go on <end> <bot> done <end>"),
+        ("{% for m in messages %}{{ m.content }} : {% endfor %}<bot>", [1], "ok </s> : go on : <bot> done </s>"),
+    ):
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+        tokenizer.chat_template = template
+        ids, labels = sft.example([4], said, tokenizer, sft.end_of_turn(tokenizer, stop_ids))
+        assert " ".join(tokenizer.convert_ids_to_tokens(ids[1:])) == expected
+        assert [label for label in labels.tolist() if label != -100] == [ids[i] for i in (1, 2, -2, -1)]
+        assert tokenizer.convert_ids_to_tokens(rollout.continuation(1, "go on", tokenizer))[0] in ("<user>", "<end>", ":")
+        assert "</s>" not in tokenizer.convert_ids_to_tokens(rollout.continuation(1, "go on", tokenizer))[:1]
+
+
+def test_a_second_warm_start_in_a_folder_leaves_nothing_of_the_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(warm_start, "fine_tune", lambda *args, **flags: None)
+    warm_start.warm_start("dialogue", 0, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+    warm_start.warm_start("sums", 0, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
 
 
 def test_fine_tuning_teaches_and_keeps_the_first_layers(model_folder, tmp_path, monkeypatch, capsys):
@@ -231,7 +261,19 @@ def test_fine_tuning_teaches_and_keeps_the_first_layers(model_folder, tmp_path, 
     assert rollout.completion_texts(found, tokenizer, [1]) == rollout.SLOTS["area"]
 
 
-@pytest.mark.parametrize("flags,words", [(["--layers", "9"], "--layers: expected 1 to 2"), (["--max-length", "2"], "--max-length: expected rows")])
+@pytest.mark.parametrize("said,found", [(None, "found 'None'"), ([], "found '[]'"), ([{"role": "user", "content": "x"}], "row 1: expected a text, or messages"),
+                                        ([{"role": "assistant"}], "row 1: expected a text")])  # fmt: skip
+def test_rows_with_nothing_to_say_are_one_line(said, found, model_folder, tmp_path, monkeypatch, capsys):
+    talk = [{"role": "assistant", "content": "north"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps({"prompt": "area", "completion": text}) + "\n" for text in (talk, said)))
+    monkeypatch.setattr("sys.argv", ["sft.py", model_folder, str(tmp_path / "data.jsonl"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stopped:
+        sft.main()
+    assert stopped.value.code == 2 and found in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags,words", [(["--layers", "9"], "--layers: expected 1 to 2"), (["--max-length", "2"], "--max-length: expected rows"),
+                                         (["--batch-size", "0"], "--batch-size"), (["--learning-rate", "-1"], "--learning-rate")])  # fmt: skip
 def test_fine_tunings_bad_flags_are_one_line(flags, words, model_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text('{"prompt": "area", "answer": "north"}\n')
     monkeypatch.setattr("sys.argv", ["sft.py", model_folder, str(tmp_path / "data.jsonl"), str(tmp_path / "out"), *flags])
@@ -251,6 +293,7 @@ def test_success_by_hand():
     assert judge("Luigi's it is.") == (1 / 2 + 0) / 2 and judge("Which place?") == (0 + 1) / 2
     assert judge("Sorry?", values=[]) == 1.0 and judge("Sorry.", values=[]) == 0.0 and judge("Bye.", values=[], acts=["GOODBYE"]) == 1.0
     assert judge(" ", values=[], acts=["GOODBYE"]) == 0.0  # silence is no answer
+    assert judge("For 12?", values=["two", "1"], reference="1 for two?") == (0 + 1) / 2  # a number within another is not it
     assert judge("8 pm?", values=["8 pm"]) == 1.0  # nor what the reference does not say
 
 
@@ -298,13 +341,15 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
 
 def test_the_memory_formula_by_hand(tmp_path):
     config = LlamaConfig(vocab_size=100, hidden_size=8, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
-    params = 2 * 100 * 8 + 3 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 20 * 8 + 2 * 8) + 8
+    trunk = 100 * 8 + 3 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 20 * 8 + 2 * 8) + 8
+    params, critic = trunk + 100 * 8, trunk + 4 * 200 * 9
     flags = ["--model-name-or-path", "x", "--response-length", "10", "--batch-size", "4", "--micro-batch-size", "2"]
     found = memory.needs(config, config, train.parse_args(flags), prompt=6)
-    assert found["policy"] == found["critic"] == 16 * params and found["reference"] == 4 * params and found["sampler"] == found["casts"] == 2 * params
+    assert (found["policy"], found["critic"], found["reference"], found["sampler"]) == (16 * params, 16 * critic, 4 * params, 2 * params)
+    assert found["casts"] == 2 * max(params, critic)
     assert found["activations"] == 2 * 16 * 3 * (16 * 8 + 2 * (3 * 8 + 4 * 4 + 4 * 20)) and found["logits"] == 2 * 10 * 4 * 100
     assert found["KV cache"] == 4 * 16 * 3 * 4 * 4
-    assert found["peak"] == 38 * params + max(found["KV cache"], found["casts"] + found["activations"] + found["logits"])
+    assert found["peak"] == 22 * params + 16 * critic + max(found["KV cache"], found["casts"] + found["activations"] + found["logits"])
     lean = memory.needs(config, config, train.parse_args([*flags, "--algo", "grpo", "--kl-coef", "0", "--gradient-checkpointing", "--batch-size", "8"]), 6)
     assert lean["critic"] == lean["reference"] == 0 and lean["activations"] == 2 * 16 * (3 * 4 * 8 + found["activations"] // (2 * 16 * 3))
 
@@ -324,6 +369,21 @@ def test_the_memory_formula_counts_what_a_model_keeps_for_backward():
     ids = torch.zeros(4, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model.base_model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
-    flags = ["--model-name-or-path", "x", "--response-length", "60", "--micro-batch-size", "4", "--kl-coef", "0"]
-    found = memory.needs(config, config, train.parse_args(flags), prompt=4, half=False)["activations"]
+    flags = ["--model-name-or-path", "x", "--response-length", "60", "--micro-batch-size", "4", "--dtype", "float32"]
+    found = memory.needs(config, config, train.parse_args(flags), prompt=4)["activations"]
     assert output.requires_grad and found == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+def test_memory_takes_train_pys_flags_behind_two_dashes(model_folder, tmp_path, monkeypatch, capsys):
+    config = LlamaConfig(vocab_size=100, hidden_size=64, intermediate_size=20, num_hidden_layers=3, num_attention_heads=4)
+    config.save_pretrained(tmp_path)
+    (tmp_path / "t5").mkdir()
+    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    show = lambda *words: monkeypatch.setattr("sys.argv", ["memory.py", *words]) or memory.main() or capsys.readouterr().out
+    assert "reference        0.0 GiB" in show(str(tmp_path), "--prompt", "7", "--", "--kl-coef", "0")
+    assert show(str(tmp_path)) != show(str(tmp_path), "--", "--response-length", "20000")
+    bad = ([str(tmp_path / "t5")], "model:"), ([str(tmp_path), "--prompt", "0"], "--prompt"), (["nowhere"], "cannot read the config of 'nowhere'")
+    for words, found in bad:
+        with pytest.raises(SystemExit) as stopped:
+            show(*words)
+        assert stopped.value.code == 2 and found in capsys.readouterr().err

@@ -476,8 +476,35 @@ def test_between_two_turns_stands_what_the_template_writes():
     assert turns_between("and then?", stub()) == [7]
     assert written == [("<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n", False)]
     for template in ("{{ messages[-1]['content'] }}", "{% for m in messages %}{{ m['content'] if m['role'] == 'user' }}{% endfor %}"):
-        with pytest.raises(InputError, match="--user: expected a chat template that writes every turn"):
+        with pytest.raises(InputError, match="expected a chat template that writes every turn"):
             turns_between("x", bos_tokenizer(template))
+
+
+def test_what_follows_a_turn_drops_the_templates_mark_only_where_it_was_sampled():
+    """A space before EOS, as Llama 2's template writes it; a stop token of two that is not the template's; a reply with our own marker."""
+    words = ["<pad>", "</s>", "<end>", "[user]", "ok", "go", "on", "turn-of-the-policy", "x"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)} | {" ": 9}, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+    tokenizer.chat_template = "{% for m in messages %}{% if m.role == 'user' %}[user] {{ m.content }}{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+    said = lambda last, reply: tokenizer.convert_ids_to_tokens(rollout.continuation(last, reply, tokenizer))
+    assert said(1, "go on") == ["[user]", " ", "go", " ", "on"]
+    assert said(2, "go on") == [" ", "</s>", "[user]", " ", "go", " ", "on"]
+    assert said(1, "turn-of-the-policy x") == ["[user]", " ", "turn-of-the-policy", " ", "x"]
+
+
+def test_a_user_may_change_the_messages_it_gets_and_sees_the_users_columns_alone():
+    tokenizer = task_tokenizer("booking")
+    batch = conversation_batch(tokenizer, "book area", messages=["mine"], other=[1], **{rollout.PSEUDO_LABEL: ["label"]})
+
+    def user(messages, **columns):
+        assert columns == {"other": 1}
+        for message in messages:
+            message["role"] = "nobody"
+        return "ok" if len(messages) < 4 else None
+
+    found = converse(turns_of([["area", "food", "day"]], tokenizer, []), batch, user, tokenizer, 0, [1], 9, 99)
+    assert [m["role"] for m in found.messages[0]] == ["assistant", "user", "assistant"] and batch["prompt"][0][0]["role"] == "user"
 
 
 @pytest.mark.parametrize("reply,found", [(lambda messages: 3, "expected a str, or None at the end, found '3'"), (lambda messages: 1 / 0, "ZeroDivisionError"),
@@ -582,7 +609,9 @@ MATH = [  # (completion, answer column, right)
     ("\\boxed{x + 1}", "1", False), ("\\boxed{x - 1}", "1", False), ("\\boxed{+5}", "5", True), ("\\boxed{x = +5}", "5", True),
     ("\\boxed{n > 3}", "3", False), ("\\boxed{60\\text{ km/h}}", "60", True), ("\\boxed{10-inch}", "10", True),
     ("the set [1,2]", "[1,2]", False), ("\\boxed{2^{10}}", "1024", True), ("\\boxed{1024}", "2^{10}", True), ("1024", "2^{10}", True),
-    ("\\boxed{3^2}", "9", True), ("\\boxed{2^{10}}", "20", False), ("\\boxed{2x^2}", "4", False), ("\\boxed{3^2x}", "9", False),
+    ("\\boxed{2^3!}", "8", False), ("\\boxed{5!}", "5", False), ("\\boxed{8 - x}", "8", False), ("\\boxed{x/8}", "8", False), ("\\boxed{3^2'}", "9", False),
+    ("so 2^{10}", "2^{10}", True), ("so 2^{10}", "10", False), ("\\boxed{\\frac{2^3}{5}}", "8/5", True), ("\\boxed{3^2}", "9", True),
+    ("\\boxed{2^{10}}", "20", False), ("\\boxed{2x^2}", "4", False), ("\\boxed{3^2x}", "9", False),
     ("\\boxed{2^{3^2}}", "8", False), ("\\boxed{12_5^2}", "25", False), ("\\boxed{5^{-1}}", "5", False), ("\\boxed{2^{10}}", "2^{10}", True),
     ("\\boxed{x^2+1}", "x^2 + 1", True), ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\pi/2 \\right)", True), ("\\boxed{x^2}", "x^2+1", False),
     ("\\boxed{\\frac{\\pi}{2}}", "\\dfrac{\\pi}{2}", True), ("\\boxed{\\sqrt{2x}}", "\\sqrt{2}x", False), ("\\boxed{[1,2]}", "[1,2]", True),
@@ -638,6 +667,9 @@ def test_choices_as_the_hub_has_them_and_numbers():
     numbered = {"text": CHOICES, "label": list("1234")}
     said = ["3", "The answer is 3.", "(2)", "C", CHOICES[2], "D", "30"]
     assert choice_reward([""] * 7, said, ["3"] * 7, [numbered] * 7) == [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    metres = {"text": ["4 meters", "6 meters", "2 meters", "9 meters"], "label": list("1234")}
+    said = ["The answer is 2 meters.", "The answer is 2.", "2 meters", "\\boxed{3}", "The answer is 3.5", "1. Light.\n2. So it is 2 meters."]
+    assert choice_reward([""] * 6, said, ["3"] * 6, [metres] * 6) == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 
 
 def test_choice_without_a_choices_column_and_exact():

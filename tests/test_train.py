@@ -547,6 +547,18 @@ def test_a_whole_conversation_is_one_response(tmp_path):
     assert "replies" in state.data.column_names and "completion" not in state.data.column_names
 
 
+def test_a_short_truncated_conversation_counts_on_its_own_last_state_whatever_the_micro_batch(tmp_path):
+    """The first row is cut in its first turn, and so shorter than the longest of the batch."""
+    args = train.parse_args(["--model-name-or-path", "x", "--bootstrap-truncated", "--gamma", "1", "--lam", "1", "--algo", "ppo"])
+    mask = torch.tensor([[True, True, False, False], [True, False, True, True]])
+    lengths = torch.tensor([[1, 2], [1, 4]])
+    found = ro.Rollout(torch.zeros(2, 5).long(), torch.ones(2, 5).long(), torch.zeros(2, 5).long(), mask, torch.tensor([True, True]), lengths)
+    values = torch.tensor([[1.0, 2.0, 30.0, 0.0, 0.0], [1.0, 2.0, 3.0, 4.0, 50.0]])[:, :, None, None]  # the zeros: another micro-batch's width
+    zeros = torch.zeros(2, 4)
+    _, targets = train.estimate(args, torch.zeros(2), zeros, zeros, zeros, values, found)
+    assert targets[..., 0][mask].tolist() == [30.0, 30.0, 50.0, 50.0, 50.0]
+
+
 def test_a_users_own_user_and_reward_for_conversations(model_folder, tmp_path, monkeypatch):
     module = tmp_path / "talk.py"
     module.write_text("def user(messages, name):\n    return name if len(messages) < 4 else None\n"
@@ -632,6 +644,7 @@ BAD_FLAGS = [
     ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor critic --whiten-rewards", "--whiten-rewards"),
     ("--score-floor-level 1", "--score-floor-level"),
     ("--max-turns 0", "--max-turns"), ("--user nonsense", "--user"), ("--user json:nosuch", "--user"), ("--user os:sep", "--user"),
+    ("--dataset-config main", "--dataset-name"), ("--prompt-column question", "--dataset-name"), ("--eval-dataset-config main", "--eval-dataset-name"),
     ("--user json:dumps --chat-template never", "--chat-template"), ("--task sums --user json:dumps", "--user"),
     ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
 ]  # fmt: skip
@@ -672,6 +685,7 @@ BAD_DATA = [
     (None, "", ["--dataset-name", "no such file"]),
     ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
+    (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
     (ONE * 4, "", ["--dataset-name", "held-out"]),
     (ONE, "--reward bad:raises", ["--reward", "KeyError"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
