@@ -3,11 +3,14 @@
     python experiments/evaluate.py MODEL runs/a runs/b --set test.jsonl math --set dialogues.jsonl model:FOLDER --rows 200
 
 A run's folder stands for the policy of its newest checkpoint, and its --stop-token and --chat-template are kept. --set FILE REWARD may be
-given often; rewards are train.py's. Prints a row per policy and set, and with --output adds them to a jsonl file.
+given often; rewards are train.py's. Prints a row per policy and set, with --output adds them to a jsonl file, and at the end prints the mean
+and Student's 95 % interval over policies whose names differ in -seedN alone.
 """
 
 import argparse
 import json
+import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
+from experiments.seeds import interval
 from train import context_of, load, number_in
 
 
@@ -64,6 +68,18 @@ def evaluate(name, sets, rows, response_length, batch_size):
     return results
 
 
+def print_means(results):
+    """A row per set and reward, a column per group of policies that differ in their seed alone."""
+    groups = {}
+    for result in results:
+        group = groups.setdefault((result["set"], result["reward"]), {}).setdefault(re.sub(r"-seed[0-9]+/?$", "", result["policy"]), [])
+        group.append(result["score"])
+    for (file, reward), columns in groups.items():
+        spread = {name: f" ±{interval(values)[1]:.3f}" if len(values) > 1 else "" for name, values in columns.items()}
+        cells = [f"{Path(name).name} {statistics.mean(values):.3f}{spread[name]}" for name, values in columns.items()]
+        print(f"{Path(file).name}, {reward}: " + ", ".join(cells))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
@@ -81,13 +97,16 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "cpu"
         rewards = {name: rollout.load_reward(name, device) for _, name in args.sets}
         sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
+        results = []
         for policy in args.policies:
             for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size):
                 what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
                 print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
+                results.append(result)
                 if args.output:
                     with open(args.output, "a") as out:
                         out.write(json.dumps(result) + "\n")
+        print_means(results)
     except (rollout.InputError, OSError) as error:
         parser.exit(2, f"evaluate.py: error: {error}\n")
 

@@ -329,7 +329,12 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [row["policy"] for row in found] == [model_folder] * 2 + ["run"] * 2 and [row["reward"] for row in found] == ["exact", "rewards:longer"] * 2
     assert found[1]["score"] == pytest.approx((10 + 10 + 9) / 3) and all(row["rows"] == 3 for row in found)
-    assert {**found[0], "policy": ""} == {**found[2], "policy": ""} and len(capsys.readouterr().out.splitlines()) == 4
+    assert {**found[0], "policy": ""} == {**found[2], "policy": ""}
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[5].startswith("data.jsonl, rewards:longer: ") and lines[5].endswith("run 9.667")
+    seeds = [{"policy": f"runs/a-seed{i}", "set": "x", "reward": "y", "score": float(i)} for i in range(3)]
+    evaluate.print_means(seeds)
+    assert capsys.readouterr().out == "x, y: a 1.000 ±2.483\n"
     monkeypatch.setattr("sys.argv", ["evaluate.py", "nowhere", *sets])
     with pytest.raises(SystemExit):
         evaluate.main()
