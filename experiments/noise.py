@@ -3,7 +3,7 @@
     python experiments/noise.py --jobs 2                  # the main grid; 15 to 30 seconds a run, --jobs runs at a time
     python experiments/noise.py --noises outliers --methods "dvpo, critic floor" --seeds 3    # a part of it, PPO always beside
     python experiments/noise.py --grid tuning --jobs 2    # the learning rates that the main grid uses, on seeds of their own
-    python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor
+    python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor, rates, setups
     python experiments/noise.py --quick                   # a few short runs, to see that it works; numbers mean nothing
     python experiments/noise.py --table                   # only print and plot what experiments/results/ holds
 
@@ -48,6 +48,8 @@ NOISES = {
     "offset": CLEAN + " --reward-offset 3",
     "offset, outliers": CLEAN + " --reward-offset 3 --reward-noise-outlier 0.3 3",
 }
+MAIN = tuple(NOISES)
+NOISES |= {f"outliers {p}": f"{CLEAN} --reward-noise-outlier {p} 3" for p in (0.1, 0.5)}
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")  # what --grid tuning tries for each method, under flips 0.3 and outliers
 METHODS = ("ppo", "dvpo", "robust", "grpo", "dr_grpo", "reinforce++")
 FLOORS = {
@@ -77,9 +79,11 @@ TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporti
 SOME = ("flips 0.3", "offset, outliers")  # a critic explains nothing of the one, and 0.4 of the other
 OUTLYING = ("none", "outliers", "offset, outliers")
 TRIED = {f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
+PAIR = {"ppo": ("ppo",), "dvpo, critic floor": FLOORS["dvpo, critic floor"]}
+SETUPS = {"": (), ", lam 1": ("--lam 1",), ", warm-up 3": ("--critic-warmup-steps 3",)}
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first method
-    "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, tuple(NOISES), range(10)),
+    "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, MAIN, range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
     "ladder": ({name: tuned("dvpo", weights(0, LADDER[steps:])) for name, steps in RUNGS.items()}, SOME, range(3)),
     "quantiles": ({f"M = {m}": tuned("dvpo", unless(200, m, "--num-quantiles")) for m in (1, 8, 50, 200, 500)}, SOME, range(3)),
@@ -87,6 +91,8 @@ GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first
     "lam": ({f"{name}, lam {lam}": tuned(name, unless(0.95, lam, "--lam")) for name in ("ppo", "dvpo") for lam in (0.9, 0.95, 1)}, SOME, range(3)),
     "quick": ({name: tuned(*FLOORS.get(name, (name,))) for name in ("ppo", "dvpo, critic floor", "grpo")}, ("none", "offset, outliers"), range(2)),
     "floor": ({f"level {a}": tuned(*FLOORS["dvpo, critic floor"], unless(0.3, a, "--score-floor-level")) for a in (0.1, 0.3, 0.5)}, OUTLYING, range(5)),
+    "rates": ({name: tuned(*flags) for name, flags in PAIR.items()}, ("outliers 0.1", "outliers 0.5"), range(3)),
+    "setups": ({name + setup: tuned(*flags, *more) for setup, more in SETUPS.items() for name, flags in PAIR.items()}, ("outliers",), range(3)),
 }
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl", "coverage": "quantile/coverage"}
