@@ -315,8 +315,9 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
     mask, floored, quantiles = rollout.mask, scores, None
     if head_quantiles is not None:
-        rows, ends = torch.arange(len(mask), device=mask.device), rollout.lengths[:, 1].to(mask.device)
-        after_last = head_quantiles[rows, ends] if args.bootstrap_truncated else None  # not [:, -1]: conversations may end early
+        after_last = None
+        if args.bootstrap_truncated:  # not [:, -1]: conversations may end early
+            after_last = head_quantiles[torch.arange(len(mask)), rollout.lengths[:, 1]]
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor == "residual":

@@ -323,7 +323,7 @@ def test_the_static_cache_flag_reaches_sampling(warm_start, tmp_path, monkeypatc
     monkeypatch.setattr(ro, "sample", lambda *rest: seen.append(rest[-1]))
     for flags in ([], ["--kv-cache", "static"]):
         state, args = state_of(warm_start, tmp_path, *flags)
-        train.sample_batch(state, args, [[3]], 1.0)
+        train.sample_batch(state, args, {ro.PROMPT_IDS: [[3]]}, 1.0)
     assert seen == [False, True]
 
 
