@@ -621,6 +621,8 @@ def model_reward(name, device="cpu", batch_size=16):
 def load_function(flag, spec):
     """module:function, the module found from the working folder on; raises InputError."""
     module, _, name = spec.partition(":")
+    if not (module and name):
+        raise InputError(f"{flag}: expected module:function, found {spec!r}")
     try:
         sys.path.insert(0, "")
         function = getattr(importlib.import_module(module), name)

@@ -2,9 +2,9 @@
 
     python experiments/evaluate.py MODEL runs/a runs/b --set test.jsonl math --set dialogues.jsonl model:FOLDER --rows 200
 
-A run's folder stands for the policy of its newest checkpoint, and its --stop-token and --chat-template are kept. --set FILE REWARD may be
-given often; rewards are train.py's. Prints a row per policy and set, with --output adds them to a jsonl file, and at the end prints the mean
-and Student's 95 % interval over policies whose names differ in -seedN alone.
+A run's folder stands for the policy of its newest checkpoint (of single turns: not one trained on conversations), and its --stop-token and
+--chat-template are kept. --set FILE REWARD may be given often; rewards are train.py's. Prints a row per policy and set, with --output adds
+them to a jsonl file, and at the end prints the mean and Student's 95 % interval over policies whose names differ in -seedN alone.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def policy_of(name):
     return str(found[-1]), flags
 
 
-def evaluate(name, sets, rows, response_length, batch_size):
+def evaluate(name, sets, rows, response_length, batch_size, prompt_column="prompt"):
     """One policy on sets [(file, split, reward's name, reward)] -> [{policy, set, reward, rows, score, words}]."""
     (folder, flags), results = policy_of(name), []
     model, tokenizer = load(AutoModelForCausalLM, folder, "policy"), load(AutoTokenizer, folder, "policy")
@@ -49,7 +49,7 @@ def evaluate(name, sets, rows, response_length, batch_size):
     template, room = flags.get("chat_template") != "never", context_of(model) - response_length
     said = {}  # two rewards for one file: its responses are sampled once
     for file, split, reward_name, reward in sets:
-        data = rollout.load_prompts("--set", file, split, tokenizer, room, template)
+        data = rollout.load_prompts("--set", file, split, tokenizer, room, template, prompt_column=prompt_column)
         data = data.select(range(min(rows, len(data))))
         if (file, split) not in said:
             order = sorted(range(len(data)), key=lambda row: len(data[row][rollout.PROMPT_IDS]))  # similar lengths together
@@ -85,6 +85,7 @@ def main():
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
     parser.add_argument("--set", nargs=2, action="append", required=True, metavar=("FILE", "REWARD"), dest="sets")
     parser.add_argument("--split", default="train")
+    parser.add_argument("--prompt-column", default="prompt", help="the column with the prompts, in all sets")
     parser.add_argument("--rows", type=number_in("[1, inf)", int), default=200, help="the first so many of each set")
     parser.add_argument("--response-length", type=number_in("[1, inf)", int), default=64)
     parser.add_argument("--batch-size", type=number_in("[1, inf)", int), default=32)
@@ -99,7 +100,7 @@ def main():
         sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
         results = []
         for policy in args.policies:
-            for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size):
+            for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size, args.prompt_column):
                 what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
                 print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
                 results.append(result)

@@ -80,7 +80,7 @@ def read_config(name):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="train.py's flags stand behind --")
     parser.add_argument("model")
     parser.add_argument("--prompt", type=train.number_in("[1, inf)", int), default=256, help="tokens of a prompt")
     words = sys.argv[1:]
@@ -98,7 +98,8 @@ def main():
     except rollout.InputError as error:
         parser.exit(2, f"memory.py: error: {error}\n")
     for name, size in found.items():
-        print(f"{name:12} {size / 2**30:7.1f} GiB")
+        print(f"{name:12} {size / 2**30:9.2f} GiB")
+    print(f"prompts of {own.prompt} tokens; peak: policy, critic, reference and sampler, and the larger of KV cache and casts + activations + logits")
 
 
 if __name__ == "__main__":

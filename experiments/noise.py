@@ -1,6 +1,6 @@
 """The noise laboratory: does the distribution pay, and when? Algorithms x kinds of reward noise x seeds, on the built-in task.
 
-    python experiments/noise.py --jobs 2                  # the main grid; 15 to 30 seconds a run, --jobs runs at a time
+    python experiments/noise.py --jobs 2                  # the main grid; 15 to 60 seconds a run, --jobs runs at a time
     python experiments/noise.py --noises outliers --methods "dvpo, critic floor" --seeds 3    # a part of it, PPO always beside
     python experiments/noise.py --grid tuning --jobs 2    # the learning rates that the main grid uses, on seeds of their own
     python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor, rates, setups

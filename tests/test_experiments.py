@@ -385,7 +385,7 @@ def test_memory_takes_train_pys_flags_behind_two_dashes(model_folder, tmp_path, 
     (tmp_path / "t5").mkdir()
     (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
     show = lambda *words: monkeypatch.setattr("sys.argv", ["memory.py", *words]) or memory.main() or capsys.readouterr().out
-    assert "reference        0.0 GiB" in show(str(tmp_path), "--prompt", "7", "--", "--kl-coef", "0")
+    assert "reference         0.00 GiB" in show(str(tmp_path), "--prompt", "7", "--", "--kl-coef", "0")
     assert show(str(tmp_path)) != show(str(tmp_path), "--", "--response-length", "20000")
     bad = ([str(tmp_path / "t5")], "model:"), ([str(tmp_path), "--prompt", "0"], "--prompt"), (["nowhere"], "cannot read the config of 'nowhere'")
     for words, found in bad:
