@@ -171,7 +171,7 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
         found = f"{len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
         raise InputError(f"{flag}: {name!r}: expected a column {prompt_column!r} (--prompt-column) and at least one row, found {found}")
     if prompt_column != "prompt":
-        data = data.remove_columns([column for column in ("prompt",) if column in data.column_names]).rename_column(prompt_column, "prompt")
+        data = data.select_columns([column for column in data.column_names if column != "prompt"]).rename_column(prompt_column, "prompt")
     try:
         prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
     except InputError as error:
@@ -256,6 +256,25 @@ class Rollout:
     @property
     def response_ids(self):
         return self.input_ids[:, -self.mask.shape[1] :]
+
+
+def padded(rows, fill, device, side="right"):
+    """Lists or 1-D tensors of unequal length as one tensor."""
+    return pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=fill, padding_side=side).to(device)
+
+
+def assembled(prompts, responses, masks, truncated, pad_id, device):
+    """The Rollout of B prompts and responses (ids) and the responses' masks, lists or 1-D tensors of any lengths."""
+    both = lambda left, right, fill: torch.cat([padded(left, fill, device, "left"), padded(right, fill, device)], dim=1)
+    ones = lambda rows: [[1] * len(row) for row in rows]
+    attention = both(ones(prompts), ones(responses), 0)
+    positions, truncated = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(truncated, device=device)
+    return Rollout(both(prompts, responses, pad_id), attention, positions, padded(masks, False, device), truncated)
+
+
+def pad_token_id(tokenizer, stop_ids):
+    """The tokenizer's pad token, or a stop token where it has none: masks never look at it."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
 
 
 def stop_token_ids(model, tokenizer, stop_token=None):
@@ -380,12 +399,10 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
                 still.append(row)
         if not (live := still):
             break
-    padded = lambda rows, fill, side="right": pad_sequence([torch.tensor(row) for row in rows], True, fill, side).to(device)
-    ids, mask, logprobs = (padded([[token[i] for token in row] for row in tokens], fill) for i, fill in enumerate((pad_id, False, 0.0)))
-    attention = torch.cat([padded([[1] * len(row) for row in prompts], 0, "left"), padded([[1] * len(row) for row in tokens], 0)], dim=1)
-    input_ids = torch.cat([padded(prompts, pad_id, "left"), ids], dim=1)
-    positions, truncated = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(truncated, device=device)
-    return Rollout(input_ids, attention, positions, mask, truncated, logprobs=logprobs if recorded else None, messages=messages)
+    ids, masks, logprobs = ([[token[i] for token in row] for row in tokens] for i in range(3))
+    found = assembled(prompts, ids, masks, truncated, pad_id, device)
+    found.messages, found.logprobs = messages, padded(logprobs, 0.0, device) if recorded else None
+    return found
 
 
 def completion_texts(rollout, tokenizer, stop_ids):

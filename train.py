@@ -38,6 +38,7 @@ from rollout import InputError
 RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 POLICY_METRICS = {"approx_kl": "policy/approxkl_avg", "clipfrac": "policy/clipfrac_avg", "ratio": "val/ratio"}
 CRITICS = ("dvpo", "ppo", "robust")
+BUILT_IN = {"sums": (ro.math_reward, None), "dialogue": (ro.exact_reward, None), "booking": (ro.booking_reward, ro.scripted_user)}  # reward, user
 GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL in the loss
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
@@ -292,12 +293,17 @@ def recorded_as_scored(state, args, rollout):
     return bool(difference.abs().max() < 1e-3)
 
 
+def completions_of(state, rollout):
+    """What the reward reads of each response: its text, or a whole conversation's messages."""
+    return rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
+
+
 @torch.no_grad()
 def judge(state, args, batch, rollout):
     """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
-    texts = rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
-    true_scores = ro.score(state.reward, batch, texts)
-    labelled = ro.score(state.reward, batch, texts, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
+    completions = completions_of(state, rollout)
+    true_scores = ro.score(state.reward, batch, completions)
+    labelled = ro.score(state.reward, batch, completions, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     if args.reward_offset:
         scores = scores + ro.prompt_offsets(batch[ro.PROMPT_IDS], args.reward_offset, state.policy.config.vocab_size, args.reward_noise_seed)
@@ -447,8 +453,7 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
-                completions = rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
-                scores.append(ro.score(state.reward, batch, completions))
+                scores.append(ro.score(state.reward, batch, completions_of(state, rollout)))
                 bar.update(len(batch["prompt"]))
             results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
     return results
@@ -518,6 +523,11 @@ def make_logger(args):
     return lambda metrics, episode: None
 
 
+def critic_size(args):
+    """(N heads, M quantiles) of the critic that --algo asks for."""
+    return 1 if args.algo == "ppo" else args.num_heads, args.num_quantiles if args.algo == "dvpo" else 1
+
+
 def build_critic(args, policy, context):
     """The critic that --algo asks for, from the checkpoint to resume, --critic-model-name-or-path or a copy of the policy; or None."""
     if args.algo not in CRITICS:
@@ -528,17 +538,16 @@ def build_critic(args, policy, context):
     trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(policy.base_model)
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
         raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
-    num_heads, num_quantiles = 1 if args.algo == "ppo" else args.num_heads, args.num_quantiles if args.algo == "dvpo" else 1
-    return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
+    return QuantileCritic(trunk, *critic_size(args), args.tau_grid, seed=args.seed)
 
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
     state = argparse.Namespace(iteration=0, before=None, start=time.time())
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    built_in = {"sums": ro.math_reward, "dialogue": ro.exact_reward, "booking": ro.booking_reward}[args.task]
-    state.reward = ro.load_reward(args.reward, device) if args.reward else built_in
-    state.user = ro.load_function("--user", args.user) if args.user else ro.scripted_user if args.dataset_name is None and args.task == "booking" else None
+    reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
+    state.reward = ro.load_reward(args.reward, device) if args.reward else reward
+    state.user = ro.load_function("--user", args.user) if args.user else user
     name = args.model_name_or_path or Path(args.output_dir) / "warm_start"
     if args.model_name_or_path is None:
         importlib.import_module("experiments.warm_start").warm_start(args.task, args.seed, name)
@@ -546,7 +555,7 @@ def build(args):
     state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
-    state.pad_id = state.tokenizer.pad_token_id if state.tokenizer.pad_token_id is not None else state.stop_ids[0]
+    state.pad_id = ro.pad_token_id(state.tokenizer, state.stop_ids)
     if state.user:
         try:
             ro.turns_between("hello", state.tokenizer)
@@ -627,10 +636,24 @@ def train(args):
     print(f"flags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
 
 
-def main(argv=None):
+def quiet():
+    """The libraries' own messages and bars off."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def run_script(parser, function, args):
+    """function(args), for the scripts in experiments/; what cannot work ends the program with one line and status 2."""
+    quiet()
+    try:
+        function(args)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def main(argv=None):
+    quiet()
     try:
         train(parse_args(argv))
     except (InputError, OSError) as error:  # OSError: the output folder cannot be written

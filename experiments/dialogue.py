@@ -13,13 +13,11 @@ import re
 import sys
 from pathlib import Path
 
-import datasets
-import transformers
 from transformers import AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from train import load
+from train import load, run_script
 
 PARTS = ("policy", "judge", "strict")
 ASKING = {"REQUEST", "CONFIRM", "OFFER_INTENT", "REQ_MORE"}  # acts that wait for an answer
@@ -52,21 +50,19 @@ def main():
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-tokens", type=int, default=128, help="longest prompt in the policy's part")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        data = rollout.load_prompts("data", args.data, "train", load(AutoTokenizer, args.model, "model"), float("inf"))
-        if missing := {"reference", "acts", "values", "dialogue_id"} - set(data.column_names):
-            raise rollout.InputError(f"data: {args.data}: expected the columns reference, acts, values, dialogue_id, found no {', '.join(sorted(missing))}")
-        args.output.mkdir(parents=True, exist_ok=True)
-        for part in PARTS:
-            rows = [row for row in data if part_of(row["dialogue_id"]) == part and (part != "policy" or len(row[rollout.PROMPT_IDS]) <= args.max_tokens)]
-            kept = [{name: value for name, value in row.items() if name != rollout.PROMPT_IDS} for row in rows]
-            (args.output / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-            print(f"{args.output / part}.jsonl: {len(kept)} rows of {len({row['dialogue_id'] for row in kept})} dialogues")
-    except (rollout.InputError, OSError) as error:
-        parser.exit(2, f"dialogue.py: error: {error}\n")
+    run_script(parser, write_parts, parser.parse_args())
+
+
+def write_parts(args):
+    data = rollout.load_prompts("data", args.data, "train", load(AutoTokenizer, args.model, "model"), float("inf"))
+    if missing := {"reference", "acts", "values", "dialogue_id"} - set(data.column_names):
+        raise rollout.InputError(f"data: {args.data}: expected the columns reference, acts, values, dialogue_id, found no {', '.join(sorted(missing))}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    for part in PARTS:
+        rows = [row for row in data if part_of(row["dialogue_id"]) == part and (part != "policy" or len(row[rollout.PROMPT_IDS]) <= args.max_tokens)]
+        kept = [{name: value for name, value in row.items() if name != rollout.PROMPT_IDS} for row in rows]
+        (args.output / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+        print(f"{args.output / part}.jsonl: {len(kept)} rows of {len({row['dialogue_id'] for row in kept})} dialogues")
 
 
 if __name__ == "__main__":

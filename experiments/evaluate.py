@@ -14,16 +14,14 @@ import statistics
 import sys
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
 from experiments.seeds import interval
-from train import context_of, load, number_in
+from train import BUILT_IN, context_of, load, number_in, run_script
 
 
 def policy_of(name):
@@ -31,7 +29,8 @@ def policy_of(name):
     if not (Path(name) / "args.json").exists():
         return name, {}
     flags = json.loads((Path(name) / "args.json").read_text()).get("flags", {})
-    if flags.get("user") or flags.get("task") == "booking" and not flags.get("dataset_name"):
+    _, user = BUILT_IN.get(flags.get("task"), (None, None))
+    if flags.get("user") or (user and not flags.get("dataset_name")):
         raise rollout.InputError(f"policy: {name}: expected a policy of single turns, found one trained on conversations")
     found = sorted(Path(name).glob("checkpoint-*[0-9]/policy"))
     if not found:
@@ -45,13 +44,13 @@ def evaluate(name, sets, rows, response_length, batch_size, prompt_column="promp
     model, tokenizer = load(AutoModelForCausalLM, folder, "policy"), load(AutoTokenizer, folder, "policy")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = rollout.stop_token_ids(model, tokenizer, flags.get("stop_token"))
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    pad_id = rollout.pad_token_id(tokenizer, stop_ids)
     template, room = flags.get("chat_template") != "never", context_of(model) - response_length
-    said = {}  # two rewards for one file: its responses are sampled once
+    answered = {}  # two rewards for one file: it is read, and its responses are sampled, once
     for file, split, reward_name, reward in sets:
-        data = rollout.load_prompts("--set", file, split, tokenizer, room, template, prompt_column=prompt_column)
-        data = data.select(range(min(rows, len(data))))
-        if (file, split) not in said:
+        if (file, split) not in answered:
+            data = rollout.load_prompts("--set", file, split, tokenizer, room, template, prompt_column=prompt_column)
+            data = data.select(range(min(rows, len(data))))
             order = sorted(range(len(data)), key=lambda row: len(data[row][rollout.PROMPT_IDS]))  # similar lengths together
             texts = [""] * len(data)
             for start in tqdm(range(0, len(order), batch_size), desc=f"{Path(name).name}, {Path(file).stem}", leave=False):
@@ -60,8 +59,8 @@ def evaluate(name, sets, rows, response_length, batch_size, prompt_column="promp
                 sampled = rollout.sample(model, prompt_ids, pad_id, stop_ids, response_length, 0.0)
                 for row, text in zip(part, rollout.completion_texts(sampled, tokenizer, stop_ids)):
                     texts[row] = text
-            said[file, split] = texts
-        texts = said[file, split]
+            answered[file, split] = data, texts
+        data, texts = answered[file, split]
         scores = rollout.score(reward, data.to_dict(), texts)
         words = sum(len(text.split()) for text in texts) / len(texts)
         results.append({"policy": name, "set": file, "reward": reward_name, "rows": len(texts), "score": scores.mean().item(), "words": words})
@@ -90,26 +89,22 @@ def main():
     parser.add_argument("--response-length", type=number_in("[1, inf)", int), default=64)
     parser.add_argument("--batch-size", type=number_in("[1, inf)", int), default=32)
     parser.add_argument("--output", type=Path, help="a jsonl file to add to")
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        rewards = {name: rollout.load_reward(name, device) for _, name in args.sets}
-        sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
-        results = []
-        for policy in args.policies:
-            for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size, args.prompt_column):
-                what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
-                print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
-                results.append(result)
-                if args.output:
-                    with open(args.output, "a") as out:
-                        out.write(json.dumps(result) + "\n")
-        print_means(results)
-    except (rollout.InputError, OSError) as error:
-        parser.exit(2, f"evaluate.py: error: {error}\n")
+    run_script(parser, compare, parser.parse_args())
+
+
+def compare(args):
+    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
+    rewards = {name: rollout.load_reward(name, device) for name in {name for _, name in args.sets}}
+    sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
+    for policy in args.policies:
+        for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size, args.prompt_column):
+            what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
+            print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
+            results.append(result)
+            if args.output:
+                with open(args.output, "a") as out:
+                    out.write(json.dumps(result) + "\n")
+    print_means(results)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ and rollout double, but for hidden. A conversation counts as --max-turns respons
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -45,8 +45,7 @@ def needs(policy, critic, args, prompt):
     """{part: bytes} of a run with these configs and train.py's flags, and "peak"."""
     half, num_policy, num_critic = args.dtype != "float32", count_parameters(policy), 0
     if args.algo in train.CRITICS:
-        heads = (args.num_heads * args.num_quantiles if args.algo == "dvpo" else args.num_heads if args.algo == "robust" else 1) * (critic.hidden_size + 1)
-        num_critic = count_parameters(critic, AutoModel) + heads
+        num_critic = count_parameters(critic, AutoModel) + math.prod(train.critic_size(args)) * (critic.hidden_size + 1)
     few, response = 2 if half else 4, args.response_length * (args.max_turns if args.user else 1)
     length, per_token, once = prompt + response, 0, 0
     rows = max(1, min(args.micro_batch_size, args.micro_batch_tokens // length, args.batch_size // args.num_mini_batches))
@@ -86,17 +85,18 @@ def main():
     words = sys.argv[1:]
     at = words.index("--") if "--" in words else len(words)
     own = parser.parse_args(words[:at])
-    transformers.logging.set_verbosity_error()
+    own.flags = words[at + 1 :]
+    train.run_script(parser, show, own)
+
+
+def show(own):
+    args = train.parse_args(["--model-name-or-path", own.model, *own.flags])
+    policy = read_config(own.model)
+    critic = read_config(args.critic_model_name_or_path) if args.critic_model_name_or_path else policy
     try:
-        args = train.parse_args(["--model-name-or-path", own.model, *words[at + 1 :]])
-        policy = read_config(own.model)
-        critic = read_config(args.critic_model_name_or_path) if args.critic_model_name_or_path else policy
-        try:
-            found = needs(policy, critic, args, own.prompt)
-        except ValueError as error:  # not a causal language model
-            raise rollout.InputError(f"model: {rollout.one_line(error)}") from error
-    except rollout.InputError as error:
-        parser.exit(2, f"memory.py: error: {error}\n")
+        found = needs(policy, critic, args, own.prompt)
+    except ValueError as error:  # not a causal language model
+        raise rollout.InputError(f"model: {rollout.one_line(error)}") from error
     for name, size in found.items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")
     print(f"prompts of {own.prompt} tokens; peak: policy, critic, reference and sampler, and the larger of KV cache and casts + activations + logits")

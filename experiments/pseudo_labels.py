@@ -14,15 +14,13 @@ import json
 import sys
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from train import context_of, load
+from train import context_of, load, run_script
 
 
 def final_answer(text, choices=()):
@@ -56,19 +54,14 @@ def main():
     for flag in ("samples", "response_length", "batch_size"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
-    transformers.logging.set_verbosity_error()
-    datasets.disable_progress_bars()
-    try:
-        label(args)
-    except (rollout.InputError, OSError) as error:
-        parser.exit(2, f"pseudo_labels.py: error: {error}\n")
+    run_script(parser, label, args)
 
 
 def label(args):
     model, tokenizer = load(AutoModelForCausalLM, args.model, "model"), load(AutoTokenizer, args.model, "model")
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     stop_ids = rollout.stop_token_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stop_ids[0]
+    pad_id = rollout.pad_token_id(tokenizer, stop_ids)
     data = rollout.load_prompts("data", args.data, args.split, tokenizer, context_of(model) - args.response_length)
     data = data.select(range(min(args.rows or len(data), len(data))))
     lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []

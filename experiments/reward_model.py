@@ -17,13 +17,12 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from train import load
+from train import load, run_script
 
 
 def read(name):
@@ -115,13 +114,7 @@ def main():
     parser.add_argument("--eval-rows", type=int, default=400, help="held-out rows for --stop-at; the last report uses all")
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16 while training; the weights stay fp32")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        fit(args)
-    except (rollout.InputError, OSError) as error:
-        parser.exit(2, f"reward_model.py: error: {error}\n")
+    run_script(parser, fit, parser.parse_args())
 
 
 def fit(args):

@@ -11,10 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,27 +44,20 @@ def example(prompt_ids, said, tokenizer, end_id):
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def padded(rows, fill, device, side="right"):
-    return pad_sequence(rows, batch_first=True, padding_value=fill, padding_side=side).to(device)
-
-
 def whole_loss(model, batch):
     """transformers' own loss of a batch of (ids, labels), which computes logits at every token."""
     ids, labels = zip(*batch)
-    attention = padded([torch.ones_like(row) for row in ids], 0, model.device)
-    return model(padded(ids, 0, model.device), attention_mask=attention, labels=padded(labels, -100, model.device)).loss
+    padded = lambda rows, fill: rollout.padded(rows, fill, model.device)
+    return model(padded(ids, 0), attention_mask=padded([torch.ones_like(row) for row in ids], 0), labels=padded(labels, -100)).loss
 
 
 def response_loss(model, batch):
     """The same number, with logits only from the first label on: with a vocabulary of 50,000 they would cost most."""
     starts = [int((labels != -100).nonzero()[0]) for _, labels in batch]
     prompts, responses = [ids[:start] for (ids, _), start in zip(batch, starts)], [ids[start:] for (ids, _), start in zip(batch, starts)]
-    ones = lambda rows: [torch.ones_like(row) for row in rows]
-    ids = torch.cat([padded(prompts, 0, model.device, "left"), padded(responses, 0, model.device)], dim=1)
-    attention = torch.cat([padded(ones(prompts), 0, model.device, "left"), padded(ones(responses), 0, model.device)], dim=1)
-    mask = padded([labels[start:] != -100 for (_, labels), start in zip(batch, starts)], False, model.device)
-    examples = rollout.Rollout(ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, torch.zeros(len(batch), dtype=torch.bool))
-    return -masked_mean(rollout.response_logprobs(model, examples, 1.0), mask)
+    masks = [labels[start:] != -100 for (_, labels), start in zip(batch, starts)]
+    examples = rollout.assembled(prompts, responses, masks, [False] * len(batch), 0, model.device)
+    return -masked_mean(rollout.response_logprobs(model, examples, 1.0), examples.mask)
 
 
 def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=False):
@@ -103,7 +93,7 @@ def first_layers(model, count):
 
 
 def main():
-    from train import number_in  # not above: train.py's own warm start uses this file
+    from train import number_in, run_script  # not above: train.py's own warm start uses this file
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
@@ -117,22 +107,13 @@ def main():
     parser.add_argument("--learning-rate", type=number_in("(0, inf)", float), default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="matrix products in bfloat16; the weights stay fp32")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        tune(args)
-    except (rollout.InputError, OSError) as error:
-        parser.exit(2, f"sft.py: error: {error}\n")
+    run_script(parser, tune, parser.parse_args())
 
 
-def read(name, args, tokenizer, stop_ids):
+def read(name, args, tokenizer, end_id):
     """One file's examples; raises InputError naming the row."""
     data = rollout.load_prompts("data", name, args.split, tokenizer, float("inf"))
-    end_id, examples = end_of_turn(tokenizer, stop_ids), []
-    if end_id is None:
-        raise rollout.InputError("model: expected a tokenizer with an end-of-sequence token, found none")
+    examples = []
     for row, values in enumerate(data):
         said = next((values[column] for column in SAID if values.get(column) is not None), None)
         said = str(said) if isinstance(said, (int, float)) else said
@@ -152,8 +133,10 @@ def tune(args):
     if args.layers is not None:
         first_layers(model, args.layers)
     model.to("cuda" if torch.cuda.is_available() else "cpu").train()
-    stop_ids, longest = rollout.stop_token_ids(model, tokenizer), min(args.max_length, context_of(model))
-    found = [pair for name in args.data.split(",") for pair in read(name, args, tokenizer, stop_ids)]
+    end_id, longest = end_of_turn(tokenizer, rollout.stop_token_ids(model, tokenizer)), min(args.max_length, context_of(model))
+    if end_id is None:
+        raise rollout.InputError("model: expected a tokenizer with an end-of-sequence token, found none")
+    found = [pair for name in args.data.split(",") for pair in read(name, args, tokenizer, end_id)]
     examples = [pair for pair in found if len(pair[0]) <= longest]
     if not examples:
         raise rollout.InputError(f"--max-length: expected rows of at most {longest} tokens, found {len(found)} longer ones")
