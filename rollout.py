@@ -11,6 +11,8 @@ import math
 import random
 import re
 import sys
+import threading
+import traceback
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -138,7 +140,7 @@ def task_tokenizer(task):
     tokenizer.pre_tokenizer = split
     if task == "sums":
         tokenizer.decoder = decoders.Fuse()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>",
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<pad>", eos_token="<eos>", bos_token="<bos>",
                                    extra_special_tokens=["<user>", "<assistant>"], padding_side="left")  # fmt: skip
     if task != "sums":
         fast.chat_template = (
@@ -149,8 +151,8 @@ def task_tokenizer(task):
     return fast
 
 
-def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, config=None, prompt_column="prompt"):
-    """A data set with its prompts' ids in a column of their own; raises InputError naming the flag and the row.
+def load_data(flag, name, split, config=None, prompt_column="prompt"):
+    """A data set whose prompts stand in the column prompt; raises InputError naming the flag.
 
     name: a hub name, perhaps with a config, a json, jsonl or parquet file, or a built-in task whose split is (split, number of rows, seed).
     prompt_column: the one that is renamed to prompt.
@@ -161,8 +163,12 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
             data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
         elif kind and not Path(name).is_file():
             raise FileNotFoundError("no such file")
+        elif not kind and Path(name).is_file():
+            raise ValueError("expected a json, jsonl or parquet file")
         elif kind and config:
             raise ValueError(f"a file has no config, found {config!r}")
+        elif kind == "json" and (where := broken_line(name)):
+            raise ValueError(where)
         else:
             data = load_dataset(kind, data_files=name, split=split) if kind else load_dataset(name, config, split=split)
     except Exception as error:  # datasets raises many kinds; the cause of the last one says most
@@ -170,17 +176,56 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     if prompt_column not in data.column_names or len(data) == 0:
         found = f"{len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
         raise InputError(f"{flag}: {name!r}: expected a column {prompt_column!r} (--prompt-column) and at least one row, found {found}")
-    if prompt_column != "prompt":
-        data = data.select_columns([column for column in data.column_names if column != "prompt"]).rename_column(prompt_column, "prompt")
+    if prompt_column == "prompt":
+        return data
+    return data.select_columns([column for column in data.column_names if column != "prompt"]).rename_column(prompt_column, "prompt")
+
+
+def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, config=None, prompt_column="prompt",
+                 drop_overlong=False):  # fmt: skip
+    """load_data with the prompts' ids in a column of their own; raises InputError naming the flag and the row.
+
+    Prompts of more than max_tokens are refused, or with drop_overlong dropped with a count.
+    """
+    data = load_data(flag, name, split, config, prompt_column)
     try:
         prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
-    for row, ids in enumerate(prompt_ids):
-        if len(ids) > max_tokens:
-            expected = f"at most {max_tokens}, the model's context less --response-length"
-            raise InputError(f"{flag}: row {row}: prompt of {len(ids)} tokens, expected {expected}")
-    return data.add_column(PROMPT_IDS, prompt_ids)
+    data = data.add_column(PROMPT_IDS, prompt_ids)
+    unknown = [row for row, ids in enumerate(prompt_ids) for token in ids if token == tokenizer.unk_token_id]
+    if unknown:
+        print(f"note: {flag}: the tokenizer does not know {len(unknown)} of the prompts' {sum(map(len, prompt_ids))} tokens, the first in row {unknown[0]}")
+    overlong = [row for row, ids in enumerate(prompt_ids) if len(ids) > max_tokens]
+    if not overlong:
+        return data
+    expected = f"expected at most {max_tokens}, the model's context less --response-length"
+    if not drop_overlong or len(overlong) == len(data):
+        found = f"prompt of {len(prompt_ids[overlong[0]])} tokens"
+        raise InputError(f"{flag}: row {overlong[0]}: {found}, {expected} (--overlong-prompts drop leaves such rows out)")
+    print(f"{flag}: {len(overlong)} of {len(data)} prompts dropped, {expected}")
+    return data.select(sorted({*range(len(data))} - {*overlong}))
+
+
+def broken_line(name):
+    """Which line of a json file is not in UTF-8, or of a jsonl file not one object, as text; None if all are. pyarrow notices the first late."""
+    with open(name, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode()
+                found = json.loads(text) if text.strip() and str(name).endswith(".jsonl") else {}
+            except ValueError as error:  # of UTF-8, or of JSON
+                return f"line {number}: {one_line(error)}"
+            if not isinstance(found, dict):
+                return f"line {number}: expected an object, found {one_line(found)[:40]!r}"
+    return None
+
+
+def assert_known_ids(flag, data, vocab_size):
+    """Raises InputError where a prompt holds a token that the model has no embedding for: its tokenizer was given more of them."""
+    for row, ids in enumerate(data[PROMPT_IDS]):
+        if max(ids) >= vocab_size:
+            raise InputError(f"{flag}: row {row}: expected token ids below {vocab_size}, the model's vocabulary, found {max(ids)}")
 
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True):
@@ -321,6 +366,10 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
         input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record] if recording else None)
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise InputError("sampling: expected finite log-probs, found others: are all of the model's weights finite?") from error
     finally:
         model.generation_config = own_settings
         model.train(was_training)
@@ -494,13 +543,13 @@ POWER = re.compile(r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # an A before a word is an article
 ANSWERS = [
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
-    r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:))*\W{0,4}" + LETTER,
+    r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
     r"^\W*([A-Za-z])(?:\W*$|[.):,*]|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
     r"\(([A-Z])\)",
 ]  # tried in this order
 
-NUMBERED = [r"^\W*([0-9])\W*$", r"\\boxed\{\s*([0-9])\s*\}", r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|:))*\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
+NUMBERED = [r"^\W*([0-9])\W*$", r"\\boxed\{\s*([0-9])\s*\}", r"\b(?i:answer|option|choice)\b(?:\s*(?i:is|:)){0,4}\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
             r"\(([0-9])\)"]  # fmt: skip
 
 
@@ -617,7 +666,8 @@ def judged_text(prompt, completion, tokenizer):
 
 def model_reward(name, device="cpu", batch_size=16):
     """A reward function that scores with a sequence classifier: its one logit, or the probability of its last label."""
-    classify = pipeline("text-classification", name, device=device, dtype=torch.float32, top_k=None)
+    safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
+    classify = pipeline("text-classification", name, device=device, dtype=torch.float32, top_k=None, **safe)
     tokenizer, config = classify.tokenizer, classify.model.config
     tokenizer.padding_side, tokenizer.truncation_side = "right", "left"  # the judged turn is the last one
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -666,11 +716,49 @@ def load_reward(spec, device="cpu"):
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
-def score(reward, batch, completions, answer="answer"):
+def within(seconds, function, /, **arguments):
+    """function(**arguments), its exceptions included; raises TimeoutError after so many seconds, 0: never."""
+    if not seconds:
+        return function(**arguments)
+    outcome = []
+
+    def call():
+        try:
+            outcome.append((function(**arguments), None))
+        except BaseException as error:  # noqa: B036, carried over to the caller's thread
+            outcome.append((None, error))
+
+    thread = threading.Thread(target=call, daemon=True)  # daemon: a hanging one does not keep the program alive
+    thread.start()
+    thread.join(seconds)
+    if not outcome:
+        raise TimeoutError
+    value, error = outcome[0]
+    if error is not None:
+        raise error
+    return value
+
+
+def raised_where(error, call_on_row, num_rows):
+    """One line on a user's exception: its kind and text, the file and line, and the first row on which the function fails alone."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    row = None
+    for row in range(num_rows):
+        try:
+            call_on_row(row)
+        except (Exception, SystemExit):
+            break
+    else:
+        row = None
+    where = f"{Path(frame.filename).name}, line {frame.lineno}" + (f", row {row} of the batch" if row is not None else "")
+    return f"it raised {type(error).__name__}: {one_line(error)} ({where})"
+
+
+def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfinite=False):
     """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
     Conversational prompts get conversational completions, [{role, content}], as in TRL (whole conversations are). `answer` names the column that the
-    function sees under that name: pseudo-labels stand in another one.
+    function sees under that name: pseudo-labels stand in another one. timeout: seconds, 0 for any. allow_nonfinite: infinities become NaN.
     """
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}
     columns |= {"answer": batch[answer]} if answer in batch else {}
@@ -681,22 +769,29 @@ def score(reward, batch, completions, answer="answer"):
     plain = lambda prompt, completion: isinstance(prompt, str) or not isinstance(completion, str)
     pairs = zip(batch["prompt"], completions)
     shaped = [completion if plain(prompt, completion) else [{"role": "assistant", "content": completion}] for prompt, completion in pairs]
+    call = lambda rows: within(timeout, reward, prompts=batch["prompt"][rows], completions=shaped[rows], **{k: v[rows] for k, v in columns.items()})
     try:
-        scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
-    except Exception as error:  # the user's own code may fail in any way
-        raise InputError(f"--reward: it raised {type(error).__name__}: {one_line(error)}") from error
+        scores = call(slice(None))
+    except TimeoutError as error:
+        raise InputError(f"--reward: expected {len(shaped)} scores within --reward-timeout {timeout:g} s, found none") from error
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
+        raise InputError(f"--reward: {raised_where(error, lambda row: call(slice(row, row + 1)), len(shaped))}") from error
     found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1 else type(scores).__name__
     if found != f"{len(shaped)} values":
         raise InputError(f"--reward: expected a list of {len(shaped)} numbers, one per completion, found {found}")
-    checked = torch.zeros(len(shaped))
-    for row, value in enumerate(scores):
-        try:
-            checked[row] = math.nan if isinstance(value, (str, bytes)) else float(value)
-        except (TypeError, ValueError, OverflowError, RuntimeError):
-            checked[row] = math.nan
-        if not checked[row].isfinite():
-            raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {str(value)[:80]!r}")
-    return checked
+    return torch.tensor([number_of(value, row, allow_nonfinite) for row, value in enumerate(scores)])
+
+
+def number_of(value, row, allow_nonfinite):
+    """A score as a float: a number, a bool, or an array or tensor of one; raises InputError for anything else, and for NaN and infinities."""
+    try:
+        number = None if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = None
+    finite = number is not None and abs(number) < 3e38  # what fp32 holds
+    if number is None or not (finite or allow_nonfinite):
+        raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {str(value)[:80]!r}")
+    return number if finite else math.nan
 
 
 def noisy_scores(scores, fp, fn, outlier, generator):
@@ -708,7 +803,7 @@ def noisy_scores(scores, fp, fn, outlier, generator):
     """
     flip, hit, size = torch.rand(3, len(scores), generator=generator)
     if fp or fn:
-        odd = ((scores != 0) & (scores != 1)).nonzero().flatten().tolist()
+        odd = ((scores != 0) & (scores != 1) & scores.isfinite()).nonzero().flatten().tolist()
         if odd:
             found = f"found {scores[odd[0]]:g} in row {odd[0]} of the batch"
             raise InputError(f"--reward-noise-fp, --reward-noise-fn: they flip 0/1 scores, {found}; expected both at 0 for such a reward")

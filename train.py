@@ -12,18 +12,25 @@ import argparse
 import collections
 import contextlib
 import copy
+import difflib
 import importlib.util
 import itertools
 import json
+import logging
 import math
 import os
+import random
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
+import zlib
 from pathlib import Path
 
 import datasets
+import numpy  # comes with transformers; a user's reward may draw from it
 import torch
 import transformers
 from tqdm import tqdm
@@ -42,7 +49,8 @@ BUILT_IN = {"sums": (ro.math_reward, None), "dialogue": (ro.exact_reward, None),
 GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL in the loss
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
-CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
+CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "save_total_limit", "eval_steps", "report_to", "device", "skip_nonfinite",
+              "reward_timeout")  # in a resumed run
 FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, None for text and switches; help)
     # A default in a tuple is (built-in model, pretrained model).
     "model and data": [
@@ -56,9 +64,12 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("eval-dataset-name", None, None, "prompts for evaluation; without it some of the training rows are held out"),
         ("eval-dataset-config", None, None, "config of --eval-dataset-name"),
         ("eval-dataset-split", "train", None, "split of --eval-dataset-name"),
+        ("overlong-prompts", "error", ["error", "drop"], "what to do about prompts that leave no room for --response-length in the model's context"),
         ("reward", None, None, "math, choice, exact, model:NAME or module:function; --task has its own"),
+        ("reward-timeout", 0.0, "[0, 1000000]", "seconds that one call of the reward may take; 0: any"),
         ("user", None, None, "module:function that answers the policy's turns: a whole conversation is one response; --task booking has its own"),
         ("chat-template", "auto", ["auto", "never"], "auto: string prompts become a user's message if the model has a template"),
+        ("trust-remote-code", False, None, "run Python code that comes with a model from the hub"),
         ("stop-token", None, None, "one more token that ends a response, beside the model's own"),
     ],
     "budget": [
@@ -111,7 +122,9 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
     "run": [
         ("seed", 0, "[0, 2147483647]", "of everything else"),
         ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED"),
-        ("save-steps", 0, "[0, inf)", "iterations between checkpoints; 0: at the end only"),
+        ("save-steps", (0, 50), "[0, inf)", "iterations between checkpoints; 0: at the end, or at Ctrl-C, only"),
+        ("save-total-limit", 2, "[1, inf)", "checkpoints to keep, the newest"),
+        ("skip-nonfinite", False, None, "leave out, and count, rows and minibatches with numbers that are not finite, instead of stopping there"),
         ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
         ("eval-samples", (512, 128), "[1, inf)", "held-out prompts per evaluation"),
         ("resume", None, None, "go on from a checkpoint or run folder, or without a value from --output-dir"),
@@ -138,9 +151,17 @@ def number_in(interval, cast):
     return parse
 
 
+def with_nearest(message):
+    """argparse's message, and for unknown flags the nearest known ones."""
+    unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
+    known = [f"--{name}" for flags in FLAGS.values() for name, *_ in flags]
+    nearest = [name for flag in unknown for name in difflib.get_close_matches(flag, known, n=1)]
+    return message + (f"; did you mean {', '.join(nearest)}?" if nearest else "")
+
+
 def make_parser():
     parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {with_nearest(message)}\n")  # one line, without the usage
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, default, allowed, text in flags:
@@ -200,6 +221,10 @@ def parse_args(argv=None):
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
         ((args.dataset_config or args.prompt_column != "prompt") and not args.dataset_name,
          "--dataset-name: expected one with --dataset-config or --prompt-column, found none"),
+        (args.eval_dataset_name and not args.dataset_name, "--dataset-name: expected one with --eval-dataset-name, found none"),
+        (args.bootstrap_truncated and args.algo not in CRITICS, f"--bootstrap-truncated: expected a method with a critic, found --algo {args.algo}"),
+        ((args.reward_noise_fp or args.reward_noise_fn) and str(args.reward).startswith("model:"),
+         "--reward-noise-fp, --reward-noise-fn: expected both at 0 with --reward model:NAME, whose scores are not 0 or 1"),
         (args.eval_dataset_config and not args.eval_dataset_name, "--eval-dataset-name: expected one with --eval-dataset-config, found none"),
         (args.user and args.chat_template == "never", "--chat-template: expected auto with --user, whose turns the template writes; found never"),
         (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
@@ -211,16 +236,19 @@ def parse_args(argv=None):
     return args
 
 
-def load(auto_class, name, flag):
+def load(auto_class, name, flag, trust_remote_code=False):
     """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
     try:
+        if (os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")) and not Path(name).is_dir():
+            raise FileNotFoundError("no such folder")  # not a hub name either: nothing to ask the network for
         if auto_class in (AutoTokenizer, QuantileCritic):
-            return auto_class.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+            return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         for key, value in config.to_dict().items():
             if "drop" in key and type(value) in (int, float):
                 setattr(config, key, 0.0)
-        return auto_class.from_pretrained(name, config=config, dtype=torch.float32)
+        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}  # nothing is unpickled
+        return auto_class.from_pretrained(name, config=config, **options)
     except Exception as error:  # a broken file or a missing one, each library in its own words
         raise InputError(f"{flag}: cannot load {str(name)!r}: {ro.one_line(error)}") from error
 
@@ -233,7 +261,8 @@ def load_data(args, tokenizer, context):
     """-> training data, {name: evaluation data}; held-out prompts do not stand in the training data."""
 
     def prompts(flag, name, split, config=None, column="prompt"):
-        return ro.load_prompts(flag, name, split, tokenizer, context - args.response_length, args.chat_template == "auto", config, column)
+        room, drop = context - args.response_length, args.overlong_prompts == "drop"
+        return ro.load_prompts(flag, name, split, tokenizer, room, args.chat_template == "auto", config, column, drop)
 
     if args.dataset_name is None:
         splits = {"in domain": "test", "out of domain": "ood"}
@@ -302,8 +331,9 @@ def completions_of(state, rollout):
 def judge(state, args, batch, rollout):
     """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
     completions = completions_of(state, rollout)
-    true_scores = ro.score(state.reward, batch, completions)
-    labelled = ro.score(state.reward, batch, completions, answer=ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
+    score = lambda answer: ro.score(state.reward, batch, completions, answer, args.reward_timeout, args.skip_nonfinite)
+    true_scores = score("answer")
+    labelled = score(ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     if args.reward_offset:
         scores = scores + ro.prompt_offsets(batch[ro.PROMPT_IDS], args.reward_offset, state.policy.config.vocab_size, args.reward_noise_seed)
@@ -350,10 +380,34 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
     return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
 
 
+def finite_rows(state, args, mask, tensors):
+    """{name: (B, ...) or None} as a list, and mask (B, T), without the rows that are not finite: masked out, and at the others' mean.
+
+    Raises InputError naming the term and the rows, unless --skip-nonfinite.
+    """
+    fine = {name: tensor.flatten(1).isfinite().all(dim=1) for name, tensor in tensors.items() if tensor is not None}
+    all_fine = torch.stack([*fine.values()]).all(dim=0)
+    if all_fine.all():
+        return mask, [*tensors.values()]
+    if not args.skip_nonfinite:
+        name, rows = next((name, (~rows).nonzero().flatten().tolist()) for name, rows in fine.items() if not rows.all())
+        raise InputError(f"iteration {state.iteration + 1}: expected finite {name}, found others in {rows_text(rows)} of the batch; see --skip-nonfinite")
+    state.num_skipped["val/skipped_rows"] += int((mask.any(dim=1) & ~all_fine).sum())
+    shaped = lambda tensor: all_fine.view(-1, *[1] * (tensor.dim() - 1))
+    mean = lambda tensor: tensor[all_fine].mean() if all_fine.any() else 0.0
+    return mask & all_fine[:, None], [tensor if tensor is None else torch.where(shaped(tensor), tensor, mean(tensor)) for tensor in tensors.values()]
+
+
+def rows_text(rows):
+    return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:8]))}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
 @torch.no_grad()
 def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
-    num_prompts = args.batch_size // args.group_size
+    num_prompts, state.num_skipped = args.batch_size // args.group_size, collections.Counter()
+    if args.skip_nonfinite:
+        state.num_skipped["val/skipped_rows"] = 0
     rows = batch_rows(len(state.data), state.iteration * num_prompts, num_prompts, args.seed)
     batch = state.data[[row for row in rows for _ in range(args.group_size)]]
     with state.autocast():
@@ -366,18 +420,23 @@ def collect(state, args):
         with torch.inference_mode():
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
     scores, true_scores = judge(state, args, batch, rollout)
-    mask, rewards = rollout.mask, rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
+    checked = {"scores": scores[:, None], "log-probs": logprobs, "reference log-probs": ref_logprobs}
+    rollout.mask, (scores, logprobs, ref_logprobs) = finite_rows(state, args, rollout.mask, checked)
+    scores = scores[:, 0]
+    rewards = rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
     if state.critic is not None:
-        if state.iteration == 0:
-            state.critic.start_at(dvpo.discounted_returns(rewards, mask, args.gamma)[mask])
+        if state.iteration == 0 and rollout.mask.any():
+            state.critic.start_at(dvpo.discounted_returns(rewards, rollout.mask, args.gamma)[rollout.mask])
         with state.autocast():
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
+        rollout.mask, (head_quantiles,) = finite_rows(state, args, rollout.mask, {"quantiles": head_quantiles})
+    mask = rollout.mask
     advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
 
     metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     is_eos = torch.isin(rollout.response_ids, torch.tensor(state.stop_ids, device=mask.device)) & mask
     metrics |= {
-        "objective/true_scores": true_scores.mean(), "val/num_eos_tokens": is_eos.sum(),
+        "objective/true_scores": true_scores[true_scores.isfinite()].mean(), "val/num_eos_tokens": is_eos.sum(),
         "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
     }  # fmt: skip
     if state.critic is not None:
@@ -411,35 +470,68 @@ def critic_backward(state, args, part, targets, num_tokens):
     return {"loss/value_avg": loss.detach(), **{f"loss/critic_{name}": value for name, value in metrics.items()}}
 
 
+@torch.no_grad()
+def what_is_not_finite(state, args, experience, minibatch):
+    """The first number of a minibatch that is not finite, by name, and the rows of the batch it stands in: looked up row by row, as text."""
+    rollout = experience["rollout"]
+    logprobs = lambda row: ro.response_logprobs(state.policy, rollout[row], args.temperature)
+    values = {"advantages": lambda row: experience["advantages"][row], "log-probs": logprobs}
+    if state.critic is not None:
+        values |= {"targets": lambda row: experience["targets"][row], "quantiles": lambda row: ro.response_quantiles(state.critic, rollout[row])}
+    for name, of_row in values.items():
+        rows = [row for row in sorted(minibatch.tolist()) if not of_row(slice(row, row + 1)).isfinite().all()]
+        if rows:
+            return f"{name} that are not, in {rows_text(rows)} of the batch"
+    return "them not, while all that goes in is: is a learning rate too high?"
+
+
 def update(state, args, experience):
     """Epochs of minibatch steps on one batch of experience; the policy rests during the critic's warm-up -> metrics.
 
-    Nothing of ours in the loop waits for a GPU; whether the gradients were finite is asked once, behind it.
+    Nothing in the loop waits for a GPU but the question, once a minibatch, whether its losses and gradients are finite: Adam never
+    forgets a NaN. If not, raises InputError naming step, term and rows, or with --skip-nonfinite goes on to the next one.
     """
     train_policy = state.critic is None or state.iteration >= args.critic_warmup_steps
-    rollout, totals, norms, num_steps = experience["rollout"], collections.Counter(), [], args.num_ppo_epochs * args.num_mini_batches
-    for minibatch in (rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)):
-        mask, token_weights = rollout[minibatch].mask, torch.ones_like(experience["logprobs"])
-        num_tokens = mask.sum()
-        if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
-            token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
-        elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
-            token_weights *= num_tokens / (len(minibatch) * args.response_length * (args.max_turns if state.user else 1))
-        for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
-            part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
-            now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
-            if train_policy:
-                weights = token_weights[at, : part.mask.shape[1]]
-                totals.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
-            if state.critic is not None:
-                totals.update(critic_backward(state, args, part, now["targets"], num_tokens))
-        for model, optimizer in [(state.critic, state.critic_optimizer)] * (state.critic is not None) + [(state.policy, state.optimizer)] * train_policy:
-            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm))
-            optimizer.step()
+    totals, num_steps, done = collections.Counter(), args.num_ppo_epochs * args.num_mini_batches, 0
+    models = [(state.critic, state.critic_optimizer)] * (state.critic is not None) + [(state.policy, state.optimizer)] * train_policy
+    minibatches = [rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)]
+    for step, minibatch in enumerate(minibatches):
+        sums = minibatch_backward(state, args, experience, minibatch, train_policy)
+        norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model, _ in models]
+        finite = torch.stack([*norms, *(value for name, value in sums.items() if name.startswith("loss/"))]).isfinite().all().item()
+        if not finite and not args.skip_nonfinite:
+            found = what_is_not_finite(state, args, experience, minibatch)
+            raise InputError(f"iteration {state.iteration + 1}, minibatch {step + 1} of {num_steps}: expected finite losses and gradients, found {found}")
+        for _, optimizer in models:
+            if finite:
+                optimizer.step()
             optimizer.zero_grad()
-    if not (largest := torch.stack(norms).max()).isfinite():
-        raise InputError(f"iteration {state.iteration + 1}: expected finite gradients, found {largest.item()}: is --learning-rate too high?")
-    return RESTING | {name: value / num_steps for name, value in totals.items()}
+        if finite:
+            totals.update(sums)
+            done += 1
+    if args.skip_nonfinite:
+        state.num_skipped["val/skipped_minibatches"] += num_steps - done
+    return ({} if train_policy else RESTING) | {name: value / done for name, value in totals.items()} | state.num_skipped
+
+
+def minibatch_backward(state, args, experience, minibatch, train_policy):
+    """Adds the gradients of a minibatch's losses, a micro-batch at a time -> metrics."""
+    rollout, sums = experience["rollout"], collections.Counter()
+    mask, token_weights = rollout[minibatch].mask, torch.ones_like(experience["logprobs"])
+    num_tokens = mask.sum()
+    if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
+        token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
+    elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
+        token_weights *= num_tokens / (len(minibatch) * args.response_length * (args.max_turns if state.user else 1))
+    for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
+        part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
+        now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
+        if train_policy:
+            weights = token_weights[at, : part.mask.shape[1]]
+            sums.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
+        if state.critic is not None:
+            sums.update(critic_backward(state, args, part, now["targets"], num_tokens))
+    return sums
 
 
 @torch.no_grad()
@@ -453,64 +545,157 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
-                scores.append(ro.score(state.reward, batch, completions_of(state, rollout)))
+                scores.append(ro.score(state.reward, batch, completions_of(state, rollout), "answer", args.reward_timeout, args.skip_nonfinite))
                 bar.update(len(batch["prompt"]))
-            results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
+            found = torch.cat(scores)
+            results[f"{name}, {mode}"] = found[found.isfinite()].mean().item()
     return results
 
 
+def flushed(path):
+    """A file or folder, on the disk and not only on its way there."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_whole(path, text):
+    """Text in a file: all of it, or what stood there before."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    flushed(aside)
+    os.replace(aside, path)
+
+
+def checksums(folder):
+    """{path: CRC-32} of every file in a checkpoint but the one that lists them."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"):
+        value = 0
+        with open(path, "rb") as file:
+            while chunk := file.read(2**24):
+                value = zlib.crc32(chunk, value)
+        found[path.relative_to(folder).as_posix()] = value
+    return found
+
+
+def is_whole(folder):
+    """Whether a checkpoint holds what save_checkpoint wrote."""
+    try:
+        return json.loads((folder / "checksums.json").read_text()) == checksums(folder)
+    except (OSError, ValueError):
+        return False
+
+
+def random_states():
+    """Every generator that is not the run's own, in types that torch.load(weights_only=True) reads."""
+    name, keys, *rest = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+
+
 def save_checkpoint(state, args):
-    """Writes output_dir/checkpoint-ITERATION: policy/ and tokenizer, critic/, and state.pt to go on from; complete or not at all."""
-    folder = Path(args.output_dir) / f"checkpoint-{state.iteration:06d}"
+    """Writes output_dir/checkpoint-ITERATION: policy/ and tokenizer, critic/, and state.pt to go on from; complete or not at all.
+
+    The position in the data and in metrics.jsonl is the iteration. All but the newest --save-total-limit are deleted. Raises InputError.
+    """
+    output_dir = Path(args.output_dir)
+    folder = output_dir / f"checkpoint-{state.iteration:06d}"
     aside = folder.with_suffix(".tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    state.policy.save_pretrained(aside / "policy")
-    state.tokenizer.save_pretrained(aside / "policy")
-    if state.critic is not None:
-        state.critic.save_pretrained(aside / "critic")
-    torch.save({
-        "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start, "rng": torch.get_rng_state(),
-        "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
-        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [], "noise": state.noise.get_state(),
-    }, aside / "state.pt")  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
+    for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:  # by a run that was killed
+        shutil.rmtree(left)
+    if folder.exists():  # the run ended here before
+        return folder
+    try:
+        state.policy.save_pretrained(aside / "policy")
+        state.tokenizer.save_pretrained(aside / "policy")
+        if state.critic is not None:
+            state.critic.save_pretrained(aside / "critic")
+        torch.save({
+            "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start, "trust_recorded": state.trust_recorded,
+            "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
+            "random": random_states(), "noise": state.noise.get_state(),
+        }, aside / "state.pt")  # fmt: skip
+        write_whole(aside / "checksums.json", json.dumps(checksums(aside), indent=2) + "\n")
+        for path in [*aside.rglob("*"), aside, output_dir / "metrics.jsonl"]:
+            flushed(path)
+    except Exception as error:  # a full disk, in each library's own words
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"--output-dir: cannot write {folder.name}, earlier ones are kept; found: {ro.one_line(error)}") from error
     os.replace(aside, folder)
+    flushed(output_dir)
+    for path in sorted(output_dir.glob("checkpoint-*[0-9]"))[: -args.save_total_limit]:
+        shutil.rmtree(path.rename(path.with_suffix(".old")))
     return folder
 
 
 def find_checkpoint(folder):
-    """The folder itself if it is a checkpoint, else the newest one in it; raises InputError."""
-    found = [folder] if (folder / "state.pt").exists() else sorted(path.parent for path in folder.glob("checkpoint-*[0-9]/state.pt"))
-    if not found:
-        raise InputError(f"--resume: expected a checkpoint in {str(folder)!r}, found {'none' if folder.is_dir() else 'no such folder'}")
-    return found[-1]
+    """The folder itself if it is a checkpoint, else the newest whole one in it, with a line for each that is not; raises InputError."""
+    for path in [folder] if (folder / "state.pt").exists() else sorted(folder.glob("checkpoint-*[0-9]"), reverse=True):
+        if is_whole(path):
+            return path
+        print(f"{path}: left aside, expected a whole checkpoint, found files that are missing or changed", file=sys.stderr)
+    found = "none" if folder.is_dir() else "no such folder"
+    raise InputError(f"--resume: expected a whole checkpoint in {str(folder)!r}, found {found}")
 
 
 def restore(state, args):
-    """Puts back what save_checkpoint wrote beside the weights, and drops the metrics of later iterations."""
+    """Puts back what save_checkpoint wrote beside the weights, and sets aside what a run wrote after it."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.start = saved["iteration"], saved["before"], time.time() - saved["seconds"]
+    state.trust_recorded = saved["trust_recorded"]
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.critic is not None:
         state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
-    torch.set_rng_state(saved["rng"])
     state.noise.set_state(saved["noise"])
-    if saved["cuda_rng"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(saved["cuda_rng"])
-    log = Path(args.output_dir) / "metrics.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    log.write_text("".join(lines[: state.iteration]))  # one line an iteration; a later, perhaps torn one goes
+    torch.set_rng_state(saved["random"]["torch"])
+    random.setstate(saved["random"]["python"])
+    numpy.random.set_state(saved["random"]["numpy"])
+    if saved["random"]["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(saved["random"]["cuda"])
 
 
-def set_aside(output_dir):
+def go_on_from(args, iteration):
+    """Cuts metrics.jsonl behind the line of an iteration and moves later checkpoints, and an earlier end of the run, out of the way."""
+    output_dir = Path(args.output_dir)
+    log = output_dir / "metrics.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    if len(lines) < iteration:
+        raise InputError(f"--resume: expected {iteration} lines in {log}, one for each iteration of {Path(args.resume).name}, found {len(lines)}")
+    os.truncate(log, sum(map(len, lines[:iteration])))  # in one step: a kill in between loses nothing
+    later = [path for path in output_dir.glob("checkpoint-*[0-9]") if int(path.name.split("-")[1]) > iteration]
+    set_aside(output_dir, [*later, *output_dir.glob("results.json")], "was resumed before its end")
+
+
+def set_aside(output_dir, found=None, why="holds an earlier run"):
     """Moves an earlier run's files to output_dir/earlier-K, so that nothing is overwritten; the warm start stays for reuse."""
-    found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*") for path in output_dir.glob(name)]
+    if found is None:
+        found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*") for path in output_dir.glob(name)]
     if found:
         earlier = next(path for k in itertools.count(1) if not (path := output_dir / f"earlier-{k}").exists())
         earlier.mkdir()
         for path in found:
             path.rename(earlier / path.name)
-        print(f"{output_dir} holds an earlier run: moved to {earlier}")
+        print(f"{output_dir} {why}: {len(found)} files and folders moved to {earlier}")
+
+
+@contextlib.contextmanager
+def stopping_on_signals(state):
+    """While it lasts, Ctrl-C and SIGTERM set state.stop for the loop to see; a second one ends the program at once."""
+
+    def handler(number, frame):
+        if state.stop:
+            raise KeyboardInterrupt
+        state.stop = number
+        os.write(2, b"\nstopping after this iteration, with a checkpoint; once more: at once, without one\n")
+
+    known = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, handler) for number in known}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def make_logger(args):
@@ -533,9 +718,9 @@ def build_critic(args, policy, context):
     if args.algo not in CRITICS:
         return None
     if args.resume:
-        return load(QuantileCritic, Path(args.resume) / "critic", "--resume")
+        return load(QuantileCritic, Path(args.resume) / "critic", "--resume", args.trust_remote_code)
     own_trunk = args.critic_model_name_or_path
-    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else copy.deepcopy(policy.base_model)
+    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path", args.trust_remote_code) if own_trunk else copy.deepcopy(policy.base_model)
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
         raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
     return QuantileCritic(trunk, *critic_size(args), args.tau_grid, seed=args.seed)
@@ -543,7 +728,7 @@ def build_critic(args, policy, context):
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
-    state = argparse.Namespace(iteration=0, before=None, start=time.time())
+    state = argparse.Namespace(iteration=0, before=None, start=time.time(), stop=None)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
     state.reward = ro.load_reward(args.reward, device) if args.reward else reward
@@ -551,8 +736,8 @@ def build(args):
     name = args.model_name_or_path or Path(args.output_dir) / "warm_start"
     if args.model_name_or_path is None:
         importlib.import_module("experiments.warm_start").warm_start(args.task, args.seed, name)
-    state.policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
-    state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
+    state.policy = load(AutoModelForCausalLM, name, "--model-name-or-path", args.trust_remote_code)
+    state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path", args.trust_remote_code)
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = ro.pad_token_id(state.tokenizer, state.stop_ids)
@@ -565,10 +750,12 @@ def build(args):
     if args.response_length >= context:
         raise InputError(f"--response-length: expected less than the model's context of {context} tokens, found {args.response_length}")
     state.data, state.evals = load_data(args, state.tokenizer, context)
+    for flag, data in (("--dataset-name", state.data), *(("--eval-dataset-name", data) for data in state.evals.values())):
+        ro.assert_known_ids(flag, data, state.policy.config.vocab_size)
     state.reference = copy.deepcopy(state.policy).requires_grad_(False).to(device) if args.kl_coef > 0 else None
     state.critic = build_critic(args, state.policy, context)
     if args.resume:
-        state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume")
+        state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume", args.trust_remote_code)
     for model in filter(None, (state.policy, state.critic)):
         model.to(device).train()
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "bf16 weights lose small Adam steps"
@@ -590,10 +777,10 @@ def build(args):
 
 
 def train(args):
-    """The whole run: evaluation, iterations, checkpoint, evaluation, and a table of what changed."""
+    """The whole run: evaluation, iterations, checkpoint, evaluation, and a table of what changed -> exit status."""
     output_dir, state = Path(args.output_dir), build(args)
     num_iterations = math.ceil(args.total_episodes / args.batch_size)
-    torch.manual_seed(args.seed)
+    transformers.set_seed(args.seed)  # of python, numpy and torch: a user's reward may draw from any
     if args.resume:
         try:
             restore(state, args)
@@ -603,14 +790,17 @@ def train(args):
     print(f"{len(state.data)} prompts to train on; held out: {', '.join(f'{len(data)} {name}' for name, data in state.evals.items()) or 'none'}")
     if state.critic is not None and args.critic_warmup_steps >= num_iterations:
         print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
-    if not args.resume:
+    if args.resume:
+        go_on_from(args, state.iteration)
+    else:
         set_aside(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
-    (output_dir / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
+    write_whole(output_dir / "args.json", json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
     log_elsewhere = make_logger(args)  # not earlier: set_aside would move the file that it opens
-    with open(output_dir / "metrics.jsonl", "a") as log, tqdm(total=num_iterations, initial=state.iteration, desc=args.algo) as bar:
-        while state.iteration < num_iterations:
+    bar = tqdm(total=num_iterations, initial=state.iteration, desc=args.algo)
+    with open(output_dir / "metrics.jsonl", "a") as log, bar, stopping_on_signals(state):
+        while state.iteration < num_iterations and not state.stop:
             experience, metrics = collect(state, args)
             metrics |= update(state, args, experience)
             state.iteration += 1
@@ -627,13 +817,18 @@ def train(args):
             bar.update()
             if args.save_steps and state.iteration % args.save_steps == 0 and state.iteration < num_iterations:
                 save_checkpoint(state, args)
-    folder, after, seconds = save_checkpoint(state, args), evaluate(state, args), round(time.time() - state.start, 1)
-    (output_dir / "results.json").write_text(json.dumps({"before": state.before, "after": after, "seconds": seconds}, indent=2) + "\n")
+        folder = save_checkpoint(state, args)
+    if state.iteration < num_iterations:
+        print(f"stopped by {signal.Signals(state.stop).name} after iteration {state.iteration} of {num_iterations}: --resume {output_dir} goes on")
+        return 128 + state.stop
+    after, seconds = evaluate(state, args), round(time.time() - state.start, 1)
+    write_whole(output_dir / "results.json", json.dumps({"before": state.before, "after": after, "seconds": seconds}, indent=2) + "\n")
     print(f"\n{'mean score':24} before    after   change")
     for name, value in state.before.items():
         print(f"{name:24} {value:6.3f}   {after[name]:6.3f}   {after[name] - value:+6.3f}")
     print(f"\npolicy and tokenizer: {folder / 'policy'}" + (f"\ncritic: {folder / 'critic'}" if state.critic is not None else ""))
     print(f"flags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
+    return 0
 
 
 def quiet():
@@ -641,6 +836,8 @@ def quiet():
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs what it then raises
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def run_script(parser, function, args):
@@ -655,11 +852,13 @@ def run_script(parser, function, args):
 def main(argv=None):
     quiet()
     try:
-        train(parse_args(argv))
+        return train(parse_args(argv))
     except (InputError, OSError) as error:  # OSError: the output folder cannot be written
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print("train.py: interrupted; --resume goes on from the newest checkpoint, where there is one", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

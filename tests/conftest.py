@@ -1,21 +1,36 @@
 """Fixtures that several test modules share: tiny models with a real tokenizer on disk."""
 
 import os
+import random
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a defect
 
+import numpy
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import rollout
+import train
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 FAMILIES = ("gpt2", "llama")
+
+
+def dice(prompts, **columns):
+    """A reward that is all chance, from generators that are not torch's."""
+    return [random.random() + numpy.random.rand() for _ in prompts]
+
+
+def train_and_exit(argv, out):
+    """What a process of its own runs; out: the file that gets its standard output."""
+    with open(out, "w") as sys.stdout:
+        sys.exit(train.main(argv))
 
 
 def tiny_config(family, vocab_size=40):

@@ -1,12 +1,17 @@
 """rollout.py: masks, log-probs against samples, verifiers, noise, and every known way to get them subtly wrong."""
 
 import json
+import math
 import random
 import time
+from fractions import Fraction
 
+import numpy
 import pytest
 import torch
 from conftest import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
@@ -221,6 +226,13 @@ def test_positions_count_real_tokens_only(model):
     assert found.position_ids[1, :6].tolist() == [0, 0, 0, 0, 0, 0] and found.position_ids[2, :6].tolist() == [0, 1, 2, 3, 4, 5]
     last = found.attention_mask.sum(1) - 1
     assert torch.equal(found.position_ids.max(1).values, last)
+
+
+def test_a_model_with_a_weight_that_is_no_number_is_refused_where_it_is_first_seen(model):
+    with torch.no_grad():
+        model.get_output_embeddings().weight[3, 0] = float("nan")
+    with pytest.raises(InputError, match="expected finite log-probs"):
+        sample(model, [[5, 6]], 0, [1], 4, 1.0)
 
 
 def test_greedy_takes_the_likeliest_token_and_leaves_the_generator_alone(model):
@@ -629,12 +641,33 @@ def test_math_reads_numeric_answer_columns():
     assert math_reward([""] * 2, ["5", "2.5"], [5, 2.5]) == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("text", ["(" * 100_000, "\\boxed{" * 20_000, "9" * 100_000, "1,111" * 20_000, "-" * 100_000, "\\frac{1}" * 20_000, "1/" * 50_000])
-def test_verifiers_are_linear_on_hostile_text(text):
-    start = time.perf_counter()
-    math_reward([""], [text], ["42"])
-    choice_reward([""], [text], ["A"], [["one", "two"]])
-    assert time.perf_counter() - start < 1.0
+PIECES = ["(", "\\boxed{", "9", "1,111", "-", "\\frac{1}", "1/", "\\text{", "\\text{}^", "{", "}", " ", "\n", "A ", "(A", "answer ", "answer: a ", "is ",
+          "option ", "\\frac{9}{", "2^", "2^{", "x=", ",", ".", ".5", "1 / ", "\\", "\\ ", "\\frac 1", "1\\frac{1}{2}", "\u2212", "$", "A*",
+          "\\boxed{\\text{("]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_verifiers_are_linear_on_hostile_text(piece):
+    """100 kB of one piece, bare, boxed, and with an end that does not match: none takes longer than a second, all together."""
+    text = piece * (100_000 // len(piece))
+    start = time.process_time()
+    for hostile in (text, f"\\boxed{{{text}}}", text + "!", "answer" + text + "x", "1" + text + "}"):
+        for answer in ("42", "x^2", text[:1000]):
+            math_reward([""], [hostile], [answer])
+        choice_reward([""], [hostile], ["A"], [["one", "two"]])
+        choice_reward([""], [hostile], ["1"], [{"text": ["one", "two"], "label": ["1", "2"]}])
+    assert time.process_time() - start < 1.0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4), st.sampled_from(PIECES))
+def test_verifiers_take_any_mixture_in_linear_time(mixture, end):
+    """Random pieces in a row, repeated to 100 kB: a number for each, and soon."""
+    text = "".join(mixture)
+    hostile = text * (100_000 // len(text)) + end
+    start = time.process_time()
+    assert {*math_reward([""] * 2, [hostile, f"\\boxed{{{hostile}}}"], ["42"] * 2), *choice_reward([""], [hostile], ["A"], [["one", "two"]])} <= {0.0, 1.0}
+    assert time.process_time() - start < 0.5
 
 
 def test_nothing_of_the_models_text_is_evaluated():
@@ -710,6 +743,47 @@ def test_rewards_may_be_tensors_and_a_missing_column_is_named():
     assert score(lambda prompts, completions, **columns: [len(columns)], {"prompt": ["p"], "completions": [1], "prompts": [2]}, ["a"]).tolist() == [0.0]
     with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
         score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
+
+
+def test_plain_numbers_of_any_kind_are_scores():
+    values = [True, 1, 0.5, numpy.float32(0.25), numpy.int64(2), numpy.bool_(False), torch.tensor(3.0), torch.tensor([4]), numpy.array(5.0), Fraction(1, 2)]
+    expected = [1, 1, 0.5, 0.25, 2, 0, 3, 4, 5, 0.5]
+    batch, texts = {"prompt": ["p"] * len(values)}, ["a"] * len(values)
+    for returned in (values, tuple(values)):
+        assert score(lambda prompts, **columns: returned, batch, texts).tolist() == expected  # noqa: B023
+    for returned in (numpy.array(expected), numpy.array(expected, dtype=object), torch.tensor(expected, dtype=torch.float64)):
+        assert score(lambda prompts, **columns: returned, batch, texts).tolist() == expected  # noqa: B023
+
+
+def test_a_hanging_reward_ends_after_its_time_and_a_quick_one_is_left_alone():
+    def reward(prompts, seconds, **columns):
+        time.sleep(seconds[0])
+        return [1.0]
+
+    assert score(reward, {"prompt": ["p"], "seconds": [0]}, ["a"], timeout=5).tolist() == [1.0]
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="--reward: expected 1 scores within --reward-timeout 0.1 s, found none"):
+        score(reward, {"prompt": ["p"], "seconds": [1]}, ["a"], timeout=0.1)
+    assert time.perf_counter() - start < 0.9
+    with pytest.raises(InputError, match="--reward: it raised KeyError: 'x'"):  # an exception is no hang
+        score(lambda prompts, **columns: {}["x"], {"prompt": ["p"]}, ["a"], timeout=5)
+
+
+def test_what_a_reward_raises_is_named_with_its_line_and_row():
+    def reward(prompts, level, **columns):
+        return [1 / value for value in level]
+
+    line = reward.__code__.co_firstlineno + 1
+    with pytest.raises(InputError, match=rf"--reward: it raised ZeroDivisionError: .* \(test_rollout.py, line {line}, row 2 of the batch\)"):
+        score(reward, {"prompt": ["p"] * 4, "level": [1, 2, 0, 0]}, ["a"] * 4)
+
+
+def test_scores_that_are_not_finite_may_be_let_through_as_nan():
+    found = score(lambda prompts, **columns: [1.0, math.inf, math.nan], {"prompt": ["p"] * 3}, ["a"] * 3, allow_nonfinite=True)
+    assert found[0] == 1 and found[1:].isnan().all()
+    assert noisy_scores(found, 0.5, 0.5, (0.0, 0.0), torch.Generator())[1:].isnan().all()  # no flip of what is no 0 or 1
+    with pytest.raises(InputError, match="row 0.*None"):
+        score(lambda prompts, **columns: [None], {"prompt": ["p"]}, ["a"], allow_nonfinite=True)
 
 
 def test_load_reward(tmp_path, monkeypatch):

@@ -4,13 +4,23 @@ import argparse
 import collections
 import json
 import math
+import multiprocessing
+import os
+import random
 import re
+import resource
 import shutil
+import signal
+import sys
+import threading
+import time
 import traceback
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
+from conftest import tiny_config, train_and_exit
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -57,7 +67,7 @@ def weights(folder):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, warm_start):
     folder = tmp_path_factory.mktemp("finished")
-    assert run(folder, warm_start, "--save-steps", "8") == 0
+    assert run(folder, warm_start, "--save-steps", "8", "--save-total-limit", "3") == 0
     return folder
 
 
@@ -308,14 +318,97 @@ def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(warm_sta
     assert train.update(state, args, experience)["val/ratio"].item() == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("broken", ["policy", "critic"])
-def test_a_gradient_that_is_not_finite_stops_the_run(broken, warm_start, tmp_path):
+NOT_FINITE = {  # what is broken behind the rollout, so that only the update can see it: (the parameter, what the line names)
+    "policy": (lambda state: state.policy.lm_head.weight, "log-probs"),
+    "critic": (lambda state: state.critic.heads.weight, "quantiles"),
+}
+
+
+@pytest.mark.parametrize("broken", NOT_FINITE)
+def test_losses_and_gradients_that_are_not_finite_stop_the_run_before_a_step(broken, warm_start, tmp_path):
     state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0")
     experience, _ = train.collect(state, args)
+    parameter, term = NOT_FINITE[broken]
     with torch.no_grad():
-        (state.policy.lm_head.weight if broken == "policy" else state.critic.heads.weight)[3, 0] = math.nan
-    with pytest.raises(ro.InputError, match="iteration 1: expected finite gradients, found nan"):
+        parameter(state)[3, 0] = math.nan
+    before = [p.clone() for model in (state.policy, state.critic) for p in model.parameters()]
+    with pytest.raises(ro.InputError, match=f"iteration 1, minibatch 1 of 4: expected finite losses and gradients, found {term} that are not, in rows [0-9]"):
         train.update(state, args, experience)
+    assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (state.policy, state.critic) for p in m.parameters()]) if a.isfinite().all())
+    assert not state.optimizer.state and not state.critic_optimizer.state  # Adam has seen nothing
+
+
+def test_skip_nonfinite_leaves_out_the_minibatch_and_counts_it(warm_start, tmp_path):
+    """A NaN among one row's advantages: its minibatch is skipped in each epoch, the others step, and no weight is touched by it."""
+    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--skip-nonfinite")
+    experience, metrics = train.collect(state, args)
+    assert metrics.keys() >= {"objective/scores"}
+    experience["advantages"][5, 0] = math.nan
+    metrics = train.update(state, args, experience)
+    assert metrics["val/skipped_minibatches"] == args.num_ppo_epochs and metrics["val/skipped_rows"] == 0
+    assert all(p.isfinite().all() for model in (state.policy, state.critic) for p in model.parameters())
+    assert all(math.isfinite(float(value)) for value in metrics.values()) and state.optimizer.state
+    experience["advantages"][:] = math.nan
+    weights = [p.clone() for p in state.policy.parameters()]
+    metrics = train.update(state, args, experience)
+    assert metrics.keys() == {"val/skipped_minibatches", "val/skipped_rows"}  # no mean of nothing
+    assert all(torch.equal(a, b) for a, b in zip(weights, state.policy.parameters()))
+
+
+@pytest.mark.parametrize("term", ["scores", "log-probs", "quantiles"])
+def test_a_rollout_that_is_not_finite_stops_the_run_or_loses_just_those_rows(term, warm_start, tmp_path, monkeypatch):
+    def broken(function, row):
+        def wrapped(*rest, **named):
+            value = function(*rest, **named)
+            value[row] = math.nan
+            return value
+
+        return wrapped
+
+    name = {"scores": (ro, "noisy_scores"), "log-probs": (ro, "in_micro_batches"), "quantiles": (ro, "in_micro_batches")}[term]
+    results = []
+    for flags in (["--skip-nonfinite"], []):
+        flags += ["--num-ppo-epochs", "1", "--algo", "reinforce++" if term == "log-probs" else "dvpo", "--critic-warmup-steps", "0", "--kl-coef", "0"]
+        state, args = state_of(warm_start, tmp_path, *flags)
+        state.trust_recorded = term != "log-probs"
+        with monkeypatch.context() as patch:
+            patch.setattr(*name, broken(getattr(*name), 7))
+            if "--skip-nonfinite" in flags:
+                experience, metrics = train.collect(state, args)
+                metrics |= train.update(state, args, experience)
+                results.append(metrics)
+            else:
+                with pytest.raises(ro.InputError, match=f"iteration 1: expected finite {term}, found others in row 7 of the batch; see --skip-nonfinite"):
+                    train.collect(state, args)
+    assert results[0]["val/skipped_rows"] == 1 and results[0]["val/skipped_minibatches"] == 0
+    assert not experience["rollout"].mask[7].any() and experience["rollout"].mask[6].any()
+    assert all(math.isfinite(float(value)) for name, value in results[0].items() if name != "objective/kl")  # no reference, no KL
+
+
+def test_all_scores_not_finite_skips_all_and_changes_nothing(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.py").write_text("def nan(prompts, **columns): return [float('nan')] * len(prompts)\n")
+    write_rows(tmp_path / "data.jsonl", rows_of())
+    flags = ["--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--reward", "bad:nan", "--output-dir", "run", "--skip-nonfinite"]
+    assert train.main([*MODEL, *flags]) == 0
+    (row,) = log(tmp_path / "run")
+    assert row["val/skipped_rows"] == 8 and row["objective/true_scores"] is None
+
+
+@pytest.mark.parametrize("algo", train.FLAGS["algorithm"][0][2])
+@pytest.mark.parametrize("flags", ["--num-quantiles 1", "--num-heads 1", "--response-length 1", "--response-length 2 --missing-eos-penalty 1 --whiten-rewards"])
+def test_the_smallest_of_everything(flags, algo, model_folder, tmp_path, monkeypatch):
+    """M = 1, N = 1, T = 1, all rows truncated, all rewards equal: finite numbers in, finite weights out, whatever the method."""
+    monkeypatch.chdir(tmp_path)
+    Path("same.py").write_text("def one(prompts, **columns): return [1.0] * len(prompts)\n")
+    write_rows(tmp_path / "data.jsonl", rows_of())
+    argv = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--reward", "same:one", "--output-dir", "run", "--algo", algo]
+    assert train.main([*argv, *flags.split()]) == 0
+    (row,) = log(tmp_path / "run")
+    assert all(value is None or math.isfinite(value) for value in row.values()) and row["objective/true_scores"] == 1
+    assert [name for name, value in row.items() if value is None and not name.startswith("val/explained")] == []
+    policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / "run") / "policy")
+    assert all(p.isfinite().all() for p in policy.parameters())
 
 
 def test_the_static_cache_flag_reaches_sampling(warm_start, tmp_path, monkeypatch):
@@ -359,15 +452,15 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("algo", ["dvpo", "ppo"])
-def test_the_update_waits_for_the_gpu_once_not_in_its_loop(algo, warm_start, tmp_path, monkeypatch):
-    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--algo", algo, "--micro-batch-size", "16")
+def test_the_update_waits_for_the_gpu_once_a_minibatch(algo, warm_start, tmp_path, monkeypatch):
+    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--algo", algo, "--micro-batch-size", "8")
     experience, _ = train.collect(state, args)
     for name in ("cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, lambda *rest: pytest.fail("a tensor is fetched from the GPU"))
     with Waits() as waits:
         train.update(state, args, experience)
     monkeypatch.undo()
-    assert len(waits.found) <= 1, waits.found
+    assert len(waits.found) <= args.num_ppo_epochs * args.num_mini_batches, waits.found
     with Waits() as waits:
         torch.randn(4)[torch.ones(4) > 0].sum().item()
     assert len(waits.found) == 2  # the measuring mode does see them
@@ -647,7 +740,38 @@ BAD_FLAGS = [
     ("--dataset-config main", "--dataset-name"), ("--prompt-column question", "--dataset-name"), ("--eval-dataset-config main", "--eval-dataset-name"),
     ("--user json:dumps --chat-template never", "--chat-template"), ("--task sums --user json:dumps", "--user"),
     ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
+    ("--learning-rte 1", "did you mean --learning-rate?"), ("--kl_coeff 0", "did you mean --kl-coef?"), ("--dataset data.jsonl", "did you mean --dataset-"),
+    ("--zzzz", "unrecognized arguments: --zzzz"), ("stray", "stray"), ("--learning-rate", "--learning-rate: expected one argument"),
+    ("--bootstrap-truncated --algo grpo", "--bootstrap-truncated"), ("--eval-dataset-name data.jsonl", "--dataset-name"),
+    ("--reward model:x --reward-noise-fp 0.1", "--reward-noise-fp"), ("--overlong-prompts keep", "--overlong-prompts"),
+    ("--trust-remote-code yes", "yes"), ("--report-to mlflow", "--report-to"), ("--dtype float16", "--dtype"), ("--tau-grid left", "--tau-grid"),
+    ("--stop-token nosuchword", "--stop-token"), ("--algo grpo --batch-size 12", "--group-size"), ("--reward-noise-outlier x 1", "--reward-noise-outlier"),
+    ("--reward math:", "--reward"), ("--reward os:sep", "--reward"), ("--user :f", "--user"), ("--model-name-or-path a/b/c", "no such folder"),
+    ("--critic-model-name-or-path a/b/c", "--critic-model-name-or-path"), ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
 ]  # fmt: skip
+
+
+def beyond(name, interval):
+    """Values of a numeric flag that it must refuse: on either side of its interval, no number, and for whole numbers a fraction."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    yield from ("x", "nan", "", f"{low - 1:g}")
+    if interval[0] == "(":
+        yield f"{low:g}"
+    yield "inf" if math.isinf(high) else f"{high:g}" if interval[-1] == ")" else f"{high * 2 + 1:g}"
+
+
+NUMERIC = {name: (default[0] if isinstance(default, tuple) else default, allowed) for flags in train.FLAGS.values() for name, default, allowed, _ in flags
+           if isinstance(allowed, str) and not isinstance(default, list)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NUMERIC)
+def test_numbers_outside_their_range(name, capsys):
+    default, interval = NUMERIC[name]
+    assert isinstance(default, (int, float)) and default not in beyond(name, interval)
+    values = [*beyond(name, interval)] + ["1.5"] * (type(default) is int)
+    for value in values:
+        refused(capsys, [f"--{name}={value}"], f"--{name}", f"in {interval}", repr(value))
+    assert len(values) >= 5
 
 
 def refused(capsys, argv, *words):
@@ -676,44 +800,164 @@ ONE = [{"prompt": "area", "answer": "x"}]
 BAD_DATA = [
     ([], "", ["--dataset-name"]),
     ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
-    (ONE + [{"prompt": LONG[0]["content"], "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length"]),
+    (ONE + [{"prompt": LONG[0]["content"], "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length", "drop"]),
     ([{"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 0", "82 tokens"]),
+    ([{"prompt": LONG, "answer": "x"}], "--overlong-prompts drop", ["--dataset-name", "row 0", "82 tokens"]),
     ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": None, "answer": "x"}], "", ["row 0", "prompt", "None"]),
+    (ONE + [{"prompt": None, "answer": "x"}], "", ["row 1", "prompt", "None"]),
     ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [3], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": ["area"], "answer": "x"}], "", ["row 0", "prompt", "{role, content}"]),
+    ([{"prompt": {"role": "user"}, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [{"role": "user"}], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [{"role": "user", "content": 3}], "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]),
-    ("{broken", "", ["--dataset-name"]),
+    ("{broken", "", ["--dataset-name", "line 1"]),
+    ('{"prompt": "area"}\n\n{"prompt": "area",}\n', "", ["--dataset-name", "line 3"]),
+    ('{"prompt": "area"}\n[1, 2]\n', "", ["--dataset-name", "line 2", "object"]),
+    ('{"prompt": "area"}\n{"prompt": 3}\n', "", ["--dataset-name"]),
+    (b'{"prompt": "area"}\n{"prompt": "\xff\xfe"}\n', "", ["--dataset-name", "line 2", "utf-8"]),
+    (b"\x00\x01\x02", "", ["--dataset-name", "line 1"]),
+    (b"", "", ["--dataset-name"]),
     (None, "", ["--dataset-name", "no such file"]),
+    (ONE, "--dataset-name data.csv", ["--dataset-name", "json, jsonl or parquet", "data.csv"]),
+    (ONE, "--dataset-name broken.parquet", ["--dataset-name", "broken.parquet"]),
+    (ONE, "--dataset-name no/such/set", ["--dataset-name", "no/such/set"]),
+    (ONE, "--dataset-name nosuchset", ["--dataset-name", "nosuchset"]),
+    (ONE, "--eval-dataset-name nosuch.jsonl", ["--eval-dataset-name", "no such file"]),
+    (ONE, "--prompt-column question", ["--dataset-name", "'question'", "--prompt-column"]),
+    (ONE, "--eval-dataset-name data.csv", ["--eval-dataset-name", "json, jsonl or parquet"]),
     ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
+    (ONE * 3, "--pseudo-label-noise 0.1 --eval-dataset-name other.jsonl", ["--pseudo-label-noise", "different"]),
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
     (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
     (ONE * 4, "", ["--dataset-name", "held-out"]),
-    (ONE, "--reward bad:raises", ["--reward", "KeyError"]),
+    (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3", "row 0 of the batch"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
     (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
     (ONE, "--reward bad:text", ["--reward", "row 0", "'1'"]),
+    (ONE, "--reward bad:none", ["--reward", "row 0", "None"]),
+    (ONE, "--reward bad:nothing", ["--reward", "8 numbers", "NoneType"]),
+    (ONE, "--reward bad:nested", ["--reward", "row 0", "[1, 2]"]),
+    (ONE, "--reward bad:huge", ["--reward", "row 0", "1e+39"]),
+    (ONE, "--reward bad:leaves", ["--reward", "SystemExit"]),
+    (ONE, "--reward bad:hangs --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
+    (ONE, "--reward bad:needs", ["--reward", "'level'", "answer"]),
     (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
+    (ONE, "--user bad:raises", ["--user", "KeyError"]),
+    (ONE, "--user bad:three", ["--user", "expected a str", "3"]),
+    (ONE, "--reward nosuchmodule:f", ["--reward", "nosuchmodule"]),
+    (ONE, "--reward broken:f", ["--reward", "broken"]),
+    (ONE, "--reward model:nosuchmodel", ["--reward", "nosuchmodel"]),
 ]
+BAD_CODE = """
+def short(prompts, **columns): return [0.0]
+def raises(*prompts, **columns): return {}['x']
+def half(prompts, **columns): return [0.5] * len(prompts)
+def nan(prompts, **columns): return [0.0] * 7 + [float('nan')]
+def text(prompts, **columns): return ['1'] * len(prompts)
+def none(prompts, **columns): return [None] * len(prompts)
+def nothing(prompts, **columns): pass
+def nested(prompts, **columns): return [[1, 2]] * len(prompts)
+def huge(prompts, **columns): return [1e39] * len(prompts)
+def leaves(prompts, **columns): raise SystemExit(0)
+def hangs(prompts, **columns): import time; time.sleep(2)
+def needs(prompts, completions, level): return [level] * len(prompts)
+def three(messages, **columns): return 3
+"""
 
 
 @pytest.mark.parametrize("rows,flags,words", BAD_DATA)
 def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys, monkeypatch):
     """And what stood in the output folder before is still there, moved or not."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.py").write_text(
-        "def short(prompts, **columns): return [0.0]\ndef half(prompts, **columns): return [0.5] * len(prompts)\n"
-        "def raises(prompts, **columns): return {}['x']\n"
-        "def nan(prompts, **columns): return [0.0] * 7 + [float('nan')]\ndef text(prompts, **columns): return ['1'] * len(prompts)\n"
-    )
+    monkeypatch.delitem(sys.modules, "bad", raising=False)
+    (tmp_path / "bad.py").write_text(BAD_CODE)
+    (tmp_path / "broken.py").write_text("def f(:\n")
+    for name in ("data.csv", "broken.parquet"):
+        (tmp_path / name).write_text("prompt,answer\narea,x\n")
+    write_rows(tmp_path / "other.jsonl", [{"prompt": "food", "answer": "x"}])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("precious\n")
-    if isinstance(rows, str):
-        (tmp_path / "data.jsonl").write_text(rows)
+    if isinstance(rows, (str, bytes)):
+        (tmp_path / "data.jsonl").write_bytes(rows.encode() if isinstance(rows, str) else rows)
     elif rows is not None:
         write_rows(tmp_path / "data.jsonl", rows)
     argv = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--output-dir", "run", "--reward", "exact", *flags.split()]
     refused(capsys, argv, *words)
     kept = [path.read_text() for path in (tmp_path / "run").rglob("metrics.jsonl")]
     assert "precious\n" in kept
+
+
+def test_the_table_of_bad_inputs_is_long_enough():
+    numbers = sum(len([*beyond(name, interval)]) for name, (_, interval) in NUMERIC.items())
+    assert len(BAD_FLAGS) + len(BAD_DATA) >= 130 and numbers >= 150
+
+
+def test_overlong_prompts_are_dropped_with_a_count(model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", [*rows_of(4), {"prompt": LONG, "answer": "x"}, *rows_of(6)[4:]])
+    argv = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "exact", "--overlong-prompts", "drop", "--output-dir", str(tmp_path)]
+    assert train.main([*MODEL, *argv]) == 0
+    assert "--dataset-name: 1 of 7 prompts dropped, expected at most 60" in capsys.readouterr().out
+
+
+def test_equal_rows_and_ids_are_just_data_and_unknown_words_get_a_note(model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", [{"id": 7, **row} for row in rows_of(6) * 2] + [{"id": 7, "prompt": "what is this", "answer": "x"}])
+    argv = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "exact", "--output-dir", str(tmp_path)]
+    assert train.main([*MODEL, *argv]) == 0
+    assert re.search("note: --dataset-name: the tokenizer does not know 3 of the prompts' [0-9]+ tokens, the first in row 12", capsys.readouterr().out)
+
+
+def saved_model(folder, **changes):
+    """A tiny model and tokenizer in a folder, with the tokenizer's attributes changed."""
+    tokenizer = ro.task_tokenizer("dialogue")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer))).save_pretrained(folder)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokenizers_without_pad_or_template_and_with_added_tokens(tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": f"area {area}", "answer": "x"} for area in ro.SLOTS["area"]])
+    bare = saved_model(tmp_path / "bare", pad_token=None, chat_template=None)
+    argv = [*MODEL, "--dataset-name", data, "--reward", "exact", "--output-dir", str(tmp_path / "run")]
+    assert train.main([*argv, "--model-name-or-path", str(bare)]) == 0
+    chat = write_rows(tmp_path / "chat.jsonl", rows_of())
+    refused(capsys, [*argv, "--model-name-or-path", str(bare), "--dataset-name", chat], "row 0", "no chat template")
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.add_tokens(["sushi"])
+    tokenizer.save_pretrained(bare)
+    assert train.main([*argv, "--model-name-or-path", str(bare)]) == 0  # as long as nobody says it
+    write_rows(tmp_path / "data.jsonl", [{"prompt": f"area {area} food sushi", "answer": "x"} for area in ro.SLOTS["area"]])
+    refused(capsys, [*argv, "--model-name-or-path", str(bare)], "--dataset-name: row", "token ids below 32", "found 32")
+
+
+def test_code_of_a_model_runs_only_where_asked_and_pickles_never(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = saved_model(tmp_path / "own")
+    (folder / "own.py").write_text(f"""
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({str(tmp_path / "ran")!r}).touch()
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM): config_class = OwnConfig
+""")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"], "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    argv = [*MODEL, "--model-name-or-path", str(folder), "--dataset-name", write_rows(tmp_path / "data.jsonl", rows_of()), "--reward", "exact"]
+    refused(capsys, [*argv, "--output-dir", str(tmp_path / "run")], "--model-name-or-path", "code")
+    assert not (tmp_path / "ran").exists()
+    assert train.main([*argv, "--algo", "grpo", "--trust-remote-code", "--output-dir", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "ran").exists()
+    pickled = saved_model(tmp_path / "pickled")
+    torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    refused(capsys, [*argv, "--model-name-or-path", str(pickled)], "--model-name-or-path", "model.safetensors")
 
 
 def test_a_reward_that_fails_leaves_the_earlier_run_where_it_is(model_folder, tmp_path, capsys):
@@ -748,12 +992,172 @@ def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_sta
     assert args.kv_cache == "dynamic" and args.micro_batch_tokens == 4096 and args.num_quantiles == 16
 
 
-@pytest.mark.parametrize("torn", ["args.json", "*24/state.pt", "*24/critic/critic_config.json", "*24/policy/model.safetensors"])
-def test_resume_from_torn_files_is_one_line(torn, finished, tmp_path, capsys):
-    shutil.copytree(finished, tmp_path / "run")
-    (path,) = (tmp_path / "run").glob(torn)
-    path.write_bytes(path.read_bytes()[:20])
-    refused(capsys, ["--resume", str(tmp_path / "run"), "--total-episodes", "1600"], "--resume")
+def some_of(source, target, *names):
+    for name in names:
+        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, target / name)
+
+
+@pytest.mark.parametrize("torn", ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "checksums.json", "policy/tokenizer.json"])
+def test_a_torn_checkpoint_is_left_aside_with_a_line_and_the_older_one_used(torn, finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000016", "checkpoint-000024", "args.json", "metrics.jsonl")
+    path = tmp_path / "checkpoint-000024" / torn
+    path.write_bytes(path.read_bytes()[:-20]) if "tokenizer" not in torn else path.write_bytes(path.read_bytes().replace(b"area", b"erea"))
+    assert train.find_checkpoint(tmp_path).name == "checkpoint-000016"
+    assert re.search("checkpoint-000024: left aside, .*missing or changed", capsys.readouterr().err)
+    refused(capsys, ["--resume", str(tmp_path / "checkpoint-000024")], "--resume", "whole checkpoint")
+
+
+def test_resume_from_torn_flags_or_short_metrics_is_one_line(finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
+    log_file = tmp_path / "metrics.jsonl"
+    log_file.write_text("".join(log_file.read_text().splitlines(keepends=True)[:9]))
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected 16 lines", "found 9")
+    (tmp_path / "args.json").write_text("{")
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json")
+
+
+def test_resuming_an_older_checkpoint_moves_what_came_after_it(finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000008", "checkpoint-000024", "args.json", "metrics.jsonl", "results.json", "warm_start")
+    train.go_on_from(argparse.Namespace(output_dir=str(tmp_path), resume=str(tmp_path / "checkpoint-000008")), 8)
+    assert [path.name for path in sorted((tmp_path / "earlier-1").iterdir())] == ["checkpoint-000024", "results.json"]
+    assert log(tmp_path) == log(finished)[:8] and "earlier-1" in capsys.readouterr().out
+
+
+def test_the_newest_checkpoints_are_kept_and_leftovers_cleared(warm_start, tmp_path):
+    for left in ("checkpoint-000002.tmp", "checkpoint-000001.old"):
+        (tmp_path / left).mkdir()
+    assert run(tmp_path, warm_start, "--total-episodes", "320", "--save-steps", "1", "--eval-samples", "4") == 0
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-000004", "checkpoint-000005"]
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys):
+    """No file may grow beyond 30 kB from the second save on: the run ends with a line, the first checkpoint stands and is whole."""
+    save, limits = train.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(state, args):
+        if state.iteration > 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        return save(state, args)
+
+    train.save_checkpoint = save_on_a_full_disk
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    try:
+        refused(capsys, [*SMALL, "--output-dir", str(tmp_path), "--save-steps", "1", "--eval-samples", "4"], "--output-dir", "checkpoint-000002", "arge")
+    finally:
+        train.save_checkpoint = save
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"] and train.is_whole(tmp_path / "checkpoint-000001")
+
+
+def test_random_states_come_back():
+    """Python's, numpy's and torch's generators, through a file that unpickles nothing."""
+    torch.save(train.random_states(), path := "/dev/shm/states.pt" if Path("/dev/shm").exists() else "states.pt")
+    draw = lambda: (random.random(), numpy.random.rand(), torch.rand(1).item())
+    first, saved = draw(), torch.load(path, weights_only=True)
+    os.remove(path)
+    random.setstate(saved["python"]), numpy.random.set_state(saved["numpy"]), torch.set_rng_state(saved["torch"])
+    assert draw() == first
+
+
+# ---- killed runs
+
+FORK = multiprocessing.get_context("forkserver")  # a clean process with train imported, from which others start at once
+FORK.set_forkserver_preload(["train", "conftest"])
+KILLED = ["--total-episodes", "240", "--save-steps", "1", "--response-length", "6"]
+
+
+def started(argv, out=os.devnull):
+    process = FORK.Process(target=train_and_exit, args=(argv, str(out)))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def to_kill(model_folder, tmp_path_factory):
+    """(flags, finished folder): a run whose reward draws from python's and numpy's generators."""
+    folder = tmp_path_factory.mktemp("kill")
+    write_rows(folder / "data.jsonl", rows_of())
+    argv = [*MODEL, *KILLED, "--model-name-or-path", model_folder, "--dataset-name", str(folder / "data.jsonl"), "--reward", "conftest:dice"]
+    process = started([*argv, "--output-dir", str(folder / "whole")])
+    process.join()
+    assert process.exitcode == 0
+    return argv, folder / "whole"
+
+
+def same_run(a, b):
+    assert log(a) == log(b) and torch.equal(weights(a), weights(b))
+    assert json.loads((a / "results.json").read_text())["after"] == json.loads((b / "results.json").read_text())["after"]
+
+
+def test_twenty_kills_change_nothing(to_kill, tmp_path):
+    """SIGKILL while it starts, inside a save, and an iteration or three later, in turn: the finished run is the uninterrupted one, bit for bit."""
+    argv, whole = to_kill
+    rng, saves, folder = random.Random(0), 0, tmp_path / "run"
+
+    def num_lines():
+        return len((folder / "metrics.jsonl").read_bytes().splitlines()) if (folder / "metrics.jsonl").exists() else 0
+
+    for number in range(21):
+        found = [int(path.name[-6:]) for path in folder.glob("checkpoint-*[0-9]")]
+        process = started([*argv, *(["--resume"] if found else []), "--output-dir", str(folder)])
+        kind, start, lines = number % 3, time.time() + rng.uniform(0, 1), max(found, default=0) + rng.randint(0, 2)
+        while number < 20 and not (any(folder.glob("checkpoint-*.tmp")), time.time() > start, num_lines() > lines)[kind]:
+            assert process.is_alive(), number
+            time.sleep(0.0005)
+        if number < 20:
+            time.sleep(rng.uniform(0, 0.01))
+            process.kill()
+        process.join()
+        saves += any(folder.glob("checkpoint-*.tmp"))
+        assert process.exitcode == (0 if number == 20 else -signal.SIGKILL), number
+    assert saves >= 4, saves
+    same_run(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
+    argv, whole = to_kill
+    folder = tmp_path / "run"
+    process = started([*argv, "--save-steps", "0", "--output-dir", str(folder)], tmp_path / "out")
+    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text()):
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
+    out = (tmp_path / "out").read_text()
+    assert re.search(rf"stopped by {signal.Signals(number).name} after iteration \d+ of 30: --resume {folder} goes on", out), out
+    assert train.main(["--resume", str(folder)]) == 0
+    same_run(folder, whole)
+
+
+def test_a_second_signal_ends_at_once_and_other_code_gets_its_handlers_back():
+    state, before = argparse.Namespace(stop=None), signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), train.stopping_on_signals(state):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert state.stop == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.soak
+def test_half_an_hour_leaks_nothing(warm_start, tmp_path):
+    """python -m pytest -m soak: memory within 2 % and open files the same, from the fifth minute to the thirtieth."""
+    minutes, seen = float(os.environ.get("SOAK_MINUTES", 30)), []
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
+
+    def look():
+        while timer.is_alive():
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append((pages, len(os.listdir("/proc/self/fd"))))
+            time.sleep(minutes)
+
+    timer.start()
+    threading.Thread(target=look, daemon=True).start()
+    assert run(tmp_path, warm_start, "--total-episodes", "10000000", "--save-steps", "50", "--eval-steps", "50") == 128 + signal.SIGINT
+    memory, files = zip(*seen[len(seen) // 6 : -1])
+    early, late = (sum(part) / len(part) for part in (memory[: len(memory) // 4], memory[-len(memory) // 4 :]))
+    print(f"{early:.0f} -> {late:.0f} pages, {min(files)} to {max(files)} open files, {len(log(tmp_path))} iterations")
+    assert abs(late / early - 1) < 0.02 and files[-1] <= files[0] + 2
 
 
 def test_help_names_every_flag_and_both_spellings_work(capsys):
