@@ -1,5 +1,7 @@
 """risk.py: exact tail means, each term by hand, and the property that the terms exist for."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -41,12 +43,12 @@ def test_tail_means_at_awkward_counts(m, share):
 
 
 @settings(max_examples=100, deadline=None)
-@given(m=st.integers(1, 40), share=st.floats(1e-3, 1.0), seed=st.integers(0, 2**31))
-def test_tail_means_integrate_the_step_function(m, share, seed):
-    q = torch.randn(m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    steps = sorted(q.tolist())
-    area = sum(value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(steps))
-    assert lower_tail_mean(q, share).item() == pytest.approx(area / share, rel=1e-9, abs=1e-12)
+@given(shape=st.lists(st.integers(1, 3), max_size=2), m=st.integers(1, 40), share=st.floats(1e-3, 1.0), seed=st.integers(0, 2**31))
+def test_tail_means_integrate_the_step_function(shape, m, share, seed):
+    q = torch.randn(*shape, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    for row, low in zip(q.view(-1, m).tolist(), lower_tail_mean(q, share).flatten().tolist(), strict=True):
+        area = sum(value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(sorted(row)))
+        assert low == pytest.approx(area / share, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(upper_tail_mean(q, share), -lower_tail_mean(-q, share))
 
 
@@ -98,13 +100,31 @@ def test_calibration_of_a_single_atom_is_finite_and_targets_get_no_gradient():
     assert torch.isfinite(q.grad).all() and y.grad is None
 
 
-def test_shift_by_hand():
-    assert mean_shift_loss(torch.tensor([[0.0, 4.0]]), torch.tensor([[1.0, 2.0, 6.0]])).tolist() == [1.0]
+def test_calibrations_gradient_by_hand():
+    """q = 0, 1, 2, 3 and one target -1 below them all, shares 1/2: t_low = 1 - 2 / 0.5 = -3, t_up = 2, both without gradient.
+
+    So 2 (0.5 + 3) / 2 on each of the lower two and 2 (2.5 - 2) / 2 on the upper two; through v, t_low would move by 1 - 1 / 0.5.
+    """
+    q = torch.arange(4.0, requires_grad=True)
+    tail_calibration_loss(q, torch.tensor([-1.0]), 0.5, 0.5).backward()
+    assert q.grad.tolist() == [3.5, 3.5, 0.5, 0.5]
+    q = torch.arange(4.0, requires_grad=True)  # mirrored: -q, -y
+    tail_calibration_loss(-q, torch.tensor([1.0]), 0.5, 0.5).backward()
+    assert q.grad.tolist() == [3.5, 3.5, 0.5, 0.5]
+
+
+def test_shift_by_hand_without_gradient_to_the_targets():
+    """Means 2 and 4 against 3 and 2."""
+    q, y = torch.tensor([[[0.0, 4.0], [1.0, 7.0]]], requires_grad=True), torch.tensor([[[1.0, 2.0, 6.0], [0.0, 0.0, 6.0]]], requires_grad=True)
+    loss = mean_shift_loss(q, y)
+    assert loss.tolist() == [[1.0, 4.0]]
+    loss.sum().backward()
+    assert y.grad is None and q.grad.tolist() == [[[-1.0, -1.0], [2.0, 2.0]]]
 
 
 def test_shape_by_hand():
-    """q = 0, 4, 5, 7: mean 4, S_low = 4 - 0, S_up = 7 - 4 at share 1/4: 4 - 0.5 * 3 = 2.5; at ratio 2 the hinge is shut."""
-    q = torch.tensor([5.0, 7.0, 0.0, 4.0])
+    """q = 1, 5, 6, 8: mean 5, S_low = 5 - 1, S_up = 8 - 5 at share 1/4: 4 - 0.5 * 3 = 2.5; at ratio 2 the hinge is shut."""
+    q = torch.tensor([6.0, 8.0, 1.0, 5.0])
     assert tail_shape_loss(q, 0.25, 0.25, 0.5).item() == 2.5
     assert tail_shape_loss(q, 0.25, 0.25, 2.0).item() == 0.0
 
@@ -114,6 +134,7 @@ def test_curvature_by_hand():
     q = torch.tensor([7.0, 0.0, 6.0, 4.0, 7.0])
     assert tail_curvature_loss(q, 1 / 3, 1 / 3).item() == pytest.approx(3.0)
     assert tail_curvature_loss(torch.tensor([0.0, 1.0, 3.0, 6.0]), 0.5, 0.5).item() == 0.0
+    assert tail_curvature_loss(torch.tensor([2.0, 3.0, 0.0]), 0.1, 1.0).item() == 2.0  # M = 3: one D2, -1, at both ends
     assert tail_curvature_loss(torch.tensor([1.0, 2.0]), 0.1, 0.1).item() == 0.0
 
 
@@ -166,9 +187,17 @@ def test_config_refuses(wrong):
         RiskConfig(**wrong)
 
 
-def test_regularizer_asserts_shapes():
+def test_config_takes_its_limits_stays_as_made_and_starts_at_the_documented_weights():
+    config = RiskConfig(alpha=1.0, beta=1, ratio=0, calibration=0, shift=0, shape=0, curvature=0, consistency=0)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.shift = -1.0
+    assert dataclasses.astuple(RiskConfig()) == (0.1, 0.1, 0.5, 0.01, 0.1, 0.1, 0.1, 0.1)  # README, "weights" and "shape, curvature"
+
+
+@pytest.mark.parametrize("quantiles,targets", [((3, 8), (8,)), ((3, 3, 8), (3, 8)), ((3, 8), (3, 3, 8))])
+def test_regularizer_asserts_shapes(quantiles, targets):
     with pytest.raises(AssertionError):
-        risk_regularizer(torch.zeros(3, 8), torch.zeros(8), RiskConfig())
+        risk_regularizer(torch.zeros(quantiles), torch.zeros(targets), RiskConfig())
 
 
 # ---- the property: against plain quantile regression the lower tail contracts, the upper one expands, the mean stays
