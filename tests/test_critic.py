@@ -109,6 +109,7 @@ def test_fp32_stays_exact_far_from_zero_and_beside_outliers(offset, scale, outli
     levels = quantile_levels(50)
     value, gradient = value_and_gradient(quantile_huber_loss, quantiles, targets, levels, kappa)
     expected, expected_gradient = value_and_gradient(pairwise_quantile_huber_loss, quantiles.double(), targets.double(), levels.double(), kappa)
+    assert value.dtype == gradient.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=3e-7, atol=0)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=0, atol=3e-7 * expected_gradient.abs().max().item())
 
@@ -170,10 +171,14 @@ def test_loss_is_the_same_in_chunks_of_rows(monkeypatch):
     """Chunks of one row, of two, and all at once; leading dimensions of any number, none included."""
     quantiles, targets, levels = torch.randn(3, 5, 7, 40).double(), torch.randn(3, 5, 7, 30).double(), quantile_levels(40).double()
     expected = pairwise_quantile_huber_loss(quantiles, targets, levels, 0.1)
-    for size in (1, 150, 2**16):
+    rows, of_rows = [], critic._loss_and_slope
+    monkeypatch.setattr(critic, "_loss_and_slope", lambda q, *rest: rows.append(len(q)) or of_rows(q, *rest))
+    for size, num_rows in ((1, 1), (150, 2), (2**16, 105)):
         monkeypatch.setitem(critic.CHUNK_SIZE, "cpu", size)
         found = quantile_huber_loss(quantiles, targets, levels, 0.1)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert max(rows) == rows[0] == num_rows
+        rows.clear()
     assert quantile_huber_loss(quantiles[:0], targets[:0], levels, 0.1).shape == (0, 5, 7)
     assert quantile_huber_loss(quantiles[0, 0, 0], targets[0, 0, 0], levels, 0.1).shape == ()
 
@@ -317,6 +322,9 @@ def test_critic_starts_at_its_bias_with_heads_apart(model):
     assert head_consistency(quantiles).min() > 0
     assert torch.equal(quantiles, make_critic(model, bias=0.5)(*inputs()))  # seeded
     assert not torch.equal(quantiles, make_critic(model, bias=0.5, seed=1)(*inputs()))
+    fresh = QuantileCritic(model.base_model)
+    assert fresh(*inputs()).shape == (2, 6, 4, 200)  # README: N and M
+    assert fresh.heads.weight.std().item() == pytest.approx(2e-5 / 32**0.5, rel=0.02)  # whatever the width, hidden states of size 1 give 2e-5
 
 
 def test_critic_starts_at_the_quantiles_of_returns_or_at_their_mean(model):
@@ -327,17 +335,30 @@ def test_critic_starts_at_the_quantiles_of_returns_or_at_their_mean(model):
     critic = make_critic(model, num_quantiles=1)
     critic.start_at(torch.tensor([0.0, 3.0, 0.0]))
     assert (critic(*inputs()) - 1).abs().max() < 1e-3
-    with pytest.raises(AssertionError):
-        critic.start_at(torch.zeros(2, 3))
+    for returns in (torch.zeros(2, 3), torch.zeros(0)):
+        with pytest.raises(AssertionError):
+            critic.start_at(returns)
 
 
-def test_critic_output_is_fp32_under_autocast_and_columns_are_a_slice(model):
+def test_critic_starts_at_returns_of_any_precision_and_number(model):
+    """torch.quantile wants one dtype, float or double, and at most 2^24 numbers."""
+    critic = make_critic(model, num_quantiles=2)
+    for returns in (torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).bfloat16(), torch.arange(5).double()):
+        critic.start_at(returns)
+        assert critic.heads.bias.tolist() == [1.0, 3.0] * 3
+    critic.start_at(torch.tensor([2.0]).expand(2**24 + 1))
+    assert critic.heads.bias.tolist() == [2.0] * 6
+
+
+def test_critic_output_is_fp32_under_autocast_or_on_a_bf16_trunk_and_columns_are_a_slice(model):
     critic = make_critic(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert critic(*inputs()).dtype == torch.float32
     columns = torch.tensor([[4, 5], [1, 3]])
     expected = torch.stack([row[kept] for row, kept in zip(critic(*inputs()), columns)])
     torch.testing.assert_close(critic(*inputs(), columns=columns), expected)
+    critic.trunk.bfloat16()
+    assert critic(*inputs()).dtype == torch.float32
 
 
 def test_critic_learns_and_every_head_is_calibrated(model):
@@ -367,7 +388,7 @@ def test_save_and_load_round_trip(model, tmp_path):
     critic.save_pretrained(tmp_path)
     loaded = QuantileCritic.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(*inputs()), critic.eval()(*inputs()))
-    assert torch.equal(loaded.levels, quantile_levels(8, "right"))
+    assert torch.equal(loaded.levels, quantile_levels(8, "right")) and "levels" not in loaded.state_dict()  # they follow from the settings
     assert type(AutoModel.from_pretrained(tmp_path)) is type(model.base_model)  # the trunk alone, in plain transformers
 
 
