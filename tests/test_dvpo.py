@@ -1,6 +1,8 @@
 """dvpo.py: hand-derived rewards, advantages and losses; the identities; padding, NaN and micro-batches that change nothing."""
 
+import itertools
 import math
+import statistics
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from dvpo import (
     token_rewards,
     winsorized_scores,
 )
-from risk import RiskConfig, risk_regularizer
+from risk import RiskConfig, lower_tail_mean, risk_regularizer, upper_tail_mean
 
 NAN = float("nan")
 
@@ -42,13 +44,18 @@ def random_mask(generator, batch, length):
     return torch.rand(batch, length, generator=generator) < 0.7
 
 
-def scalar_gae(rewards, values, gamma, lam, last_value=0.0):
-    """The textbook recursion on plain lists, float64: the reference."""
+def scalar_gae(rewards, values, gamma, lam, last_value=0.0, successors=None):
+    """The textbook recursion on plain lists, float64: the reference. successors: what states are worth seen from before them."""
     advantages, next_value, next_advantage = [0.0] * len(rewards), last_value, 0.0
     for t in reversed(range(len(rewards))):
         next_advantage = rewards[t] + gamma * next_value - values[t] + gamma * lam * next_advantage
-        advantages[t], next_value = next_advantage, values[t]
+        advantages[t], next_value = next_advantage, (successors or values)[t]
     return advantages
+
+
+def hidden(tensor, mask):
+    """The tensor with NaN wherever mask (B, T) is False."""
+    return torch.where(mask.view(*mask.shape, *[1] * (tensor.dim() - 2)), tensor, NAN)
 
 
 # ---- token rewards
@@ -60,6 +67,8 @@ def test_score_stands_on_the_last_valid_token_and_nowhere_else():
     scores = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
     rewards = token_rewards(scores, torch.zeros(5, 4), None, mask, 0.0)
     assert rewards.tolist() == [[0, 0, 1, 0], [2, 0, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0], [0, 0, 0, 5]]
+    rewards = token_rewards(scores.double().requires_grad_(), torch.zeros(5, 4, requires_grad=True), None, mask, 0.0)
+    assert rewards.dtype == torch.float32 and not rewards.requires_grad  # as the log-probs, whatever the scores are
 
 
 def test_kl_in_the_reward_by_hand_without_gradient_and_past_nan():
@@ -110,6 +119,48 @@ def test_mean_of_distributional_gae_is_scalar_gae_of_the_mean(batch, length, m, 
     torch.testing.assert_close(targets.mean(-1)[mask], (quantiles.mean(-1) + scalar_advantage(advantages))[mask])
 
 
+SHAPES = {"batch": st.integers(1, 4), "length": st.integers(1, 7), "seed": st.integers(0, 2**31)}
+DISCOUNTS = {"gamma": st.sampled_from([0.0, 0.9, 1.0]), "lam": st.sampled_from([0.0, 0.5, 1.0])}
+
+
+@settings(max_examples=60, deadline=None)
+@given(m=st.integers(1, 5), bootstrapped=st.booleans(), own_successors=st.booleans(), **SHAPES, **DISCOUNTS)
+def test_distributional_gae_is_the_textbook_recursion_on_every_sorted_index(batch, length, seed, gamma, lam, m, bootstrapped, own_successors):
+    """Any mask with NaN off it, one token, one quantile, with and without a bootstrap and successors, all of them unsorted."""
+    rng = torch.Generator().manual_seed(seed)
+    rewards, mask = torch.randn(batch, length, generator=rng).double(), random_mask(rng, batch, length)
+    quantiles, successors = torch.randn(2, batch, length, m, generator=rng).double()
+    last = torch.randn(batch, m, generator=rng).double() if bootstrapped else torch.zeros(batch, m)
+    arguments = (last if bootstrapped else None, hidden(successors, mask) if own_successors else None)
+    advantages, targets = distributional_gae(hidden(rewards, mask), hidden(quantiles, mask), mask, gamma, lam, *arguments)
+    for row, j in itertools.product(range(batch), range(m)):
+        kept = mask[row]
+        values, after = (x[row, kept].sort(dim=-1).values[:, j].tolist() for x in (quantiles, successors if own_successors else quantiles))
+        expected = scalar_gae(rewards[row, kept].tolist(), values, gamma, lam, last[row].sort().values[j].item(), after)
+        assert advantages[row, kept, j].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert targets[row, kept, j].tolist() == pytest.approx([v + a for v, a in zip(values, expected)], rel=1e-9, abs=1e-9)
+    assert (advantages[~mask] == 0).all() and (targets[~mask] == 0).all()
+
+
+@pytest.mark.filterwarnings("ignore:std")  # torch warns of the std of no tokens at all
+def test_one_token_and_none_by_hand():
+    """T = M = N = 1. Row 0: reward 2, value 0.5, log-ratio ln 1.5; row 1 is all masked and counts for nothing, not even as 0 in a mean."""
+    mask, rewards, values = torch.tensor([[True], [False]]), torch.tensor([[2.0], [NAN]]), torch.tensor([[[0.5]], [[NAN]]])
+    for gae in (distributional_gae, robust_gae):
+        advantages, targets = gae(rewards, values, mask, 0.5, 0.9)
+        assert advantages.tolist() == [[[1.5]], [[0.0]]] and targets.tolist() == [[[2.0]], [[0.0]]]
+        assert gae(rewards, values, mask, 0.5, 0.9, torch.tensor([[4.0], [4.0]]))[0].tolist() == [[[3.5]], [[0.0]]]  # 2 + 0.5 * 4 - 0.5
+    assert discounted_returns(rewards, mask, 0.5).tolist() == [[2.0], [0.0]]
+    loss, metrics = clipped_policy_loss(torch.full((2, 1), math.log(1.5)), torch.zeros(2, 1), rewards, mask, 0.2)
+    assert loss.item() == pytest.approx(-2.4) and metrics["clipfrac"] == 1 and metrics["ratio"].item() == pytest.approx(1.5)
+    head, level = values.unsqueeze(2), torch.tensor([0.5])
+    for kappa, expected in ((0.0, 0.75), (1.0, 0.5), (None, 1.125)):  # |u| / 2, (|u| - 1/2) / 2, u^2 / 2 with u = 1.5
+        assert critic_loss(head, rewards.unsqueeze(2), mask, level, kappa, None)[0].item() == expected
+    assert explained_variance(values[..., 0], rewards, mask).isnan()
+    metrics = quantile_metrics(head, rewards, mask, 0.1, 0.1)
+    assert set(map(float, metrics.values())) == {0.0} and set(map(float, quantile_metrics(head, rewards, mask & False, 0.1, 0.1).values())) == {0.0}
+
+
 def test_undiscounted_lambda_1_makes_every_atom_the_sampled_return():
     torch.manual_seed(0)
     rewards, quantiles, mask = torch.randn(4, 6).double(), torch.randn(4, 6, 5).double(), ragged_mask([6, 3, 1, 5], 6)
@@ -152,7 +203,7 @@ def test_whiten_gives_mean_0_and_variance_1_over_valid_tokens_whatever_the_paddi
     assert white[mask].mean().abs() < 1e-6 and white[mask].var().item() == pytest.approx(1, abs=1e-4)
     assert torch.equal(masked_whiten(torch.where(mask, values, NAN), mask), white) and (white[~mask] == 0).all()
     kept = masked_whiten(values, mask, shift_mean=False)
-    assert kept[mask].mean().item() == pytest.approx(values[mask].mean().item(), rel=1e-5)
+    assert kept[mask].mean().item() == pytest.approx(values[mask].mean().item(), rel=1e-5) and (kept[~mask] == 0).all()
 
 
 def test_whiten_of_0_1_and_2_tokens():
@@ -184,7 +235,8 @@ def test_kl_signs_by_hand_and_overflow():
     expected = {"k1": math.log(2), "k2": math.log(2) ** 2 / 2, "k3": math.log(2) - 0.5}
     for kind, value in expected.items():
         assert kl_estimate(one, two, kind).item() == pytest.approx(value, rel=1e-6)
-    assert torch.isfinite(kl_estimate(torch.tensor([-500.0]), torch.tensor([0.0]), "k3")).all()
+    for log_ratio, expected in ((-500.0, math.exp(20) - 21), (500.0, math.exp(-20) + 19)):  # k1 = -20 and 20 in k3
+        assert kl_estimate(torch.tensor([log_ratio]), torch.tensor([0.0]), "k3").item() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(one, two, "k4")
 
@@ -192,17 +244,18 @@ def test_kl_signs_by_hand_and_overflow():
 # ---- log-probs
 
 
-def test_token_logprobs_values_gradient_chunks_and_untouched_logits():
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_token_logprobs_values_gradient_chunks_and_untouched_logits(temperature):
     torch.manual_seed(0)
     logits, ids = torch.randn(5, 3, 7, requires_grad=True), torch.randint(7, (5, 3))
     before = logits.detach().clone()
-    expected = (logits / 0.5).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
+    expected = (logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
     for chunk_size in (1, 42, 10**6):
-        found = token_logprobs(logits, ids, 0.5, chunk_size)
+        found = token_logprobs(logits, ids, temperature, chunk_size)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0])
     assert torch.equal(logits.detach(), before)
-    half = token_logprobs(logits.bfloat16(), ids, 0.5)
+    half = token_logprobs(logits.bfloat16(), ids, temperature)
     assert half.dtype == torch.float32
 
 
@@ -218,9 +271,10 @@ def test_no_fp32_copy_of_bf16_logits_is_made_forward_or_backward(temperature):
             return result
 
     logits, ids = torch.randn(4, 25, 50).bfloat16().requires_grad_(), torch.randint(50, (4, 25))
-    with LargestFloat() as largest:
-        token_logprobs(logits, ids, temperature, chunk_size=500).sum().backward()
-    assert largest.numel == 500 and logits.grad.dtype == torch.bfloat16
+    for chunk_size, largest_numel in ((500, 500), (1, 100)):  # one token of 50 at a time, and then the 100 log-probs
+        with LargestFloat() as largest:
+            token_logprobs(logits, ids, temperature, chunk_size).sum().backward()
+        assert largest.numel == largest_numel and logits.grad.dtype == torch.bfloat16
 
 
 # ---- policy loss
@@ -239,6 +293,29 @@ def test_policy_loss_by_hand():
     assert metrics["approx_kl"].item() == pytest.approx((math.log(1.5) ** 2 + math.log(0.5) ** 2) / 4, rel=1e-5)
     loss.backward()
     torch.testing.assert_close(logprobs.grad, torch.tensor([[0.0, 1.5], [-0.5, 0.0]]) / 4)
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SHAPES)
+def test_policy_loss_gradient_and_metrics_are_those_of_a_loop_over_tokens(batch, length, seed):
+    """Any mask, NaN off it, none valid included; old log-probs that are not 0, tokens inside the clip range and on both sides of it."""
+    rng = torch.Generator().manual_seed(seed)
+    logprobs, old, advantages = torch.randn(3, batch, length, generator=rng).double() * 0.3 - 1
+    advantages, mask = advantages + 1, random_mask(rng, batch, length)
+    loss, gradient, clipped, kl, ratios, count = 0.0, torch.zeros(batch, length).double(), 0, 0.0, 0.0, max(mask.sum().item(), 1)
+    for row, t in mask.nonzero().tolist():
+        difference, advantage = (logprobs - old)[row, t].item(), advantages[row, t].item()
+        ratio = math.exp(difference)
+        surrogate, limited = ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage
+        loss, kl, ratios, clipped = loss - min(surrogate, limited), kl + difference**2 / 2, ratios + ratio, clipped + (limited < surrogate)
+        gradient[row, t] = 0 if limited < surrogate else -surrogate / count
+    logprobs = hidden(logprobs, mask).requires_grad_()
+    found, metrics = clipped_policy_loss(logprobs, hidden(old, mask), hidden(advantages, mask), mask, 0.2)
+    assert found.item() == pytest.approx(loss / count, rel=1e-9, abs=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found, logprobs)[0], gradient)
+    expected = {"clipfrac": clipped / count, "approx_kl": kl / count, "ratio": ratios / count}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6)
+    assert not any(value.requires_grad for value in metrics.values())
 
 
 def policy_inputs(length=7):
@@ -288,7 +365,8 @@ def test_policy_loss_of_an_all_masked_batch_is_0_and_of_a_huge_ratio_finite():
     empty, _ = clipped_policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), torch.zeros(1, 2, dtype=torch.bool), 0.2)
     huge, metrics = clipped_policy_loss(logprobs, torch.zeros(1, 2), -torch.ones(1, 2), torch.ones(1, 2, dtype=torch.bool), 0.2)
     (empty + huge).backward()
-    assert empty.item() == 0 and torch.isfinite(huge) and torch.isfinite(logprobs.grad).all() and torch.isfinite(metrics["ratio"])
+    assert empty.item() == 0 and torch.isfinite(logprobs.grad).all()
+    assert huge.item() == metrics["ratio"].item() == pytest.approx(math.exp(20), rel=1e-6)
 
 
 def test_policy_loss_sends_no_gradient_to_old_logprobs_or_advantages():
@@ -305,21 +383,42 @@ def critic_inputs(heads=3, m=8, k=5):
     return torch.randn(4, 6, heads, m).double(), torch.randn(4, 6, k).double(), ragged_mask([6, 1, 0, 4], 6), quantile_levels(m).double()
 
 
-def test_critic_loss_is_every_heads_loss_plus_weighted_terms():
-    """Against a loop over tokens and heads with the pairwise definition."""
-    head_quantiles, targets, mask, levels = critic_inputs()
-    risk = RiskConfig(calibration=0.3, shift=0.4, shape=0.5, curvature=0.6, consistency=0.7)
-    loss, metrics = critic_loss(head_quantiles, targets, mask, levels, 0.1, risk)
-    quantile, tails, consistency = [], [], []
-    for heads, atoms in zip(head_quantiles[mask], targets[mask]):
-        quantile += [sum(pairwise_quantile_huber_loss(head, atoms, levels, 0.1) for head in heads) / len(heads)]
-        tails += [risk_regularizer(heads.mean(0), atoms, risk)[0]]
-        consistency += [((heads - heads.mean(0)) ** 2).mean()]
-    mean = lambda values: torch.stack(values).mean()
-    torch.testing.assert_close(loss, mean(quantile) + mean(tails) + 0.7 * mean(consistency))
-    torch.testing.assert_close(metrics["quantile"], mean(quantile))
-    torch.testing.assert_close(metrics["consistency"], mean(consistency))
+@settings(max_examples=60, deadline=None)
+@given(
+    heads=st.integers(1, 3), m=st.integers(1, 6), k=st.integers(1, 5), kappa=st.sampled_from([0.0, 0.1, 1.0]),
+    consistency=st.sampled_from([0.0, 0.7, 1.0]), **SHAPES,
+)  # fmt: skip
+def test_critic_loss_is_every_heads_loss_plus_weighted_terms(batch, length, seed, heads, m, k, kappa, consistency):
+    """Against a loop over tokens and heads with the pairwise definition: any mask, NaN off it, N = 1, M = 1."""
+    rng = torch.Generator().manual_seed(seed)
+    head_quantiles, targets = torch.randn(batch, length, heads, m, generator=rng).double(), torch.randn(batch, length, k, generator=rng).double()
+    mask, levels = random_mask(rng, batch, length), quantile_levels(m).double()
+    risk = RiskConfig(calibration=0.3, shift=0.4, shape=0.5, curvature=0.6, consistency=consistency)
+    quantile, tails, apart = (torch.zeros(1).double() for _ in range(3))
+    for values, atoms in zip(head_quantiles[mask], targets[mask]):
+        quantile += sum(pairwise_quantile_huber_loss(head, atoms, levels, kappa) for head in values) / heads
+        tails += risk_regularizer(values.mean(0), atoms, risk)[0]
+        apart += ((values - values.mean(0)) ** 2).mean()
+    loss, metrics = critic_loss(hidden(head_quantiles, mask).requires_grad_(), hidden(targets, mask), mask, levels, kappa, risk)
+    expected = torch.cat([quantile + tails + consistency * apart, quantile, apart]) / max(mask.sum().item(), 1)
+    torch.testing.assert_close(torch.stack([loss.detach(), metrics["quantile"], metrics["consistency"]]), expected)
     assert metrics.keys() == {"quantile", "calibration", "shift", "shape", "curvature", "consistency"}
+    assert loss.requires_grad and not any(value.requires_grad for value in metrics.values())
+
+
+def test_consistency_of_weight_0_is_off_exactly():
+    """Heads 2e30 apart: their squared distance overflows in fp32, and 0 times infinity would be NaN."""
+    heads, off = torch.tensor([-1e30, 1e30]).view(1, 1, 2, 1), RiskConfig(calibration=0, shift=0, shape=0, curvature=0, consistency=0)
+    loss, _ = critic_loss(heads, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), torch.tensor([0.5]), 0.0, off)
+    assert loss.item() == pytest.approx(5e29)  # |u| / 2
+
+
+def test_scalar_critics_loss_by_hand_for_several_heads_and_atoms():
+    """Heads (0, 0, 3) and (1, 2, 6), means 1 and 3; targets 0 and 4, mean 2: half of the mean of 1 and 1. And 5: half of 16 and 4."""
+    heads = torch.tensor([[0.0, 0.0, 3.0], [1.0, 2.0, 6.0]]).expand(1, 2, 2, 3)
+    targets, mask = torch.tensor([[[0.0, 4.0], [5.0, 5.0]]]), torch.tensor([[True, True]])
+    assert critic_loss(heads, targets, mask, quantile_levels(3), None, None)[0].item() == (0.5 + 5) / 2
+    assert critic_loss(heads, targets, ragged_mask([1], 2), quantile_levels(3), None, None)[0].item() == 0.5
 
 
 def test_every_head_gets_a_gradient_of_its_own():
@@ -366,14 +465,12 @@ def test_critic_loss_of_an_all_masked_batch_is_0():
     assert loss.item() == 0 and (head_quantiles.grad == 0).all() and all(value == 0 for value in metrics.values())
 
 
-def test_targets_get_no_gradient():
+@pytest.mark.parametrize("kappa,risk", [(None, None), (0.01, RiskConfig())])
+def test_targets_get_no_gradient(kappa, risk):
     head_quantiles, targets, mask, levels = critic_inputs()
     targets.requires_grad_()
-    critic_loss(head_quantiles.requires_grad_(), targets, mask, levels, 0.01, RiskConfig())[0].backward()
-    assert targets.grad is None
-
-
-# ---- metrics
+    critic_loss(head_quantiles.requires_grad_(), targets, mask, levels, kappa, risk)[0].backward()
+    assert targets.grad is None and head_quantiles.grad.abs().sum() > 0
 
 
 # ---- the baselines' advantages
@@ -389,8 +486,9 @@ def test_group_advantages_by_hand():
 
 @pytest.mark.parametrize("divide_by_std", [True, False])
 def test_a_group_of_equal_scores_has_no_advantage_and_a_group_of_one_is_refused(divide_by_std):
-    for score in (0.3, 1.0, -1e6 / 7):
-        assert (group_advantages(torch.full((9,), score), 3, divide_by_std) == 0).all()
+    """fp32's mean of three 0.9 is not 0.9, nor that of seven 0.1."""
+    for score, size in itertools.product((0.1, 0.3, 0.9, 1.0, -1e6 / 7), (3, 7)):
+        assert (group_advantages(torch.full((2 * size,), score), size, divide_by_std) == 0).all()
     for size in (1, 0, 3, 16):
         with pytest.raises(ValueError, match="group_size: expected at least 2"):
             group_advantages(torch.ones(8), size, divide_by_std)
@@ -425,6 +523,19 @@ def test_discounted_returns_by_hand_and_across_a_gap():
     assert returns.tolist() == [[2.75, 0.0, 3.5, 3.0]]
 
 
+@settings(max_examples=60, deadline=None)
+@given(gamma=st.floats(0, 1), **SHAPES)
+def test_discounted_returns_are_discounted_sums(batch, length, seed, gamma):
+    rng = torch.Generator().manual_seed(seed)
+    rewards, mask = torch.randn(batch, length, generator=rng).double(), random_mask(rng, batch, length)
+    returns = discounted_returns(hidden(rewards, mask), mask, gamma)
+    for row, kept in enumerate(mask):
+        left = rewards[row, kept].tolist()
+        expected = [sum(gamma**k * reward for k, reward in enumerate(left[t:])) for t in range(len(left))]
+        assert returns[row, kept].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+    assert (returns[~mask] == 0).all()
+
+
 def test_robust_gae_by_hand():
     """Heads (1, 3), (2, 6), no reward but 1 at the end, gamma = lam = 1: delta_1 = min(2, 6) - mean(1, 3) = 0; delta_2 = 1 - 4 = -3."""
     values, mask = torch.tensor([[[1.0, 3.0], [2.0, 6.0]]]), torch.ones(1, 2, dtype=torch.bool)
@@ -432,6 +543,21 @@ def test_robust_gae_by_hand():
     assert advantages.flatten().tolist() == [-3.0, -3.0] and targets.flatten().tolist() == [-1.0, 1.0]
     after = torch.tensor([[5.0, 9.0]])  # a truncated row, bootstrapped from the worst head: delta_2 = 1 + 5 - 4
     assert robust_gae(torch.tensor([[0.0, 1.0]]), values, mask, 1.0, 1.0, after)[0].flatten().tolist() == [2.0, 2.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(num_heads=st.integers(1, 4), bootstrapped=st.booleans(), **SHAPES, **DISCOUNTS)
+def test_robust_gae_is_the_textbook_recursion_with_the_worst_head_as_successor(batch, length, seed, gamma, lam, num_heads, bootstrapped):
+    rng = torch.Generator().manual_seed(seed)
+    rewards, mask = torch.randn(batch, length, generator=rng).double(), random_mask(rng, batch, length)
+    heads, last = torch.randn(batch, length, num_heads, generator=rng).double(), torch.randn(batch, num_heads, generator=rng).double()
+    advantages, targets = robust_gae(hidden(rewards, mask), hidden(heads, mask), mask, gamma, lam, last if bootstrapped else None)
+    assert advantages.shape == targets.shape == (batch, length, 1) and (advantages[~mask] == 0).all() and (targets[~mask] == 0).all()
+    for row, kept in enumerate(mask):
+        values, worst, end = heads[row, kept].mean(-1).tolist(), heads[row, kept].amin(-1).tolist(), last[row].min().item() if bootstrapped else 0.0
+        expected = scalar_gae(rewards[row, kept].tolist(), values, gamma, lam, end, worst)
+        assert advantages[row, kept, 0].tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+        assert targets[row, kept, 0].tolist() == pytest.approx([v + a for v, a in zip(values, expected)], rel=1e-9, abs=1e-9)
 
 
 @settings(max_examples=50, deadline=None)
@@ -447,15 +573,18 @@ def test_robust_gae_is_at_most_gae_on_the_mean_and_equal_for_one_head(seed, num_
 
 
 def test_winsorized_scores_by_hand():
-    """Level 0.5 of the critic's (1, 2, 3, 4), unsorted, at the last token is 2: only the score below it rises."""
-    quantiles = torch.full((3, 3, 4), 9.0)
-    quantiles[:, 1] = torch.tensor([4.0, 2.0, 1.0, 3.0])
+    """Level 0.5 of the critic's 1 to 6, unsorted, at the last token is 3, of twice as much in row 1 it is 6: only scores below rise."""
+    quantiles = torch.full((3, 3, 6), 9.0)
+    quantiles[:, 1] = torch.tensor([5.0, 6.0, 2.0, 1.0, 4.0, 3.0]) * torch.tensor([[1.0], [2.0], [1.0]])
     mask = ragged_mask([2, 2, 0], 3)
-    scores = torch.tensor([-5.0, 3.5, -7.0])
-    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [2.0, 3.5, -7.0]  # a row without tokens keeps its score
+    scores = torch.tensor([-5.0, 6.5, -7.0])
+    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [3.0, 6.5, -7.0]  # a row without tokens keeps its score
     quantiles[:, 2] = NAN
-    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [2.0, 3.5, -7.0]
-    assert winsorized_scores(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]), 0.25).tolist() == [1.0, 1.0, 2.0, 3.0, 4.0]  # the batch's own
+    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [3.0, 6.5, -7.0]
+    for dtype in (torch.float32, torch.bfloat16):  # torch.quantile takes no bfloat16
+        raised = winsorized_scores(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=dtype), 0.25)  # the batch's own
+        assert raised.tolist() == [1.0, 1.0, 2.0, 3.0, 4.0] and raised.dtype == dtype
+    assert torch.equal(winsorized_scores(torch.full((7,), 0.3), 0.1), torch.full((7,), 0.3))
     for level in (0.0, 1.0):
         with pytest.raises(ValueError, match="level"):
             winsorized_scores(scores, level)
@@ -468,16 +597,19 @@ def test_explained_variance_by_hand():
     """targets 0, 2, 4: variance 8/3. Errors 0, 1, -1: variance 2/3. 1 - 1/4. A constant offset costs nothing."""
     targets, mask = torch.tensor([[0.0, 2.0, 4.0, NAN]]), ragged_mask([3], 4)
     assert explained_variance(torch.tensor([[0.0, 1.0, 5.0, 7.0]]), targets, mask).item() == pytest.approx(0.75)
+    assert explained_variance(torch.tensor([[0.0, 0.25, 1.25, 7.0]]), targets / 4, mask).item() == pytest.approx(0.75)
     assert explained_variance(targets + 9, targets, mask).item() == 1
     assert explained_variance(torch.zeros(1, 4), targets, mask).item() == 0
-    assert explained_variance(torch.zeros(1, 4), torch.ones(1, 4), mask).isnan()
+    for values in (torch.zeros(1, 4), targets):
+        assert explained_variance(values, torch.ones(1, 4), mask).isnan()
 
 
 def test_rollout_metrics_by_hand():
     """Two rows of two and one token: k1 sums 0.3 and -0.1, -logp sums 1.5 and 0.5, scores 1 and 0; kl_coef 2."""
     mask = ragged_mask([2, 1], 2)
     logprobs, ref_logprobs = torch.tensor([[-1.0, -0.5], [-0.5, NAN]]), torch.tensor([[-1.1, -0.7], [-0.4, 0.0]])
-    metrics = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, ref_logprobs, mask, 2.0)
+    metrics = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs.requires_grad_(), ref_logprobs, mask, 2.0)
+    assert not any(value.requires_grad for value in metrics.values())
     expected = {"objective/kl": 0.1, "objective/scores": 0.5, "objective/entropy": 1.0, "objective/rlhf_reward": 0.3}
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, abs=1e-6)
     without = rollout_metrics(torch.tensor([1.0, 0.0]), logprobs, None, mask, 0.0)
@@ -505,6 +637,30 @@ def test_quantile_metrics_see_crossing_spread_and_ignore_padding():
     assert quantile_metrics(heads[..., :1], torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), 1.0, 1.0)["crossing_frac"].item() == 0
 
 
+@pytest.mark.filterwarnings("ignore:std")
+@settings(max_examples=60, deadline=None)
+@given(heads=st.integers(1, 3), m=st.integers(1, 6), alpha=st.sampled_from([0.1, 0.25, 0.5]), beta=st.sampled_from([0.1, 0.25, 1.0]), **SHAPES)
+def test_quantile_metrics_are_those_of_a_loop_over_tokens(batch, length, seed, heads, m, alpha, beta):
+    """Any mask, NaN off it; quantiles and returns on a grid, so that neighbours tie and returns fall on the interval's ends."""
+    rng = torch.Generator().manual_seed(seed)
+    head_quantiles = torch.randint(0, 4, (batch, length, heads, m), generator=rng).double().requires_grad_()
+    returns, mask = torch.randint(0, 4, (batch, length), generator=rng).double(), random_mask(rng, batch, length)
+    tokens = {name: [] for name in ("crossing_frac", "std", "lower_tail", "upper_tail", "coverage", "head_spread")}
+    for values, sampled in zip(head_quantiles.detach()[mask], returns[mask].tolist()):
+        unsorted = values.mean(0)
+        q, mean = sorted(unsorted.tolist()), unsorted.mean().item()
+        tokens["crossing_frac"] += [sum(after < before for before, after in itertools.pairwise(unsorted.tolist())) / max(m - 1, 1)]
+        tokens["std"] += [statistics.pstdev(q)]
+        tokens["lower_tail"] += [mean - lower_tail_mean(unsorted, alpha).item()]
+        tokens["upper_tail"] += [upper_tail_mean(unsorted, beta).item() - mean]
+        tokens["coverage"] += [q[math.ceil(alpha * m) - 1] <= sampled <= q[m - math.ceil(beta * m)]]
+        tokens["head_spread"] += [math.sqrt(sum((x - mid) ** 2 for head in values.tolist() for x, mid in zip(head, unsorted.tolist())) / (heads * m))]
+    metrics = quantile_metrics(hidden(head_quantiles, mask), hidden(returns, mask), mask, alpha, beta)
+    expected = {name: sum(each) / max(mask.sum().item(), 1) for name, each in tokens.items()}
+    assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert not any(value.requires_grad for value in metrics.values())
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -513,6 +669,10 @@ def test_quantile_metrics_see_crossing_spread_and_ignore_padding():
         lambda: clipped_policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 4, dtype=torch.bool), 0.2),
         lambda: critic_loss(torch.zeros(2, 4, 1, 5), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), quantile_levels(5), 0, None),
         lambda: masked_mean(torch.zeros(2, 4), torch.ones(2, 1, dtype=torch.bool)),
+        lambda: winsorized_scores(torch.zeros(1), 0.5, torch.zeros(2, 4, 5), torch.ones(2, 4, dtype=torch.bool)),
+        lambda: winsorized_scores(torch.zeros(2), 0.5, torch.zeros(2, 1, 5), torch.ones(2, 4, dtype=torch.bool)),
+        lambda: robust_gae(torch.zeros(2, 4), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), 1, 1),
+        lambda: group_advantages(torch.zeros(4, 2), 2, False),
     ],
 )
 def test_shapes_are_asserted(call):
