@@ -84,12 +84,19 @@ def value_and_gradient(loss, quantiles, targets, levels, kappa):
     return value.detach(), torch.autograd.grad(value.sum(), quantiles)[0]
 
 
+def by_loops(quantiles, targets, levels, kappa):
+    """The definition on lists of floats."""
+    huber = lambda u: abs(u) - kappa / 2 if abs(u) > kappa else u * u / (2 * kappa) if kappa else 0.0
+    return sum(abs(tau - (y < q)) * huber(y - q) for q, tau in zip(quantiles, levels) for y in targets) / (len(quantiles) * len(targets))
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     shape=st.lists(st.integers(1, 3), max_size=2), m=st.integers(1, 9), k=st.integers(1, 9), kappa=st.sampled_from([0.0, 0.01, 1.0]),
     offset=st.sampled_from([0.0, 100.0, -1e4]), grid=st.sampled_from(["midpoint", "right"]), seed=st.integers(0, 2**31),
 )  # fmt: skip
 def test_fast_form_is_the_pairwise_definition_in_float64(shape, m, k, kappa, offset, grid, seed):
+    """Values and gradients of the two forms, and the values of loops over lists."""
     generator = torch.Generator().manual_seed(seed)
     targets = (torch.randn(*shape, k, generator=generator, dtype=torch.float64) * 4).round() / 4 + offset  # a grid: ties abound
     quantiles = (torch.randn(*shape, m, generator=generator, dtype=torch.float64) * 4).round() / 4 + offset
@@ -98,6 +105,15 @@ def test_fast_form_is_the_pairwise_definition_in_float64(shape, m, k, kappa, off
     expected, expected_gradient = value_and_gradient(pairwise_quantile_huber_loss, quantiles, targets, levels, kappa)
     torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-10, atol=1e-10)
+    loops = [by_loops(q, y, levels.tolist(), kappa) for q, y in zip(quantiles.view(-1, m).tolist(), targets.view(-1, k).tolist())]
+    assert value.flatten().tolist() == pytest.approx(loops, rel=1e-10, abs=1e-10)
+
+
+@pytest.mark.parametrize("m,k", [(1, 1), (1, 3), (5, 1), (5, 3)])
+@pytest.mark.parametrize("kappa", [0.0, 0.01])
+def test_quantiles_that_equal_all_targets_cost_nothing_and_stay(m, k, kappa):
+    value, gradient = value_and_gradient(quantile_huber_loss, torch.full((2, m), 0.7), torch.full((2, k), 0.7), quantile_levels(m), kappa)
+    assert value.abs().max() < 1e-12 and gradient.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("offset,scale,outlier", [(0, 1, 0), (1e3, 1, 0), (-1e5, 1, 0), (0, 1, 1e6), (0, 1e4, 0)])

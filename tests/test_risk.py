@@ -145,6 +145,7 @@ def test_terms_are_finite_for_any_number_of_quantiles(m):
     loss.sum().backward()
     assert loss.shape == (5,) and torch.isfinite(loss).all() and torch.isfinite(q.grad).all()
     assert all(value.shape == (5,) and not value.requires_grad for value in parts.values())
+    assert risk_regularizer(torch.full((5, m), 2.5), torch.full((5, 1), 2.5), RiskConfig())[0].abs().max() < 1e-6  # all equal: nothing to do
 
 
 def test_every_term_sorts_its_input():
