@@ -1,5 +1,6 @@
 """experiments/: the scripts run, at sizes of seconds."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import rollout
 import train
-from experiments import dialogue, evaluate, memory, noise, pseudo_labels, reward_model, sft, warm_start
+from experiments import dialogue, evaluate, memory, mutants, noise, pseudo_labels, reward_model, sft, warm_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -392,3 +393,25 @@ def test_memory_takes_train_pys_flags_behind_two_dashes(model_folder, tmp_path, 
         with pytest.raises(SystemExit) as stopped:
             show(*words)
         assert stopped.value.code == 2 and found in capsys.readouterr().err
+
+
+def test_mutants_are_single_changes_of_code_alone():
+    """Nothing in the docstring or the message changes."""
+    source = 'def f(x):\n    """1 + 1"""\n    assert x < 3, f"{x + 1}"\n    return -x.detach() if not x else max(0, True)\n'
+    found = [(source[:start] + new + source[end:]).splitlines() for start, end, new in mutants.changes(source)]
+    assert [line.strip() for lines in found for line, old in zip(lines, source.splitlines()) if line != old] == [
+        'x < 3, f"{x + 1}"', 'assert x <= 3, f"{x + 1}"', 'assert x < 4, f"{x + 1}"',
+        "return x.detach() if not x else max(0, True)", "return -x if not x else max(0, True)", "return -x.detach() if x else max(0, True)",
+        "return -x.detach() if not x else min(0, True)", "return -x.detach() if not x else max(1, True)", "return -x.detach() if not x else max(0, False)",
+    ]  # fmt: skip
+
+
+def test_a_mutant_is_killed_by_a_test_or_accepted_for_a_reason():
+    """zero times a sum: times one, over zero and two wrong dims are killed; zero times a mean lives, and ACCEPTED says why."""
+    number = next(n for n, line in enumerate((ROOT / "risk.py").read_text().splitlines(), 1) if line.endswith("q.sum(dim=-1) * 0"))
+    done = subprocess.run([sys.executable, "experiments/mutants.py", f"risk.py:{number}-{number}"], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "risk.py: 5 mutants, 4 killed, 1 survivors accepted, 0 not" in done.stdout, done.stderr[-2000:]
+    assert mutants.part("risk.py:7-9") == ("risk.py", 7, 9) and mutants.part("risk.py") == ("risk.py",)
+    for wrong in ("risk.py:7", "README.md", "setup.py"):
+        with pytest.raises(argparse.ArgumentTypeError, match="expected a file with a test module"):
+            mutants.part(wrong)
