@@ -48,7 +48,8 @@ CRITICS = ("dvpo", "ppo", "robust")
 BUILT_IN = {"sums": (ro.math_reward, None), "dialogue": (ro.exact_reward, None), "booking": (ro.booking_reward, ro.scripted_user)}  # reward, user
 GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL in the loss
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
-SHOWN = {"score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
+SHOWN = {"tok/s": "tps", "score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var",
+         "clip": "policy/clipfrac_avg"}  # beside the bar's own iteration and time left
 CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "save_total_limit", "eval_steps", "report_to", "device", "skip_nonfinite",
               "reward_timeout")  # in a resumed run
 FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, None for text and switches; help)
@@ -128,7 +129,7 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
         ("eval-samples", (512, 128), "[1, inf)", "held-out prompts per evaluation"),
         ("resume", None, None, "go on from a checkpoint or run folder, or without a value from --output-dir"),
-        ("report-to", "none", ["none", "tensorboard", "wandb"], "also log to"),
+        ("report-to", "none", ["none", "tensorboard", "wandb", "trackio"], "also log to"),
         ("device", "auto", None, "auto, cpu or cuda"),
         ("dtype", "auto", ["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 (autocast) on cuda, else float32"),
         ("gradient-checkpointing", False, None, "trade time for memory in the update"),
@@ -535,6 +536,26 @@ def minibatch_backward(state, args, experience, minibatch, train_policy):
 
 
 @torch.no_grad()
+def examples(state, args, count=3):
+    """Greedy responses to the first held-out prompts -> [{prompt, completion, score}], all as text but the score."""
+    if not state.evals:
+        return []
+    data = next(iter(state.evals.values()))
+    batch = data[: min(count, len(data))]
+    with torch.random.fork_rng(), state.autocast():
+        completions = completions_of(state, sample_batch(state, args, batch, 0.0))
+    scores = ro.score(state.reward, batch, completions, "answer", args.reward_timeout, args.skip_nonfinite).tolist()
+    text = lambda turns: turns if isinstance(turns, str) else " / ".join(turn["content"] for turn in turns)
+    return [{"prompt": text(p), "completion": text(c), "score": score} for p, c, score in zip(batch["prompt"], completions, scores)]
+
+
+def shortened(text, width=100):
+    """One line of at most so many characters: the end of a prompt, where the question stands."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+@torch.no_grad()
 def evaluate(state, args):
     """Mean noise-free score of greedy and of sampled responses on each evaluation set -> {"name, greedy": score, ...}."""
     results = {}
@@ -612,7 +633,8 @@ def save_checkpoint(state, args):
         if state.critic is not None:
             state.critic.save_pretrained(aside / "critic")
         torch.save({
-            "iteration": state.iteration, "before": state.before, "seconds": time.time() - state.start, "trust_recorded": state.trust_recorded,
+            "iteration": state.iteration, "before": state.before, "examples": state.examples, "seconds": time.time() - state.start,
+            "trust_recorded": state.trust_recorded,
             "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
             "random": random_states(), "noise": state.noise.get_state(),
         }, aside / "state.pt")  # fmt: skip
@@ -642,7 +664,7 @@ def find_checkpoint(folder):
 def restore(state, args):
     """Puts back what save_checkpoint wrote beside the weights, and sets aside what a run wrote after it."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
-    state.iteration, state.before, state.start = saved["iteration"], saved["before"], time.time() - saved["seconds"]
+    state.iteration, state.before, state.examples, state.start = saved["iteration"], saved["before"], saved["examples"], time.time() - saved["seconds"]
     state.trust_recorded = saved["trust_recorded"]
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.critic is not None:
@@ -698,14 +720,18 @@ def stopping_on_signals(state):
             signal.signal(number, earlier)
 
 
-def make_logger(args):
-    """A function (metrics, episode) for --report-to, its package imported only here."""
+@contextlib.contextmanager
+def logger(args, episode):
+    """A function (metrics, episode) for --report-to, its package imported only here; a resumed run goes on behind its episode."""
     if args.report_to == "tensorboard":
-        writer = importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir)
-        return lambda metrics, episode: [writer.add_scalar(name, value, episode) for name, value in metrics.items() if value is not None]
-    if args.report_to == "wandb":
-        return importlib.import_module("wandb").init(project="dvpo", config=vars(args), dir=args.output_dir).log
-    return lambda metrics, episode: None
+        with importlib.import_module("torch.utils.tensorboard").SummaryWriter(args.output_dir, purge_step=episode + 1) as writer:
+            yield lambda metrics, episode: [writer.add_scalar(name, value, episode) for name, value in metrics.items() if value is not None]
+    elif args.report_to != "none":  # wandb, and trackio in its image
+        tracked = importlib.import_module(args.report_to).init(project="dvpo", config=vars(args))
+        yield lambda metrics, episode: tracked.log(metrics, step=episode)
+        tracked.finish()
+    else:
+        yield lambda metrics, episode: None
 
 
 def critic_size(args):
@@ -728,7 +754,7 @@ def build_critic(args, policy, context):
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
-    state = argparse.Namespace(iteration=0, before=None, start=time.time(), stop=None)
+    state = argparse.Namespace(iteration=0, before=None, examples=None, start=time.time(), stop=None)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
     state.reward = ro.load_reward(args.reward, device) if args.reward else reward
@@ -786,7 +812,8 @@ def train(args):
             restore(state, args)
         except Exception as error:  # a torn file can fail in any way
             raise InputError(f"--resume: expected a whole checkpoint in {args.resume}, found: {ro.one_line(error)}") from error
-    state.before = state.before or evaluate(state, args)  # before an earlier run is moved: the reward may fail
+    if state.before is None:  # before an earlier run is moved: the reward may fail
+        state.before, state.examples = evaluate(state, args), examples(state, args)
     print(f"{len(state.data)} prompts to train on; held out: {', '.join(f'{len(data)} {name}' for name, data in state.evals.items()) or 'none'}")
     if state.critic is not None and args.critic_warmup_steps >= num_iterations:
         print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
@@ -797,15 +824,16 @@ def train(args):
         output_dir.mkdir(parents=True, exist_ok=True)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "threads": torch.get_num_threads()}
     write_whole(output_dir / "args.json", json.dumps({"flags": {**vars(args), "resume": None}, "versions": versions}, indent=2) + "\n")
-    log_elsewhere = make_logger(args)  # not earlier: set_aside would move the file that it opens
-    bar = tqdm(total=num_iterations, initial=state.iteration, desc=args.algo)
-    with open(output_dir / "metrics.jsonl", "a") as log, bar, stopping_on_signals(state):
+    bar, log = tqdm(total=num_iterations, initial=state.iteration, desc=args.algo), open(output_dir / "metrics.jsonl", "a")
+    with bar, log, logger(args, state.iteration * args.batch_size) as log_elsewhere, stopping_on_signals(state):
         while state.iteration < num_iterations and not state.stop:
+            begin = time.time()
             experience, metrics = collect(state, args)
             metrics |= update(state, args, experience)
             state.iteration += 1
             episode = state.iteration * args.batch_size
-            metrics |= {"lr": args.learning_rate, "episode": episode, "eps": episode / (time.time() - state.start)}
+            num_tokens = experience["rollout"].mask.sum().item()
+            metrics |= {"lr": args.learning_rate, "episode": episode, "eps": episode / (time.time() - state.start), "tps": num_tokens / (time.time() - begin)}
             if args.eval_steps and state.iteration % args.eval_steps == 0:
                 metrics |= {f"eval/{name.replace(', ', '/').replace(' ', '_')}": value for name, value in evaluate(state, args).items()}
             numbers = {"iteration": state.iteration, **{name: float(value) for name, value in metrics.items()}}
@@ -821,14 +849,27 @@ def train(args):
     if state.iteration < num_iterations:
         print(f"stopped by {signal.Signals(state.stop).name} after iteration {state.iteration} of {num_iterations}: --resume {output_dir} goes on")
         return 128 + state.stop
-    after, seconds = evaluate(state, args), round(time.time() - state.start, 1)
-    write_whole(output_dir / "results.json", json.dumps({"before": state.before, "after": after, "seconds": seconds}, indent=2) + "\n")
+    report(state, args, folder)
+    return 0
+
+
+def report(state, args, folder):
+    """The last evaluation, in results.json and as a table: scores and sample completions before and after, and where everything is."""
+    output_dir, after, later = Path(args.output_dir), evaluate(state, args), examples(state, args)
+    seconds = round(time.time() - state.start, 1)
+    pairs = [{"prompt": old["prompt"], "before": old["completion"], "after": new["completion"], "scores": [old["score"], new["score"]]}
+             for old, new in zip(state.examples, later)]  # fmt: skip
+    results = {"before": state.before, "after": after, "seconds": seconds, "examples": pairs}
+    write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"\n{'mean score':24} before    after   change")
     for name, value in state.before.items():
         print(f"{name:24} {value:6.3f}   {after[name]:6.3f}   {after[name] - value:+6.3f}")
+    for pair in pairs:
+        print(f"\nprompt  {shortened(pair['prompt'])}")
+        for when, score in zip(("before", "after"), pair["scores"]):
+            print(f"{when:7} {shortened(pair[when])}  ({score:g})")
     print(f"\npolicy and tokenizer: {folder / 'policy'}" + (f"\ncritic: {folder / 'critic'}" if state.critic is not None else ""))
     print(f"flags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
-    return 0
 
 
 def quiet():

@@ -2,6 +2,8 @@
 
 import argparse
 import collections
+import contextlib
+import importlib.machinery
 import json
 import math
 import multiprocessing
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import types
 from pathlib import Path
 
 import numpy
@@ -54,7 +57,7 @@ def run(folder, warm_start, *flags):
 def log(folder):
     """The metrics without those that are clocks."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "eps"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in ("eps", "tps")} for row in rows]
 
 
 def weights(folder):
@@ -221,17 +224,61 @@ def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start
 
 
 def test_a_runs_own_event_file_stays_and_earlier_folders_never_collide(warm_start, tmp_path, monkeypatch):
-    def make_logger(args):
+    @contextlib.contextmanager
+    def logger(args, episode):
         (tmp_path / "events.out.new").touch()
-        return lambda metrics, episode: None
+        yield lambda metrics, episode: None
 
-    monkeypatch.setattr(train, "make_logger", make_logger)
+    monkeypatch.setattr(train, "logger", logger)
     (tmp_path / "earlier-2").mkdir()  # the user threw earlier-1 away
     (tmp_path / "events.out.old").touch()
     run(tmp_path, warm_start, "--total-episodes", "64", "--eval-samples", "8")
     assert (tmp_path / "events.out.new").exists() and (tmp_path / "earlier-1" / "events.out.old").exists()
     train.set_aside(tmp_path)
     assert (tmp_path / "earlier-3" / "args.json").exists() and not list((tmp_path / "earlier-2").iterdir())
+
+
+def test_tensorboard_events_read_back_and_a_resumed_run_leaves_no_event_twice(warm_start, tmp_path):
+    """Killed after three of four iterations with a checkpoint at two: what is read is one value per iteration, those of metrics.jsonl."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = ["--total-episodes", "256", "--save-steps", "2", "--eval-samples", "4", "--report-to", "tensorboard"]
+    assert run(tmp_path, warm_start, *flags) == 0
+    shutil.rmtree(tmp_path / "checkpoint-000004")
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    events = EventAccumulator(str(tmp_path)).Reload()
+    rows = log(tmp_path)
+    assert len(rows) == 4 and set(events.Tags()["scalars"]) == rows[0].keys() | {"eps", "tps"}
+    for name in ("objective/scores", "loss/value_avg", "quantile/std"):
+        assert [(event.step, event.value) for event in events.Scalars(name)] == [(row["episode"], pytest.approx(row[name])) for row in rows]
+
+
+@pytest.mark.parametrize("package", ["wandb", "trackio"])
+def test_other_loggers_get_the_metrics_under_their_names_and_are_closed(package, warm_start, tmp_path, monkeypatch):
+    seen = []
+    own = argparse.Namespace(log=lambda metrics, step: seen.append((step, metrics)), finish=lambda: seen.append("finished"))
+    module = types.ModuleType(package)
+    module.__spec__ = importlib.machinery.ModuleSpec(package, None)
+    module.init = lambda project, config: seen.append((project, config["num_quantiles"])) or own
+    monkeypatch.setitem(sys.modules, package, module)
+    assert run(tmp_path, warm_start, "--total-episodes", "128", "--eval-samples", "4", "--report-to", package) == 0
+    first, *steps, last = seen
+    assert first == ("dvpo", 16) and last == "finished" and [step for step, _ in steps] == [64, 128]
+    assert steps[1][1] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
+
+
+def test_the_end_shows_scores_sample_completions_and_paths(finished, warm_start, tmp_path, capsys):
+    run(tmp_path, warm_start, "--total-episodes", "128")
+    out = capsys.readouterr()
+    examples = json.loads((tmp_path / "results.json").read_text())["examples"]
+    assert len(examples) == 3 and out.out.count("prompt  ") == 3
+    for pair in examples:
+        assert f"before  {pair['before']}  ({pair['scores'][0]:g})" in out.out and f"after   {pair['after']}  ({pair['scores'][1]:g})" in out.out
+        assert train.shortened(pair["prompt"]) in out.out and set(pair["scores"]) <= {0.0, 1.0}
+    for path in ("checkpoint-000002/policy", "checkpoint-000002/critic", "*.json*"):
+        assert str(tmp_path / path) in out.out
+    assert all(f"{name}=" in out.err for name in train.SHOWN) and "2/2" in out.err
+    assert train.shortened("a" * 200 + " b\nc", 10) == "...aaa b c" and train.shortened("a\nb") == "a b"
 
 
 def test_warm_up_trains_the_critic_only_and_says_so(warm_start, tmp_path, capsys):
