@@ -167,9 +167,9 @@ class QuantileCritic(nn.Module):
         (Path(folder) / "critic_config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(cls, folder, **options):
-        """Reads what save_pretrained wrote; fp32. options go to AutoModel."""
+    def from_pretrained(cls, folder, trunk_class=AutoModel):
+        """Reads what save_pretrained wrote; fp32."""
         settings = json.loads((Path(folder) / "critic_config.json").read_text())
-        critic = cls(AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **options), **settings)
+        critic = cls(trunk_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True), **settings)
         critic.heads.load_state_dict(load_file(Path(folder) / "critic_heads.safetensors"))
         return critic

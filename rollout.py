@@ -10,8 +10,10 @@ import json
 import math
 import random
 import re
+import signal
 import sys
 import threading
+import time
 import traceback
 from dataclasses import dataclass
 from fractions import Fraction
@@ -212,7 +214,7 @@ def broken_line(name):
     with open(name, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                text = line.decode()
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 found = json.loads(text) if text.strip() and str(name).endswith(".jsonl") else {}
             except ValueError as error:  # of UTF-8, or of JSON
                 return f"line {number}: {one_line(error)}"
@@ -273,7 +275,8 @@ class Rollout:
     input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
     truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each prompt and response,
     kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded; messages: the turns
-    of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask.
+    of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask; finite (B,): whether all logits were
+    that a row was sampled from.
     """
 
     input_ids: torch.Tensor
@@ -284,6 +287,7 @@ class Rollout:
     lengths: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     messages: list | None = None
+    finite: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.lengths is None:
@@ -291,7 +295,7 @@ class Rollout:
             self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
 
     def __getitem__(self, rows):
-        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs and messages."""
+        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs, messages and finite."""
         width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
         prompt, used = lengths.amax(0).tolist()
         rows = rows.to(self.mask.device, non_blocking=True) if isinstance(rows, torch.Tensor) else rows
@@ -347,12 +351,16 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     """
     width = max(map(len, prompt_ids))
     width += -width % 64 if static_cache else 0  # a new width is a new compilation
-    device, step, chosen = model.device, [], []
+    device, step, chosen, finite = model.device, [], [], [torch.ones(len(prompt_ids), dtype=torch.bool, device=model.device)]
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
     settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id,
                                 cache_implementation="static" if static_cache else None, **sampling)  # fmt: skip
+
+    def watch(input_ids, logits):  # on a GPU, drawing from NaN would end the process
+        finite[0] = finite[0] & logits.isfinite().all(dim=-1)
+        return torch.where(finite[0].unsqueeze(1), logits, 0)
 
     def record(input_ids, logits):  # transformers calls it at each step, when the token before has been drawn
         if step:
@@ -365,11 +373,7 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
-        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record] if recording else None)
-    except RuntimeError as error:
-        if "probability tensor" not in str(error):
-            raise
-        raise InputError("sampling: expected finite log-probs, found others: are all of the model's weights finite?") from error
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[watch] + [record] * recording)
     finally:
         model.generation_config = own_settings
         model.train(was_training)
@@ -377,7 +381,7 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(1) - is_stop.long() == 0
     attention = torch.cat([attention, mask.long()], dim=1)
-    found = Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
+    found = Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1), finite=finite[0])
     if recording:
         if len(chosen) < mask.shape[1]:  # on a GPU, generate may run a few steps too far and take them back
             chosen.append(step.pop().gather(1, input_ids[:, -1:]))
@@ -407,7 +411,7 @@ def reply_of(user, messages, columns):
     """What --user says to the conversation so far: a str, or None where it is over; raises InputError."""
     try:
         reply = user([dict(message) for message in messages], **columns)  # copies: a user may swap roles in place
-    except Exception as error:  # the user's own code may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise InputError(f"--user: it raised {type(error).__name__}: {one_line(error)}") from error
     if reply is not None and not isinstance(reply, str):
         raise InputError(f"--user: expected a str, or None at the end, found {str(reply)[:80]!r}")
@@ -426,11 +430,13 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
     prompts = batch[PROMPT_IDS]
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "messages", PROMPT_IDS, PSEUDO_LABEL)}
     tokens, messages = [[] for _ in prompts], [[] for _ in prompts]  # tokens: (id, whether the policy chose it, its log-prob)
-    truncated, live, device, recorded = [False] * len(prompts), range(len(prompts)), "cpu", False
+    truncated, live, device, recorded, finite = [False] * len(prompts), range(len(prompts)), "cpu", False, [True] * len(prompts)
     for turn in range(1, max_turns + 1):
         part = take_turn([prompts[row] + [token for token, *_ in tokens[row]] for row in live])
         texts, device, recorded = completion_texts(part, tokenizer, stop_ids), part.mask.device, part.logprobs is not None
         logprobs = part.logprobs if recorded else torch.zeros(part.mask.shape)
+        for row, fine in zip(live, [True] * len(texts) if part.finite is None else part.finite.tolist()):
+            finite[row] &= fine
         sampled, still = zip(live, texts, part.truncated.tolist(), part.lengths[:, 1].tolist(), part.response_ids.tolist(), logprobs.tolist()), []
         for row, text, cut, length, ids, logprobs in sampled:
             tokens[row] += zip(ids[:length], [True] * length, logprobs)
@@ -450,7 +456,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
             break
     ids, masks, logprobs = ([[token[i] for token in row] for row in tokens] for i in range(3))
     found = assembled(prompts, ids, masks, truncated, pad_id, device)
-    found.messages, found.logprobs = messages, padded(logprobs, 0.0, device) if recorded else None
+    found.messages, found.logprobs, found.finite = messages, padded(logprobs, 0.0, device) if recorded else None, torch.tensor(finite, device=device)
     return found
 
 
@@ -716,42 +722,43 @@ def load_reward(spec, device="cpu"):
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
+class TooLong(BaseException):
+    """Raised inside a reward that runs for longer than --reward-timeout; no Exception, so that the reward's own handlers let it through."""
+
+
 def within(seconds, function, /, **arguments):
-    """function(**arguments), its exceptions included; raises TimeoutError after so many seconds, 0: never."""
+    """function(**arguments); raises TooLong inside it after so many seconds, 0: never. An alarm also ends a loop that holds the interpreter."""
     if not seconds:
         return function(**arguments)
-    outcome = []
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        raise InputError("--reward-timeout: expected Linux or macOS, and the program's main thread; found another")
 
-    def call():
-        try:
-            outcome.append((function(**arguments), None))
-        except BaseException as error:  # noqa: B036, carried over to the caller's thread
-            outcome.append((None, error))
+    def ring(number, frame):
+        raise TooLong
 
-    thread = threading.Thread(target=call, daemon=True)  # daemon: a hanging one does not keep the program alive
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise TimeoutError
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    return value
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        return function(**arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
-def raised_where(error, call_on_row, num_rows):
-    """One line on a user's exception: its kind and text, the file and line, and the first row on which the function fails alone."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    row = None
+def raised_where(error, call_on_row, num_rows, seconds=10):
+    """One line on a user's exception: kind, text, file and line, and the first row on which the function fails alone in just that way."""
+    where = lambda error: (type(error), *traceback.extract_tb(error.__traceback__)[-1][:2])
+    (_, file, line), start, found = where(error), time.monotonic(), ""
     for row in range(num_rows):
+        if time.monotonic() - start > seconds:  # it may be a slow or a paid service
+            break
         try:
             call_on_row(row)
-        except (Exception, SystemExit):
+        except (Exception, SystemExit, TooLong) as other:
+            if where(other) == where(error):
+                found = f", row {row} of the batch"
             break
-    else:
-        row = None
-    where = f"{Path(frame.filename).name}, line {frame.lineno}" + (f", row {row} of the batch" if row is not None else "")
-    return f"it raised {type(error).__name__}: {one_line(error)} ({where})"
+    return f"it raised {type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line}{found})"
 
 
 def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfinite=False):
@@ -772,7 +779,7 @@ def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfin
     call = lambda rows: within(timeout, reward, prompts=batch["prompt"][rows], completions=shaped[rows], **{k: v[rows] for k, v in columns.items()})
     try:
         scores = call(slice(None))
-    except TimeoutError as error:
+    except TooLong as error:
         raise InputError(f"--reward: expected {len(shaped)} scores within --reward-timeout {timeout:g} s, found none") from error
     except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise InputError(f"--reward: {raised_where(error, lambda row: call(slice(row, row + 1)), len(shaped))}") from error

@@ -238,11 +238,11 @@ def parse_args(argv=None):
 
 
 def load(auto_class, name, flag, trust_remote_code=False):
-    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
+    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), or a tokenizer; raises InputError."""
     try:
         if (os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")  # not a hub name either: nothing to ask the network for
-        if auto_class in (AutoTokenizer, QuantileCritic):
+        if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         for key, value in config.to_dict().items():
@@ -382,21 +382,27 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
 
 
 def finite_rows(state, args, mask, tensors):
-    """{name: (B, ...) or None} as a list, and mask (B, T), without the rows that are not finite: masked out, and at the others' mean.
-
-    Raises InputError naming the term and the rows, unless --skip-nonfinite.
-    """
+    """Which rows (B,) are finite in all of {name: (B, ...) or None}; raises InputError naming the term and the rows, unless --skip-nonfinite."""
     fine = {name: tensor.flatten(1).isfinite().all(dim=1) for name, tensor in tensors.items() if tensor is not None}
     all_fine = torch.stack([*fine.values()]).all(dim=0)
-    if all_fine.all():
-        return mask, [*tensors.values()]
-    if not args.skip_nonfinite:
+    if not (args.skip_nonfinite or all_fine.all()):
         name, rows = next((name, (~rows).nonzero().flatten().tolist()) for name, rows in fine.items() if not rows.all())
         raise InputError(f"iteration {state.iteration + 1}: expected finite {name}, found others in {rows_text(rows)} of the batch; see --skip-nonfinite")
-    state.num_skipped["val/skipped_rows"] += int((mask.any(dim=1) & ~all_fine).sum())
-    shaped = lambda tensor: all_fine.view(-1, *[1] * (tensor.dim() - 1))
-    mean = lambda tensor: tensor[all_fine].mean() if all_fine.any() else 0.0
-    return mask & all_fine[:, None], [tensor if tensor is None else torch.where(shaped(tensor), tensor, mean(tensor)) for tensor in tensors.values()]
+    if args.skip_nonfinite:
+        state.num_skipped["val/skipped_rows"] += int((mask.any(dim=1) & ~all_fine).sum())
+    return all_fine
+
+
+def where_fine(fine, tensor):
+    """tensor (B, ...) or None, with 0 in the rows that are left out."""
+    return tensor if tensor is None else torch.where(fine.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0)
+
+
+def filled_scores(scores, fine, group_size):
+    """scores (B,), those of rows that are left out at the mean of the others of their group, where they say nothing about them."""
+    groups, kept = where_fine(fine, scores).view(-1, group_size), fine.view(-1, group_size)
+    means = groups.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(kept, groups, means).flatten()
 
 
 def rows_text(rows):
@@ -421,24 +427,31 @@ def collect(state, args):
         with torch.inference_mode():
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
     scores, true_scores = judge(state, args, batch, rollout)
-    checked = {"scores": scores[:, None], "log-probs": logprobs, "reference log-probs": ref_logprobs}
-    rollout.mask, (scores, logprobs, ref_logprobs) = finite_rows(state, args, rollout.mask, checked)
-    scores = scores[:, 0]
+    sampled_from = None if rollout.finite is None else torch.where(rollout.finite, 0.0, math.nan).unsqueeze(1)
+    checked = {"logits in sampling": sampled_from, "scores": scores.unsqueeze(1), "log-probs": logprobs, "reference log-probs": ref_logprobs}
+    fine = finite_rows(state, args, rollout.mask, checked)
+    if args.skip_nonfinite:
+        rollout.mask, logprobs, ref_logprobs = rollout.mask & fine.unsqueeze(1), where_fine(fine, logprobs), where_fine(fine, ref_logprobs)
+        scores = filled_scores(scores, fine, args.group_size if args.algo in GROUPED else args.batch_size)
     rewards = rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
     if state.critic is not None:
         if state.iteration == 0 and rollout.mask.any():
             state.critic.start_at(dvpo.discounted_returns(rewards, rollout.mask, args.gamma)[rollout.mask])
         with state.autocast():
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
-        rollout.mask, (head_quantiles,) = finite_rows(state, args, rollout.mask, {"quantiles": head_quantiles})
+        fine = finite_rows(state, args, rollout.mask, {"quantiles": head_quantiles})
+        if args.skip_nonfinite:
+            rollout.mask, head_quantiles = rollout.mask & fine.unsqueeze(1), where_fine(fine, head_quantiles)
     mask = rollout.mask
     advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
 
-    metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
+    kept = mask.any(dim=1) if args.skip_nonfinite else slice(None)
+    ref_kept = None if ref_logprobs is None else ref_logprobs[kept]
+    metrics = dvpo.rollout_metrics(scores[kept], logprobs[kept], ref_kept, mask[kept], args.kl_coef)
     is_eos = torch.isin(rollout.response_ids, torch.tensor(state.stop_ids, device=mask.device)) & mask
     metrics |= {
         "objective/true_scores": true_scores[true_scores.isfinite()].mean(), "val/num_eos_tokens": is_eos.sum(),
-        "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
+        "completions/mean_length": mask[kept].sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated[kept].float().mean(),
     }  # fmt: skip
     if state.critic is not None:
         head_quantiles = head_quantiles[:, : mask.shape[1]]
@@ -480,7 +493,8 @@ def what_is_not_finite(state, args, experience, minibatch):
     if state.critic is not None:
         values |= {"targets": lambda row: experience["targets"][row], "quantiles": lambda row: ro.response_quantiles(state.critic, rollout[row])}
     for name, of_row in values.items():
-        rows = [row for row in sorted(minibatch.tolist()) if not of_row(slice(row, row + 1)).isfinite().all()]
+        with state.autocast():
+            rows = [row for row in sorted(minibatch.tolist()) if not of_row(slice(row, row + 1)).isfinite().all()]
         if rows:
             return f"{name} that are not, in {rows_text(rows)} of the batch"
     return "them not, while all that goes in is: is a learning rate too high?"
@@ -500,6 +514,8 @@ def update(state, args, experience):
         sums = minibatch_backward(state, args, experience, minibatch, train_policy)
         norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model, _ in models]
         finite = torch.stack([*norms, *(value for name, value in sums.items() if name.startswith("loss/"))]).isfinite().all().item()
+        if args.skip_nonfinite and not experience["rollout"].mask[minibatch].any():
+            finite = False  # all rows left out: Adam would still move by its momentum
         if not finite and not args.skip_nonfinite:
             found = what_is_not_finite(state, args, experience, minibatch)
             raise InputError(f"iteration {state.iteration + 1}, minibatch {step + 1} of {num_steps}: expected finite losses and gradients, found {found}")
@@ -566,6 +582,7 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
+                finite_rows(state, args, rollout.mask, {"logits in sampling": torch.where(rollout.finite, 0.0, math.nan).unsqueeze(1)})
                 scores.append(ro.score(state.reward, batch, completions_of(state, rollout), "answer", args.reward_timeout, args.skip_nonfinite))
                 bar.update(len(batch["prompt"]))
             found = torch.cat(scores)
@@ -603,9 +620,16 @@ def checksums(folder):
 def is_whole(folder):
     """Whether a checkpoint holds what save_checkpoint wrote."""
     try:
-        return json.loads((folder / "checksums.json").read_text()) == checksums(folder)
-    except (OSError, ValueError):
+        listed = json.loads((folder / "checksums.json").read_text())
+        return bool(listed) and listed.items() <= checksums(folder).items()  # what others put beside does no harm
+    except (OSError, ValueError, AttributeError):
         return False
+
+
+def checkpoints(output_dir):
+    """{iteration: folder} of all checkpoints in a run's folder, whole or not, oldest first."""
+    found = {int(path.name[11:]): path for path in output_dir.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)}
+    return dict(sorted(found.items()))
 
 
 def random_states():
@@ -623,7 +647,7 @@ def save_checkpoint(state, args):
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{state.iteration:06d}"
     aside = folder.with_suffix(".tmp")
-    for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:  # by a run that was killed
+    for left in [*output_dir.glob("checkpoint-[0-9]*.tmp"), *output_dir.glob("checkpoint-[0-9]*.old")]:  # by a run that was killed
         shutil.rmtree(left)
     if folder.exists():  # the run ended here before
         return folder
@@ -634,7 +658,7 @@ def save_checkpoint(state, args):
             state.critic.save_pretrained(aside / "critic")
         torch.save({
             "iteration": state.iteration, "before": state.before, "examples": state.examples, "seconds": time.time() - state.start,
-            "trust_recorded": state.trust_recorded,
+            "trust_recorded": state.trust_recorded, "device": state.policy.device.type,
             "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
             "random": random_states(), "noise": state.noise.get_state(),
         }, aside / "state.pt")  # fmt: skip
@@ -646,17 +670,17 @@ def save_checkpoint(state, args):
         raise InputError(f"--output-dir: cannot write {folder.name}, earlier ones are kept; found: {ro.one_line(error)}") from error
     os.replace(aside, folder)
     flushed(output_dir)
-    for path in sorted(output_dir.glob("checkpoint-*[0-9]"))[: -args.save_total_limit]:
+    for path in [*checkpoints(output_dir).values()][: -args.save_total_limit]:
         shutil.rmtree(path.rename(path.with_suffix(".old")))
     return folder
 
 
 def find_checkpoint(folder):
     """The folder itself if it is a checkpoint, else the newest whole one in it, with a line for each that is not; raises InputError."""
-    for path in [folder] if (folder / "state.pt").exists() else sorted(folder.glob("checkpoint-*[0-9]"), reverse=True):
+    for path in [folder] if (folder / "state.pt").exists() else reversed(checkpoints(folder).values()):
         if is_whole(path):
             return path
-        print(f"{path}: left aside, expected a whole checkpoint, found files that are missing or changed", file=sys.stderr)
+        print(f"{path}: left aside, expected a whole checkpoint, found files that are missing, changed or without checksums.json", file=sys.stderr)
     found = "none" if folder.is_dir() else "no such folder"
     raise InputError(f"--resume: expected a whole checkpoint in {str(folder)!r}, found {found}")
 
@@ -665,7 +689,8 @@ def restore(state, args):
     """Puts back what save_checkpoint wrote beside the weights, and sets aside what a run wrote after it."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.examples, state.start = saved["iteration"], saved["before"], saved["examples"], time.time() - saved["seconds"]
-    state.trust_recorded = saved["trust_recorded"]
+    if saved["device"] == state.policy.device.type and not state.half:
+        state.trust_recorded = saved["trust_recorded"]
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.critic is not None:
         state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
@@ -673,29 +698,35 @@ def restore(state, args):
     torch.set_rng_state(saved["random"]["torch"])
     random.setstate(saved["random"]["python"])
     numpy.random.set_state(saved["random"]["numpy"])
-    if saved["random"]["cuda"] and torch.cuda.is_available():
+    if torch.cuda.is_available() and len(saved["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(saved["random"]["cuda"])
 
 
-def go_on_from(args, iteration):
-    """Cuts metrics.jsonl behind the line of an iteration and moves later checkpoints, and an earlier end of the run, out of the way."""
+def go_on_from(args, iteration, ended):
+    """Moves what a run wrote after an iteration out of the way, with a copy of the metrics, and then cuts metrics.jsonl behind its line.
+
+    ended: whether that iteration is the last one. In this order a kill in between leaves a folder that can be resumed.
+    """
     output_dir = Path(args.output_dir)
     log = output_dir / "metrics.jsonl"
     lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
     if len(lines) < iteration:
         raise InputError(f"--resume: expected {iteration} lines in {log}, one for each iteration of {Path(args.resume).name}, found {len(lines)}")
-    os.truncate(log, sum(map(len, lines[:iteration])))  # in one step: a kill in between loses nothing
-    later = [path for path in output_dir.glob("checkpoint-*[0-9]") if int(path.name.split("-")[1]) > iteration]
-    set_aside(output_dir, [*later, *output_dir.glob("results.json")], "was resumed before its end")
+    later = [path for number, path in checkpoints(output_dir).items() if number > iteration]
+    later += [] if ended else output_dir.glob("results.json")
+    set_aside(output_dir, later, "was resumed before its end", [log] if later else [])
+    os.truncate(log, sum(map(len, lines[:iteration])))
 
 
-def set_aside(output_dir, found=None, why="holds an earlier run"):
+def set_aside(output_dir, found=None, why="holds an earlier run", copied=()):
     """Moves an earlier run's files to output_dir/earlier-K, so that nothing is overwritten; the warm start stays for reuse."""
     if found is None:
         found = [path for name in ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*") for path in output_dir.glob(name)]
     if found:
         earlier = next(path for k in itertools.count(1) if not (path := output_dir / f"earlier-{k}").exists())
         earlier.mkdir()
+        for path in copied:
+            shutil.copy(path, earlier)
         for path in found:
             path.rename(earlier / path.name)
         print(f"{output_dir} {why}: {len(found)} files and folders moved to {earlier}")
@@ -743,10 +774,13 @@ def build_critic(args, policy, context):
     """The critic that --algo asks for, from the checkpoint to resume, --critic-model-name-or-path or a copy of the policy; or None."""
     if args.algo not in CRITICS:
         return None
-    if args.resume:
-        return load(QuantileCritic, Path(args.resume) / "critic", "--resume", args.trust_remote_code)
     own_trunk = args.critic_model_name_or_path
     trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path", args.trust_remote_code) if own_trunk else copy.deepcopy(policy.base_model)
+    if args.resume:  # the trunk's own class: not every model with code of its own has an AutoModel
+        try:
+            return QuantileCritic.from_pretrained(Path(args.resume) / "critic", type(trunk))
+        except Exception as error:
+            raise InputError(f"--resume: cannot load {args.resume}/critic: {ro.one_line(error)}") from error
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
         raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
     return QuantileCritic(trunk, *critic_size(args), args.tau_grid, seed=args.seed)
@@ -754,7 +788,7 @@ def build_critic(args, policy, context):
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
-    state = argparse.Namespace(iteration=0, before=None, examples=None, start=time.time(), stop=None)
+    state = argparse.Namespace(iteration=0, num_skipped=collections.Counter(), before=None, examples=None, start=time.time(), stop=None)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
     state.reward = ro.load_reward(args.reward, device) if args.reward else reward
@@ -818,7 +852,7 @@ def train(args):
     if state.critic is not None and args.critic_warmup_steps >= num_iterations:
         print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
     if args.resume:
-        go_on_from(args, state.iteration)
+        go_on_from(args, state.iteration, state.iteration >= num_iterations)
     else:
         set_aside(output_dir)
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -836,8 +870,7 @@ def train(args):
             metrics |= {"lr": args.learning_rate, "episode": episode, "eps": episode / (time.time() - state.start), "tps": num_tokens / (time.time() - begin)}
             if args.eval_steps and state.iteration % args.eval_steps == 0:
                 metrics |= {f"eval/{name.replace(', ', '/').replace(' ', '_')}": value for name, value in evaluate(state, args).items()}
-            numbers = {"iteration": state.iteration, **{name: float(value) for name, value in metrics.items()}}
-            numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+            numbers = for_json({"iteration": state.iteration, **{name: float(value) for name, value in metrics.items()}})
             log.write(json.dumps(numbers) + "\n")
             log.flush()
             log_elsewhere(numbers, episode)
@@ -853,13 +886,17 @@ def train(args):
     return 0
 
 
+def for_json(numbers):
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}  # JSON has no NaN
+
+
 def report(state, args, folder):
     """The last evaluation, in results.json and as a table: scores and sample completions before and after, and where everything is."""
     output_dir, after, later = Path(args.output_dir), evaluate(state, args), examples(state, args)
     seconds = round(time.time() - state.start, 1)
     pairs = [{"prompt": old["prompt"], "before": old["completion"], "after": new["completion"], "scores": [old["score"], new["score"]]}
              for old, new in zip(state.examples, later)]  # fmt: skip
-    results = {"before": state.before, "after": after, "seconds": seconds, "examples": pairs}
+    results = {"before": for_json(state.before), "after": for_json(after), "seconds": seconds, "examples": pairs}
     write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
     print(f"\n{'mean score':24} before    after   change")
     for name, value in state.before.items():

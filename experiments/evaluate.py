@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
 from experiments.seeds import interval
-from train import BUILT_IN, context_of, load, number_in, run_script
+from train import BUILT_IN, checkpoints, context_of, load, number_in, run_script
 
 
 def policy_of(name):
@@ -32,10 +32,10 @@ def policy_of(name):
     _, user = BUILT_IN.get(flags.get("task"), (None, None))
     if flags.get("user") or (user and not flags.get("dataset_name")):
         raise rollout.InputError(f"policy: {name}: expected a policy of single turns, found one trained on conversations")
-    found = sorted(Path(name).glob("checkpoint-*[0-9]/policy"))
+    found = [*checkpoints(Path(name)).values()]
     if not found:
         raise rollout.InputError(f"policy: {name}: expected a checkpoint in the run's folder, found none")
-    return str(found[-1]), flags
+    return str(found[-1] / "policy"), flags
 
 
 def evaluate(name, sets, rows, response_length, batch_size, prompt_column="prompt"):

@@ -432,6 +432,35 @@ def test_a_rollout_that_is_not_finite_stops_the_run_or_loses_just_those_rows(ter
     assert all(math.isfinite(float(value)) for name, value in results[0].items() if name != "objective/kl")  # no reference, no KL
 
 
+def test_a_row_without_a_score_says_nothing_about_the_others_of_its_group():
+    """Two groups of four, in the second of which all earn 1; a NaN in each: the advantages of the second stay 0."""
+    scores, fine = torch.tensor([0.0, 1, 1, math.nan, 1, math.nan, 1, 1]), torch.tensor([True] * 3 + [False, True, False, True, True])
+    filled = train.filled_scores(scores, fine, 4)
+    torch.testing.assert_close(filled, torch.tensor([0, 1, 1, 2 / 3, 1, 1, 1, 1]))
+    assert train.dvpo.group_advantages(filled, 4, True)[4:].tolist() == [0] * 4
+    assert train.filled_scores(scores, torch.zeros(8, dtype=torch.bool), 8).tolist() == [0] * 8
+
+
+def test_a_minibatch_without_a_row_left_moves_nothing_though_adam_would(warm_start, tmp_path):
+    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--skip-nonfinite")
+    experience, _ = train.collect(state, args)
+    train.update(state, args, experience)  # Adam has momentum now
+    experience["rollout"].mask[:] = False
+    before = [p.clone() for model in (state.policy, state.critic) for p in model.parameters()]
+    assert train.update(state, args, experience)["val/skipped_minibatches"] == 4
+    assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (state.policy, state.critic) for p in m.parameters()]))
+
+
+def test_a_checkpoint_from_another_device_or_precision_asks_anew_whether_to_trust_sampling(finished, tmp_path):
+    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
+    for flags, trusted in (([], True), (["--dtype", "bfloat16"], False)):
+        args = train.parse_args(["--resume", str(tmp_path)])
+        args.dtype = flags[1] if flags else args.dtype
+        state = train.build(args)
+        train.restore(state, args)
+        assert state.trust_recorded is trusted
+
+
 def test_all_scores_not_finite_skips_all_and_changes_nothing(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("bad.py").write_text("def nan(prompts, **columns): return [float('nan')] * len(prompts)\n")
@@ -439,7 +468,11 @@ def test_all_scores_not_finite_skips_all_and_changes_nothing(model_folder, tmp_p
     flags = ["--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--reward", "bad:nan", "--output-dir", "run", "--skip-nonfinite"]
     assert train.main([*MODEL, *flags]) == 0
     (row,) = log(tmp_path / "run")
-    assert row["val/skipped_rows"] == 8 and row["objective/true_scores"] is None
+    assert row["val/skipped_rows"] == 8 and row["val/skipped_minibatches"] == 4 and row["objective/true_scores"] is row["completions/mean_length"] is None
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == {"held out, greedy": None, "held out, sampled": None}
+    policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / "run") / "policy")
+    start = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters()))
 
 
 @pytest.mark.parametrize("algo", train.FLAGS["algorithm"][0][2])
@@ -890,6 +923,10 @@ BAD_DATA = [
     (ONE, "--reward bad:nested", ["--reward", "row 0", "[1, 2]"]),
     (ONE, "--reward bad:huge", ["--reward", "row 0", "1e+39"]),
     (ONE, "--reward bad:leaves", ["--reward", "SystemExit"]),
+    (ONE, "--reward bad:backtracks --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
+    (ONE, "--reward bad:swallows --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
+    (ONE, "--reward bad:late", ["--reward", "TimeoutError", "the service is slow"]),
+    (ONE, "--user bad:leaves", ["--user", "SystemExit"]),
     (ONE, "--reward bad:hangs --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
     (ONE, "--reward bad:needs", ["--reward", "'level'", "answer"]),
     (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
@@ -911,6 +948,13 @@ def nested(prompts, **columns): return [[1, 2]] * len(prompts)
 def huge(prompts, **columns): return [1e39] * len(prompts)
 def leaves(prompts, **columns): raise SystemExit(0)
 def hangs(prompts, **columns): import time; time.sleep(2)
+def backtracks(prompts, **columns): import re; re.match(r"(a+)+$", "a" * 26 + "b"); return [0.0] * len(prompts)
+def late(prompts, **columns): raise TimeoutError("the service is slow")
+def swallows(prompts, **columns):
+    import time
+    try: time.sleep(2)
+    except Exception: pass
+    return [0.0] * len(prompts)
 def needs(prompts, completions, level): return [level] * len(prompts)
 def three(messages, **columns): return 3
 """
@@ -999,7 +1043,10 @@ class OwnModel(LlamaForCausalLM): config_class = OwnConfig
     argv = [*MODEL, "--model-name-or-path", str(folder), "--dataset-name", write_rows(tmp_path / "data.jsonl", rows_of()), "--reward", "exact"]
     refused(capsys, [*argv, "--output-dir", str(tmp_path / "run")], "--model-name-or-path", "code")
     assert not (tmp_path / "ran").exists()
-    assert train.main([*argv, "--algo", "grpo", "--trust-remote-code", "--output-dir", str(tmp_path / "run")]) == 0
+    for algo in ("grpo", "dvpo"):
+        assert train.main([*argv, "--algo", algo, "--trust-remote-code", "--output-dir", str(tmp_path / algo)]) == 0
+        assert train.main(["--resume", str(tmp_path / algo), "--total-episodes", "16"]) == 0
+        assert len(log(tmp_path / algo)) == 2
     assert (tmp_path / "ran").exists()
     pickled = saved_model(tmp_path / "pickled")
     torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
@@ -1047,10 +1094,12 @@ def some_of(source, target, *names):
 @pytest.mark.parametrize("torn", ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "checksums.json", "policy/tokenizer.json"])
 def test_a_torn_checkpoint_is_left_aside_with_a_line_and_the_older_one_used(torn, finished, tmp_path, capsys):
     some_of(finished, tmp_path, "checkpoint-000016", "checkpoint-000024", "args.json", "metrics.jsonl")
+    (tmp_path / "checkpoint-000024" / "policy" / ".cache").touch()  # of someone else
+    assert train.find_checkpoint(tmp_path).name == "checkpoint-000024"
     path = tmp_path / "checkpoint-000024" / torn
     path.write_bytes(path.read_bytes()[:-20]) if "tokenizer" not in torn else path.write_bytes(path.read_bytes().replace(b"area", b"erea"))
     assert train.find_checkpoint(tmp_path).name == "checkpoint-000016"
-    assert re.search("checkpoint-000024: left aside, .*missing or changed", capsys.readouterr().err)
+    assert re.search("checkpoint-000024: left aside, .*missing, changed", capsys.readouterr().err)
     refused(capsys, ["--resume", str(tmp_path / "checkpoint-000024")], "--resume", "whole checkpoint")
 
 
@@ -1065,9 +1114,78 @@ def test_resume_from_torn_flags_or_short_metrics_is_one_line(finished, tmp_path,
 
 def test_resuming_an_older_checkpoint_moves_what_came_after_it(finished, tmp_path, capsys):
     some_of(finished, tmp_path, "checkpoint-000008", "checkpoint-000024", "args.json", "metrics.jsonl", "results.json", "warm_start")
-    train.go_on_from(argparse.Namespace(output_dir=str(tmp_path), resume=str(tmp_path / "checkpoint-000008")), 8)
-    assert [path.name for path in sorted((tmp_path / "earlier-1").iterdir())] == ["checkpoint-000024", "results.json"]
-    assert log(tmp_path) == log(finished)[:8] and "earlier-1" in capsys.readouterr().out
+    train.go_on_from(argparse.Namespace(output_dir=str(tmp_path), resume=str(tmp_path / "checkpoint-000008")), 8, False)
+    assert [path.name for path in sorted((tmp_path / "earlier-1").iterdir())] == ["checkpoint-000024", "metrics.jsonl", "results.json"]
+    assert log(tmp_path) == log(finished)[:8] and log(tmp_path / "earlier-1") == log(finished) and "earlier-1" in capsys.readouterr().out
+
+
+def test_resuming_a_finished_run_moves_nothing(finished, tmp_path):
+    some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "results.json", "warm_start")
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    assert not (tmp_path / "earlier-1").exists() and log(tmp_path) == log(finished)
+
+
+def lines_until(limit, function):
+    """Calls function in a process of its own, which dies before the limit-th line of train.py -> whether it got to the end."""
+    process = os.fork()
+    if process == 0:
+        left = [limit]
+
+        def trace(frame, event, value):
+            if frame.f_code.co_filename != train.__file__:
+                return None
+            left[0] -= event == "line"
+            if left[0] <= 0:
+                os._exit(9)
+            return trace
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.settrace(trace)
+        function()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_a_kill_at_any_line_of_resuming_leaves_a_run_that_can_be_resumed(tmp_path):
+    """Four checkpoints, resumed at the first: wherever it dies, the newest whole one has its lines in metrics.jsonl, and none is gone."""
+    args, done, limit = argparse.Namespace(output_dir=str(tmp_path / "run"), resume="checkpoint-000001"), False, 1
+    while not done:
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        for number in range(1, 5):
+            (tmp_path / "run" / f"checkpoint-{number:06d}").mkdir(parents=True)
+        (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"iteration": {number}}}\n' for number in range(1, 5)))
+        done = lines_until(limit, lambda: train.go_on_from(args, 1, False))
+        lines, newest = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), max(train.checkpoints(tmp_path / "run"))
+        assert len(lines) >= newest and len(list((tmp_path / "run").rglob("checkpoint-*"))) == 4
+        limit += 1
+    assert limit > 20 and len(lines) == newest == 1 and len(log(tmp_path / "run" / "earlier-1")) == 4
+
+
+def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
+    """A third checkpoint where two may be kept: wherever it dies, one or both of the newest are there and whole, and the next save clears up."""
+    state, args = state_of(warm_start, tmp_path, "--save-total-limit", "2")
+    (tmp_path / "metrics.jsonl").touch()
+    for state.iteration in (1, 2):
+        train.save_checkpoint(state, args)
+    shutil.copytree(tmp_path, tmp_path.with_name("kept"))
+    state.iteration, limit, done, seen = 3, 1, False, set()
+    while not done:
+        for path in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        for path in tmp_path.with_name("kept").glob("checkpoint-*"):
+            shutil.copytree(path, tmp_path / path.name)
+        done = lines_until(limit, lambda: train.save_checkpoint(state, args))
+        found = train.checkpoints(tmp_path)
+        seen.add((*found, bool([*tmp_path.glob("*.tmp")]), bool([*tmp_path.glob("*.old")])))
+        assert all(train.is_whole(path) for path in found.values()) and {2} <= found.keys(), found
+        limit += 1 if limit < 12 or (2, 3, False, True) in seen else 3  # most lines are the checksums' loop
+    assert {(1, 2, False, False), (1, 2, True, False), (1, 2, 3, False, False), (2, 3, False, False)} <= seen, seen
+
+
+def test_only_checkpoints_of_ours_count(tmp_path):
+    for name in ("checkpoint-000002", "checkpoint-1000000", "checkpoint-999999", "checkpoint-best2", "checkpoint-000003-copy1", "checkpoint-7.tmp"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in train.checkpoints(tmp_path).values()] == ["checkpoint-000002", "checkpoint-999999", "checkpoint-1000000"]
 
 
 def test_the_newest_checkpoints_are_kept_and_leftovers_cleared(warm_start, tmp_path):
@@ -1096,12 +1214,11 @@ def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys):
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"] and train.is_whole(tmp_path / "checkpoint-000001")
 
 
-def test_random_states_come_back():
+def test_random_states_come_back(tmp_path):
     """Python's, numpy's and torch's generators, through a file that unpickles nothing."""
-    torch.save(train.random_states(), path := "/dev/shm/states.pt" if Path("/dev/shm").exists() else "states.pt")
+    torch.save(train.random_states(), path := tmp_path / "states.pt")
     draw = lambda: (random.random(), numpy.random.rand(), torch.rand(1).item())
     first, saved = draw(), torch.load(path, weights_only=True)
-    os.remove(path)
     random.setstate(saved["python"]), numpy.random.set_state(saved["numpy"]), torch.set_rng_state(saved["torch"])
     assert draw() == first
 
@@ -1110,7 +1227,7 @@ def test_random_states_come_back():
 
 FORK = multiprocessing.get_context("forkserver")  # a clean process with train imported, from which others start at once
 FORK.set_forkserver_preload(["train", "conftest"])
-KILLED = ["--total-episodes", "240", "--save-steps", "1", "--response-length", "6"]
+KILLED = ["--total-episodes", "800", "--save-steps", "1", "--response-length", "6"]
 
 
 def started(argv, out=os.devnull):
@@ -1144,18 +1261,21 @@ def test_twenty_kills_change_nothing(to_kill, tmp_path):
     def num_lines():
         return len((folder / "metrics.jsonl").read_bytes().splitlines()) if (folder / "metrics.jsonl").exists() else 0
 
+    def asides():
+        return {path.stat().st_ino for path in folder.glob("checkpoint-*.tmp")}
+
     for number in range(21):
-        found = [int(path.name[-6:]) for path in folder.glob("checkpoint-*[0-9]")]
+        found, before = train.checkpoints(folder), asides()
         process = started([*argv, *(["--resume"] if found else []), "--output-dir", str(folder)])
-        kind, start, lines = number % 3, time.time() + rng.uniform(0, 1), max(found, default=0) + rng.randint(0, 2)
-        while number < 20 and not (any(folder.glob("checkpoint-*.tmp")), time.time() > start, num_lines() > lines)[kind]:
+        kind, start, lines = number % 3, time.time() + rng.uniform(0, 0.6), max(found, default=0) + rng.randint(0, 2)
+        while number < 20 and not (kind == 0 and asides() - before or kind == 1 and time.time() > start or kind == 2 and num_lines() > lines):
             assert process.is_alive(), number
             time.sleep(0.0005)
         if number < 20:
-            time.sleep(rng.uniform(0, 0.01))
+            time.sleep(rng.uniform(0, 0.005))
             process.kill()
         process.join()
-        saves += any(folder.glob("checkpoint-*.tmp"))
+        saves += bool(asides() - before)
         assert process.exitcode == (0 if number == 20 else -signal.SIGKILL), number
     assert saves >= 4, saves
     same_run(folder, whole)
@@ -1172,7 +1292,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     process.join()
     assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
     out = (tmp_path / "out").read_text()
-    assert re.search(rf"stopped by {signal.Signals(number).name} after iteration \d+ of 30: --resume {folder} goes on", out), out
+    assert re.search(rf"stopped by {signal.Signals(number).name} after iteration \d+ of 100: --resume {folder} goes on", out), out
     assert train.main(["--resume", str(folder)]) == 0
     same_run(folder, whole)
 
