@@ -221,7 +221,7 @@ def page(shown, said):
         numbers.append([{name: rounded(value) for name, value in token.items() if name not in ("text", "id")} for token in row["tokens"]])
     template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
     parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}", "NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
-    for name, value in parts.items():  # SECTIONS last: what a token says is not looked through for names
+    for name, value in parts.items():
         template = template.replace(f"<!--{name}-->", value)
     return template
 

@@ -1,7 +1,11 @@
 """experiments/: the scripts run, at sizes of seconds."""
 
 import argparse
+import html.parser
 import json
+import math
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 import rollout
 import train
-from experiments import dialogue, evaluate, memory, mutants, noise, pseudo_labels, reward_model, sft, warm_start
+from critic import QuantileCritic
+from experiments import dialogue, evaluate, inspect_tokens, memory, mutants, noise, pseudo_labels, reward_model, sft, warm_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -415,3 +420,203 @@ def test_a_mutant_is_killed_by_a_test_or_accepted_for_a_reason():
     for wrong in ("risk.py:7", "README.md", "setup.py"):
         with pytest.raises(argparse.ArgumentTypeError, match="expected a file with a test module"):
             mutants.part(wrong)
+
+
+# ---- token by token
+
+
+def length_reward(prompts, completions, answer, **columns):
+    return [len(completion[-1]["content"].split()) / 4 for completion in completions]
+
+
+@pytest.fixture(scope="module")
+def pair(model_folder, tmp_path_factory):
+    """Runs of one iteration, with DVPO and with PPO, alike in all else; steps large enough that the KL is not 0."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollout.task_rows("dialogue", "train", 16, 0)))
+    flags = f"""--model-name-or-path {model_folder} --dataset-name {folder / "d.jsonl"} --reward test_experiments:length_reward --total-episodes 8
+        --batch-size 8 --stop-token thai --response-length 6 --num-quantiles 30 --critic-warmup-steps 0 --eval-samples 8 --learning-rate 1e-2
+        --critic-learning-rate 1e-2 --gamma 0.9 --lam 0.8 --kl-coef 0.3 --temperature 1.5
+        --missing-eos-penalty 0.5 --bootstrap-truncated --reward-noise-outlier 1 5""".split()
+    for algo in ("dvpo", "ppo"):
+        assert train.main([*flags, "--algo", algo, "--output-dir", str(folder / algo)]) == 0
+    return folder
+
+
+def by_hand(folder, model_folder, row, algo, ids):
+    """Sorted quantiles, advantages, rewards and returns of one response: a forward pass of one row, and loops over floats."""
+    run, tokenizer = train.find_checkpoint(folder / "dvpo"), AutoTokenizer.from_pretrained(model_folder)
+    prompt = tokenizer(row["prompt"])["input_ids"]
+    tokens = torch.tensor([prompt + ids])
+    logprobs = []
+    for name in (run / "policy", model_folder):
+        logits = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()(tokens).logits[0].double() / 1.5
+        logprobs.append([logits.log_softmax(-1)[len(prompt) - 1 + t, ids[t]].item() for t in range(len(ids))])
+    rewards = [-0.3 * (new - old) for new, old in zip(*logprobs)]
+    rewards[-1] += row["score"] - 0.5 * row["truncated"]
+    critic = QuantileCritic.from_pretrained(train.find_checkpoint(folder / algo) / "critic").eval()
+    heads = critic(tokens, torch.ones_like(tokens), torch.arange(tokens.shape[1])[None])[0].mean(dim=1).double().sort(dim=-1).values
+    quantiles, after = heads[len(prompt) - 1 : -1], heads[-1].mean().item() * row["truncated"]
+    values, advantages, returns = [*quantiles.mean(dim=-1).tolist(), after], [0.0], [0.0]
+    for t in reversed(range(len(ids))):
+        advantages.insert(0, rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.8 * advantages[0])
+        returns.insert(0, rewards[t] + 0.9 * returns[0])
+    return quantiles, advantages[:-1], rewards, returns[:-1]
+
+
+def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(pair, model_folder, monkeypatch):
+    monkeypatch.setattr(inspect_tokens, "print_rows", lambda shown, colour: rows.extend(shown))
+    monkeypatch.setattr(sys, "argv", ["", str(pair / "dvpo"), "--scalar", str(pair / "ppo"), "--rows", "8"])
+    rows = []
+    inspect_tokens.main()
+    assert len(rows) == 8 and {row["truncated"] for row in rows} == {True, False} and len({len(row["tokens"]) for row in rows}) > 1
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    for row in rows:
+        ids = [token["id"] for token in row["tokens"]]
+        row["score"] += 0.5 * row["truncated"]  # what the reward gave
+        assert row["score"] == pytest.approx(len(tokenizer.decode(ids, skip_special_tokens=True).split()) / 4)
+        quantiles, advantages, rewards, returns = by_hand(pair, model_folder, row, "dvpo", ids)
+        values, scalar_advantages, *_ = by_hand(pair, model_folder, row, "ppo", ids)
+        for t, token in enumerate(row["tokens"]):
+            assert token["text"] == tokenizer.decode([ids[t]])
+            q = quantiles[t]
+            expected = {"shown": [q[math.ceil(p * 30 - 1e-6) - 1].item() for p in (0.05, 0.25, 0.5, 0.75, 0.95)], "quantiles": q.tolist(),
+                        "mean": q.mean().item(), "std": q.std(unbiased=False).item(), "scalar": values[t].item(), "advantage": advantages[t],
+                        "scalar_advantage": scalar_advantages[t], "reward": rewards[t], "return": returns[t]}  # fmt: skip
+            for name, value in expected.items():
+                assert token[name] == pytest.approx(value, abs=2e-5), name
+
+
+def test_a_scalar_critic_is_fitted_where_none_is_given_and_colours_are_for_terminals(pair, monkeypatch, capsys):
+    texts = set()
+    for env, coloured in (({}, False), ({"FORCE_COLOR": "1"}, True), ({"FORCE_COLOR": "1", "NO_COLOR": "1"}, False)):
+        for name in ("FORCE_COLOR", "NO_COLOR"):
+            monkeypatch.setenv(name, env.get(name, ""))
+        monkeypatch.setattr(sys, "argv", ["", str(pair / "dvpo"), "--samples", "11", "--rows", "1"])
+        inspect_tokens.main()
+        said = capsys.readouterr()
+        assert "fitted here, as --algo ppo does it, on 10 responses" in said.out and "2/2" in said.err
+        assert ("\x1b[" in said.out) == coloured
+        texts.add(re.sub(r"\x1b\[[0-9;]*m", "", said.out))
+    assert len(texts) == 1
+
+
+def test_a_prompt_without_an_answer_has_values_and_no_advantage(pair, monkeypatch, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    words = ["--scalar", str(pair / "ppo"), "--greedy", "--prompt", "area north", "--html", str(page)]
+    monkeypatch.setattr(sys, "argv", ["", str(pair / "dvpo"), *words])
+    inspect_tokens.main()
+    assert "no advantage: the reward needs columns" in capsys.readouterr().out and "NaN" not in page.read_text()
+
+
+@pytest.mark.parametrize("flags,found", [
+    (["{}/ppo"], "expected a run with --algo dvpo, whose critic predicts a distribution, found ppo"),
+    (["{}/none"], "run: expected a whole checkpoint"),
+    (["{}/dvpo", "--scalar", "{}/dvpo"], "--scalar: {}/dvpo: expected a run with --algo ppo, found dvpo"),
+    (["{}/dvpo", "--prompt", "area " * 70], "--prompt: expected at most 58 tokens"),
+    (["{}/dvpo", "--samples", "0"], "--samples: expected a whole number in [1, inf)"),
+])  # fmt: skip
+def test_what_cannot_be_inspected_is_one_line(pair, monkeypatch, capsys, flags, found):
+    monkeypatch.setattr(sys, "argv", ["", *(flag.format(pair) for flag in flags)])
+    with pytest.raises(SystemExit) as stopped:
+        inspect_tokens.main()
+    assert stopped.value.code == 2 and found.format(pair) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_runs_of_conversations_or_of_another_seed_are_refused(pair, tmp_path):
+    for changed, flag, algo, found in (
+        ({"user": "x:y"}, "run", "dvpo", "found one of conversations"),
+        ({"whiten_rewards": True}, "run", "dvpo", "--whiten-rewards"),
+        ({"seed": 1}, "--scalar", "ppo", "expected --seed 0, as in the other run, found 1"),
+    ):
+        shutil.copytree(pair / algo, tmp_path / algo, dirs_exist_ok=True)
+        flags = json.loads((pair / algo / "args.json").read_text())
+        (tmp_path / algo / "args.json").write_text(json.dumps({**flags, "flags": flags["flags"] | changed}))
+        with pytest.raises(rollout.InputError, match=found):
+            if flag == "run":
+                inspect_tokens.flags_of(tmp_path / algo, flag, algo)
+            else:
+                inspect_tokens.scalar_critic(None, inspect_tokens.flags_of(pair / "dvpo", "run", "dvpo"), tmp_path / algo, 1)
+
+
+HOSTILE = ["</script><script>document.title = 1</script>", "<!--NUMBERS-->", "\" onmouseover=\"x", "&lt;\n", "\x1b[31m\u202e"]
+
+
+def hostile_page():
+    """A page of five tokens whose numbers are 0.1, 0.2, ... and their tenths."""
+    quantiles = lambda i, steps: [i / 10 + j / 100 for j in steps]
+    tokens = [{"text": inspect_tokens.visible(text), "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
+               "std": 0.03, "mean": i / 10 + 0.045, "advantage": 0.2 - i / 10, "scalar": i / 7, "scalar_advantage": -0.1, "reward": 0.0, "return": 0.5}
+              for i, text in enumerate(HOSTILE)]  # fmt: skip
+    return inspect_tokens.page([{"prompt": HOSTILE[0], "score": 1.0, "truncated": False, "tokens": tokens}], "<b>said</b>")
+
+
+def test_the_page_needs_nothing_from_elsewhere_and_escapes_what_models_say():
+    class Reader(html.parser.HTMLParser):
+        def __init__(self):
+            super().__init__()
+            self.open, self.seen, self.texts = [], [], []
+
+        def handle_starttag(self, tag, attributes):
+            self.seen.append((tag, dict(attributes)))
+            if tag not in ("meta", "br"):
+                self.open.append(tag)
+
+        def handle_endtag(self, tag):
+            assert self.open.pop() == tag
+
+        def handle_data(self, data):
+            self.texts.append(data)
+
+    page, reader = hostile_page(), Reader()
+    reader.feed(page)
+    reader.close()
+    assert not reader.open and [tag for tag, _ in reader.seen].count("script") == 2 and not any("onmouseover" in attributes for _, attributes in reader.seen)
+    assert all(word not in page for word in ("http://", "https://", "src=", "@import", "url(", "\x1b", "\u202e"))
+    visible = [*HOSTILE[:3], "&lt;↵", "·[31m·"]
+    assert all(reader.texts.count(text) >= 2 for text in visible) and "<b>said</b>" in reader.texts
+
+
+def find_browser(playwright):
+    """Chromium's file: the variable CHROMIUM names it, or it is on the PATH, or Playwright has its own; else the test is skipped."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, names)), playwright.chromium.executable_path)
+    if not Path(found).is_file():
+        pytest.skip("no browser: expected Chromium in the variable CHROMIUM, on the PATH, or by `playwright install chromium`")
+    return found
+
+
+def test_pointing_at_a_token_in_a_browser_shows_its_distribution(tmp_path):
+    """And so do the keyboard and a click; no script of a token runs, and nothing is asked of a network."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed, see requirements-browser.txt")
+    (tmp_path / "page.html").write_text(hostile_page(), encoding="utf-8")
+    wrong, asked = [], []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=find_browser(playwright), args=["--no-sandbox"])  # containers run as root
+        page = browser.new_page(viewport={"width": 1000, "height": 700})
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("console", lambda message: wrong.append(message.text))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto((tmp_path / "page.html").as_uri())
+        token, detail = page.locator(".token"), page.locator(".detail")
+        assert token.count() == 5 and "95 %: 0.090" in detail.inner_text()  # to begin with, the first: the largest advantage
+        token.nth(3).hover()
+        said = detail.text_content()
+        assert all(text in said for text in ("before “&lt;↵”", "5 %: 0.300", "50 %: 0.340", "95 %: 0.390", "scalar critic's value0.429", "advantage-0.100"))
+        marks = [float(circle.get_attribute("cx")) for circle in detail.locator("circle").all()]
+        assert len(marks) == 5 and marks == sorted(marks) and len(set(marks)) == 5 and detail.locator("path.curve").count() == 1
+        token.nth(1).focus()
+        assert "before “<!--NUMBERS-->”" in detail.text_content()
+        page.keyboard.press("ArrowLeft")
+        assert "before “</script><script>" in detail.text_content() and page.locator(".token.on").count() == 1
+        token.nth(4).click()
+        assert "5 %: 0.400" in detail.text_content() and page.title() == "Which tokens carry the advantage"
+        for scheme, dark in (("light", False), ("dark", True)):
+            page.emulate_media(color_scheme=scheme)
+            colours = page.evaluate("[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]")
+            text, ground = (sum(map(int, re.findall("[0-9]+", colour)[:3])) for colour in colours)
+            assert (text > ground + 300) == dark and (ground > text + 300) != dark
+            page.screenshot(path=tmp_path / f"{scheme}.png")
+        browser.close()
+    assert not wrong and asked == [(tmp_path / "page.html").as_uri()]
+    assert all((tmp_path / f"{scheme}.png").read_bytes()[:4] == b"\x89PNG" for scheme in ("light", "dark"))
