@@ -94,9 +94,7 @@ def answer(state, args, batch, greedy):
 def judged_by(critic, state, args, rollout, rewards):
     """What a critic says of responses: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T), in reward units."""
     heads = forward(state, args, rollout, lambda part: ro.response_quantiles(critic, part, after_last=True)).mean(dim=2)
-    after = None
-    if args.bootstrap_truncated:
-        after = torch.where(rollout.truncated[:, None], heads[torch.arange(len(heads)), rollout.lengths[:, 1]], 0)
+    after = torch.where(rollout.truncated[:, None], heads[:, -1], 0) if args.bootstrap_truncated else None  # truncated: of full width
     quantiles = heads[:, : rollout.mask.shape[1]].sort(dim=-1).values
     advantages, _ = dvpo.distributional_gae(rewards, quantiles, rollout.mask, args.gamma, args.lam, after)
     return quantiles, dvpo.scalar_advantage(advantages)
