@@ -16,7 +16,7 @@ from experiments.seeds import interval
 from risk import RiskConfig
 
 RESULTS = Path(__file__).parent / "results"
-COLOURS = {"dvpo": "#D55E00", "ppo": "#0072B2"}  # of Okabe and Ito: told apart by the colour-blind, too
+COLOURS = {"dvpo": "#c0392b", "ppo": "#2c3e50"}
 
 
 def curves_of(runs, measure):
@@ -43,9 +43,9 @@ def draw_band(axes, band, colour, label, style="-"):
     axes.fill_between(band["iteration"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def draw_training(axes, bands, title):
-    for algo, colour in COLOURS.items():
-        draw_band(axes, bands[algo], colour, algo.upper(), "-" if algo == "dvpo" else "--")
+def draw_training(axes, bands, title, colours=COLOURS):
+    for (algo, colour), style in zip(colours.items(), ("-", "--")):
+        draw_band(axes, bands[algo], colour, algo.upper(), style)
     axes.set(title=title, xlabel="iteration (128 responses each)", ylabel="held-out accuracy, sampled", ylim=(0.15, 1.0))
     axes.legend(loc="upper left", frameon=False)
 

@@ -24,13 +24,13 @@ import dvpo
 import rollout as ro
 import train
 from critic import quantile_huber_loss, quantile_levels
-from experiments.figure import COLOURS, band_of, curves_of, draw_band, draw_training
+from experiments.figure import band_of, curves_of, draw_band, draw_training
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles
 from risk import RiskConfig, lower_tail_mean, upper_tail_mean
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
-RED, BLUE = COLOURS["dvpo"], COLOURS["ppo"]
+RED, BLUE, GREEN, PURPLE = "#D55E00", "#0072B2", "#009E73", "#CC79A7"  # of Okabe and Ito: told apart by the colour-blind, too
 GRIDS = {"midpoint": ("(j - 1/2)/M", RED, "o-"), "right": ("j/M", BLUE, "s--")}  # label, colour, style
 
 
@@ -53,7 +53,9 @@ def terms_data(steps=700, m=64):
 
 
 def draw_terms(figure, data):
-    figure.suptitle("DVPO's terms contract the lower tail and expand the upper one; the mean stays")
+    moved = max(abs(fits["+ shape"]["mean"] - fits["core"]["mean"]) for fits in data["fits"].values())
+    figure.suptitle("DVPO's terms contract the lower tail (a coin has none to contract) and expand the upper one;\n"
+                    f"the mean stays, which the shape term alone would move by up to {moved:.2f}")  # fmt: skip
     axes = figure.subplots(2, 3, height_ratios=(3, 2))
     for column, (kind, fits) in enumerate(data["fits"].items()):
         above, below = axes[:, column]
@@ -67,10 +69,11 @@ def draw_terms(figure, data):
             below.plot([fit["worst"], fit["best"]], [row, row], "|-", color=colour, markersize=9, markeredgewidth=2)
             below.plot(fit["mean"], row, "o", color=colour, markersize=5)
         low, up = ([abs(fits[name]["mean"] - fits[name][tail]) for name in ("core", "all")] for tail in ("worst", "best"))
-        above.set(title=f"{kind}\nlower tail {low[0]:.2f} to {low[1]:.2f}, upper {up[0]:.2f} to {up[1]:.2f}", xlabel="probability level", xlim=(0, 1))
+        tails = f"lower tail {low[0]:.2f} -> {low[1]:.2f}\nupper tail {up[0]:.2f} -> {up[1]:.2f}"
+        above.set(title=f"returns: {kind}\n{tails}", xlabel="probability level", xlim=(0, 1))
         below.set(xlabel="return (reward units)", yticks=range(len(fits)), yticklabels=fits if column == 0 else [])
         below.invert_yaxis()
-    axes[0, 0].set_ylabel("return (reward units)\nbars: mean of a tenth")
+    axes[0, 0].set_ylabel("return (reward units)\nbars: mean of the outer tenth")
     axes[1, 0].set_ylabel("worst tenth, mean,\nbest tenth")
     axes[0, 0].legend(loc="upper left", frameon=False)
 
@@ -150,28 +153,32 @@ def draw_levels(figure, data):
 
 
 @torch.no_grad()
-def held_out(checkpoint, domain):
-    """Returns sampled on held-out prompts by a checkpoint's policy and its critic's quantiles there: (tokens,), (tokens, M)."""
+def held_out(checkpoint):
+    """{domain: returns sampled on held-out prompts by a checkpoint's policy, its critic's quantiles there}: (tokens,), (tokens, M)."""
     args = train.parse_args(["--resume", str(checkpoint)])
-    state, found = train.build(args), []
-    torch.manual_seed(args.seed + 1)  # the same draws for every checkpoint
-    for batch in state.evals[domain].iter(args.batch_size):
-        rollout = train.sample_batch(state, args, batch, args.temperature)
-        scores, _ = train.judge(state, args, batch, rollout)  # with training's noise: it is part of what the critic predicts
-        logprobs, reference = (ro.response_logprobs(model, rollout, args.temperature) for model in (state.policy, state.reference))
-        returns = dvpo.discounted_returns(train.rewards_of(args, scores, logprobs, reference, rollout.mask), rollout.mask, args.gamma)
-        quantiles = ro.response_quantiles(state.critic, rollout).mean(dim=2).sort(dim=-1).values
-        found.append((returns[rollout.mask], quantiles[rollout.mask]))
-    return [torch.cat(parts) for parts in zip(*found)]
+    state, found = train.build(args), {}
+    for domain, prompts in state.evals.items():
+        torch.manual_seed(args.seed + 1)  # the same draws for every checkpoint
+        parts = []
+        for batch in prompts.iter(args.batch_size):
+            rollout = train.sample_batch(state, args, batch, args.temperature)
+            scores, _ = train.judge(state, args, batch, rollout)  # with training's noise: it is part of what the critic predicts
+            logprobs, reference = (ro.response_logprobs(model, rollout, args.temperature) for model in (state.policy, state.reference))
+            returns = dvpo.discounted_returns(train.rewards_of(args, scores, logprobs, reference, rollout.mask), rollout.mask, args.gamma)
+            quantiles = ro.response_quantiles(state.critic, rollout).mean(dim=2).sort(dim=-1).values
+            parts.append((returns[rollout.mask], quantiles[rollout.mask]))
+        found[domain] = [torch.cat(part) for part in zip(*parts)]
+    return found
 
 
 def coverage(returns, quantiles, taus, tie):
     """The share of returns below Q(tau), for each tau, as the share of randomised PIT values below tau: (R,), (R, M), (T,) -> (T,).
 
-    u = F(y - tie) + U (F(y + tie) - F(y - tie)), U uniform, seeded: a return within `tie` of a quantile ties with it. With two-valued
-    returns and tie 0 the share is a step even for a critic that is right up to a hair.
+    u = P(q < y - tie) + U P(y - tie <= q <= y + tie), U uniform, seeded: a return within `tie` of a quantile ties with it. With
+    two-valued returns and tie 0 the share is a step even for a critic that is right up to a hair.
     """
-    below, up_to = ((quantiles <= (returns + shift).unsqueeze(1)).double().mean(dim=1) for shift in (-tie, tie))
+    y = returns.unsqueeze(1)
+    below, up_to = (quantiles < y - tie).double().mean(dim=1), (quantiles <= y + tie).double().mean(dim=1)
     u = below + torch.rand(len(returns), generator=torch.Generator().manual_seed(0), dtype=torch.float64) * (up_to - below)
     return (u.unsqueeze(1) <= taus).double().mean(dim=0)
 
@@ -190,7 +197,7 @@ def calibration_data(flags="--total-episodes 9600 --save-steps 15 --save-total-l
     data = {"flags": flags, "taus": rounded(taus), "curves": {panel: {} for panel in PANELS}, "mean": {}}
     checkpoints = sorted((ROOT / folder).glob("checkpoint-*[0-9]"))
     for checkpoint in tqdm(checkpoints, desc="checkpoints"):
-        iteration, found = str(int(checkpoint.name.split("-")[1])), {domain: held_out(checkpoint, domain) for domain in ("in domain", "out of domain")}
+        iteration, found = str(int(checkpoint.name.split("-")[1])), held_out(checkpoint)
         for panel, (domain, tie) in PANELS.items():
             data["curves"][panel][iteration] = rounded(coverage(*found[domain], taus, tie))
         data["mean"][iteration] = {domain: rounded(torch.stack([y.mean(), q.mean()])) for domain, (y, q) in found.items()}  # sampled, predicted
@@ -205,16 +212,17 @@ def largest_gap(data, panel):
 def draw_calibration(figure, data):
     from matplotlib import colormaps
 
-    figure.suptitle("Coverage on held-out prompts: about right in domain, out of domain the critic is too optimistic")
+    inside, outside = (largest_gap(data, panel) for panel in list(PANELS)[1:])
+    figure.suptitle(f"Held-out prompts: the critic's coverage is right within {inside:.2f} in domain,\nand too optimistic by up to {outside:.2f} out of domain")
     axes = figure.subplots(1, 3)
     for ax, (panel, curves) in zip(axes, data["curves"].items()):
         ax.plot([0, 1], [0, 1], color="0.75", linewidth=5)
         for i, (iteration, curve) in enumerate(curves.items()):
             ax.plot(data["taus"], curve, color=colormaps["viridis_r"](0.15 + 0.85 * i / len(curves)), label=f"iteration {iteration}")
         sampled, predicted = list(data["mean"].values())[-1][PANELS[panel][0]]
-        ax.set(title=f"{panel}: at most {largest_gap(data, panel):.2f} off\nmean return at the end: {predicted:.2f} predicted, {sampled:.2f} sampled")
+        ax.set(title=f"{panel}\nat most {largest_gap(data, panel):.2f} off the diagonal\nend: mean {predicted:.2f} predicted, {sampled:.2f} sampled")
         ax.set(xlabel="probability level tau", ylabel="share of returns below Q(tau)", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    axes[1].legend(loc="lower right", frameon=False)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
 
 
 # ---- curves: training, over seeds
@@ -238,8 +246,8 @@ def holding_zero(data):
 def draw_curves(figure, data):
     axes = figure.subplots(1, 3)
     figure.suptitle(f"DVPO and PPO learn alike under 20 % flipped rewards: mean and 95 % interval, {data['seeds']} seeds")
-    for ax, (measure, colour, style) in zip(axes, (("in domain, sampled", "#009E73", "-"), ("out of domain, sampled", "#CC79A7", "--"))):
-        draw_training(ax, data["bands"][measure], measure.split(",")[0])
+    for ax, (measure, colour, style) in zip(axes, (("in domain, sampled", GREEN, "-"), ("out of domain, sampled", PURPLE, "--"))):
+        draw_training(ax, data["bands"][measure], measure.split(",")[0], {"dvpo": RED, "ppo": BLUE})
         draw_band(axes[2], data["bands"][measure]["difference"], colour, measure.split(",")[0], style)
     axes[2].axhline(0, color="0.45", linewidth=1)
     hold = holding_zero(data)
@@ -249,10 +257,10 @@ def draw_curves(figure, data):
 
 
 FIGURES = {  # name: what computes the data, what draws it, height in inches at a width of 9
-    "terms": (terms_data, draw_terms, 5.6),
+    "terms": (terms_data, draw_terms, 6.2),
     "kappa": (kappa_data, draw_kappa, 3.4),
     "levels": (levels_data, draw_levels, 3.4),
-    "calibration": (calibration_data, draw_calibration, 3.6),
+    "calibration": (calibration_data, draw_calibration, 4.4),
     "curves": (curves_data, draw_curves, 3.2),
 }
 
