@@ -433,10 +433,10 @@ def test_the_figures_titles_are_what_their_data_say():
 def test_the_critic_is_calibrated_in_domain_and_optimistic_out_of_it():
     data = data_of("calibration")
     plain, inside, outside = data["curves"]
-    assert figures.largest_gap(data, inside) < 0.12 < 0.18 < figures.largest_gap(data, outside) < 0.4 < figures.largest_gap(data, plain)
-    assert all(share > tau - 0.02 for curve in data["curves"][outside].values() for share, tau in zip(curve, data["taus"]))  # returns are lower
-    assert all(sampled < predicted - 0.1 for sampled, predicted in (mean["out of domain"] for mean in data["mean"].values()))
-    assert all(abs(sampled - predicted) < 0.05 for sampled, predicted in (mean["in domain"] for mean in data["mean"].values()))
+    assert figures.largest_gap(data, inside) < 0.12 < figures.largest_gap(data, outside) < 0.4 < figures.largest_gap(data, plain)
+    assert all(share > tau - 0.03 for curve in data["curves"][outside].values() for share, tau in zip(curve, data["taus"]))  # returns are lower
+    excess = {domain: [mean[domain][1] - mean[domain][0] for mean in data["mean"].values()] for domain in ("in domain", "out of domain")}
+    assert max(map(abs, excess["in domain"])) < 0.05 < 0.08 < min(excess["out of domain"]) and max(excess["out of domain"]) < 0.17
 
 
 def test_coverage_by_hand():
@@ -457,7 +457,7 @@ def test_the_figures_data_are_computed(model_folder, tmp_path):
     assert figures.levels_data(m=2, count=8, steps=20)["fits"]["right"]["levels"] == [0.5, 1.0]
     assert json.loads(json.dumps(figures.curves_data())) == {key: value for key, value in data_of("curves").items() if key not in ("commit", "torch")}
     flags = f"--model-name-or-path {model_folder} --total-episodes 8 --batch-size 8 --eval-samples 8 --response-length 4 --num-quantiles 4"
-    data = figures.calibration_data(flags, tmp_path / "run")
+    data = figures.calibration_data(flags, tmp_path / "run", rounds=1)
     assert [list(curves) for curves in data["curves"].values()] == [["1"]] * 3 and len(data["mean"]["1"]["in domain"]) == 2
 
 
