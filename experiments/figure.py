@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,19 +19,33 @@ RESULTS = Path(__file__).parent / "results"
 COLOURS = {"dvpo": "#c0392b", "ppo": "#2c3e50"}
 
 
-def draw_training(axes, runs, measure, title):
-    for algo, colour in COLOURS.items():
-        curves = {}
-        for run in (run for run in runs if run["algo"] == algo):
-            curves.setdefault(0, []).append(run["before"][measure])
-            for row in run["curve"]:
-                key = "eval/" + measure.replace(", ", "/").replace(" ", "_")
-                if key in row:
-                    curves.setdefault(row["iteration"], []).append(row[key])
-        x = sorted(curves)
-        mean, half = zip(*(interval(curves[step]) for step in x))
-        axes.plot(x, mean, color=colour, label=algo.upper())
-        axes.fill_between(x, [m - h for m, h in zip(mean, half)], [m + h for m, h in zip(mean, half)], color=colour, alpha=0.15, linewidth=0)
+def curves_of(runs, measure):
+    """{algo: {iteration: that measure of evaluation, a value per seed}}; iteration 0 is the evaluation before."""
+    curves, key = {algo: {} for algo in COLOURS}, "eval/" + measure.replace(", ", "/").replace(" ", "_")
+    for run in runs:
+        curves[run["algo"]].setdefault(0, []).append(run["before"][measure])
+        for row in run["curve"]:
+            if key in row:
+                curves[run["algo"]].setdefault(row["iteration"], []).append(row[key])
+    return curves
+
+
+def band_of(curve):
+    """{iteration: values} as lists to draw: iterations, means and half-widths of the 95 % interval."""
+    x = sorted(curve)
+    mean, half = zip(*(interval(curve[step]) for step in x))
+    return {"iteration": x, "mean": mean, "half": half}
+
+
+def draw_band(axes, band, colour, label, style="-"):
+    low, high = ([m + sign * h for m, h in zip(band["mean"], band["half"])] for sign in (-1, 1))
+    axes.plot(band["iteration"], band["mean"], style, color=colour, label=label)
+    axes.fill_between(band["iteration"], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def draw_training(axes, bands, title, colours=COLOURS):
+    for (algo, colour), style in zip(colours.items(), ("-", "--")):
+        draw_band(axes, bands[algo], colour, algo.upper(), style)
     axes.set(title=title, xlabel="iteration (128 responses each)", ylabel="held-out accuracy, sampled", ylim=(0.15, 1.0))
     axes.legend(loc="upper left", frameon=False)
 
@@ -50,12 +63,15 @@ def draw_tails(axes):
 
 
 def main():
+    import matplotlib.pyplot as plt
+
     torch.set_num_threads(1)
     runs = [json.loads(line) for line in (RESULTS / "default.jsonl").read_text().splitlines()]
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.8))
     seeds = len({run["seed"] for run in runs})
-    draw_training(axes[0], runs, "in domain, sampled", f"20 % of rewards flipped, {seeds} seeds")
-    draw_training(axes[1], runs, "out of domain, sampled", "the same models, longer dialogues")
+    titles = {"in domain, sampled": f"20 % of rewards flipped, {seeds} seeds", "out of domain, sampled": "the same models, longer dialogues"}
+    for ax, (measure, title) in zip(axes, titles.items()):
+        draw_training(ax, {algo: band_of(curve) for algo, curve in curves_of(runs, measure).items()}, title)
     draw_tails(axes[2])
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 import rollout
 import train
 from critic import QuantileCritic
-from experiments import dialogue, evaluate, inspect_tokens, memory, mutants, noise, pseudo_labels, reward_model, sft, warm_start
+from experiments import dialogue, evaluate, figures, inspect_tokens, memory, mutants, noise, pseudo_labels, reward_model, sft, warm_start
 
 ROOT = Path(__file__).parent.parent
 
@@ -398,6 +398,84 @@ def test_memory_takes_train_pys_flags_behind_two_dashes(model_folder, tmp_path, 
         with pytest.raises(SystemExit) as stopped:
             show(*words)
         assert stopped.value.code == 2 and found in capsys.readouterr().err
+
+
+# ---- the figures
+
+
+def data_of(figure):
+    return json.loads((ROOT / "experiments" / "results" / f"figure-{figure}.json").read_text())
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_is_redrawn_from_its_data_alone(name, tmp_path, monkeypatch, capsys):
+    shutil.copy(figures.RESULTS / f"figure-{name}.json", tmp_path)
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    monkeypatch.setitem(figures.FIGURES, name, (None, *figures.FIGURES[name][1:]))
+    figures.main([name, "--redraw"])
+    assert 30_000 < (tmp_path / f"figure-{name}.png").stat().st_size < 150_000 and f"figure-{name}.png" in capsys.readouterr().out
+
+
+def test_the_figures_titles_are_what_their_data_say():
+    for fits in data_of("terms")["fits"].values():
+        core, full = fits["core"], fits["all"]
+        assert full["mean"] - full["worst"] < core["mean"] - core["worst"] and full["best"] - full["mean"] > core["best"] - core["mean"]
+        assert abs(full["mean"] - core["mean"]) < 0.02 < abs(fits["+ shape"]["mean"] - core["mean"])
+        assert fits.keys() == {"core", *(f"+ {term}" for term in train.RISK_TERMS), "all"}
+    kappa = data_of("kappa")
+    stds = dict(zip(kappa["kappas"], kappa["stds"]))
+    assert stds[1.0] == pytest.approx(0.288, abs=0.002) and stds[0.01] == pytest.approx(0.5, abs=0.01) and kappa["stds"] == sorted(kappa["stds"])[::-1]
+    assert kappa["quantiles"]["1.0"] == pytest.approx(kappa["levels"], abs=0.01)  # a straight line
+    levels = data_of("levels")["fits"]
+    assert levels["right"]["mean"] == pytest.approx(0.23, abs=0.005) and levels["midpoint"]["mean"] == pytest.approx(0, abs=0.001)
+    assert levels["right"]["mean"] == pytest.approx(levels["right"]["quantiles"][-1] / 16, abs=0.001)  # it is all the top one
+    assert set(levels["right"]["top"]) == {6.0} and levels["midpoint"]["top"][-1] == pytest.approx(levels["midpoint"]["quantiles"][-1], abs=0.01)
+    curves = data_of("curves")
+    assert curves["seeds"] == 5 and sum(figures.holding_zero(curves)) == 19 and len(figures.holding_zero(curves)) == 20
+    assert all(abs(bands["difference"]["mean"][-1]) < bands["difference"]["half"][-1] for bands in curves["bands"].values())
+
+
+def test_the_critic_is_calibrated_in_domain_and_optimistic_out_of_it():
+    data = data_of("calibration")
+    plain, inside, outside = data["curves"]
+    assert figures.largest_gap(data, inside) < 0.12 < figures.largest_gap(data, outside) < 0.4 < figures.largest_gap(data, plain)
+    assert all(share > tau - 0.03 for curve in data["curves"][outside].values() for share, tau in zip(curve, data["taus"]))  # returns are lower
+    excess = {domain: [mean[domain][1] - mean[domain][0] for mean in data["mean"].values()] for domain in ("in domain", "out of domain")}
+    assert max(map(abs, excess["in domain"])) < 0.05 < 0.08 < min(excess["out of domain"]) and max(excess["out of domain"]) < 0.17
+
+
+def test_coverage_by_hand():
+    """F(0) = 1/2 for a coin: off by a hair, all zeros lie below every quantile and all ones above; with ties broken the shares are tau."""
+    returns, taus = torch.tensor([0.0, 1.0]).repeat(5000), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    hair = torch.tensor([0.01, 0.01, 0.99, 0.99]).expand(10000, 4)
+    assert figures.coverage(returns, hair, taus, 0.0).tolist() == [0.5, 0.5, 0.5]
+    assert figures.coverage(returns, hair, taus, 0.25).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
+    assert figures.coverage(returns, hair.round(), taus, 0.0).tolist() == pytest.approx([0.1, 0.5, 0.9], abs=0.02)
+    assert figures.coverage(returns, hair + 0.5, taus, 0.25).tolist() == [0.5, 1.0, 1.0]  # ones lie in the middle, zeros below all
+
+
+def test_the_figures_data_are_computed(model_folder, tmp_path):
+    """Two kappas as stored; the others in small."""
+    found, kept = figures.kappa_data(kappas=(0.01, 1.0)), data_of("kappa")
+    assert found["stds"] == pytest.approx([kept["stds"][kept["kappas"].index(kappa)] for kappa in (0.01, 1.0)], abs=1e-3)
+    assert {len(fit["quantiles"]) for fits in figures.terms_data(steps=2, m=3)["fits"].values() for fit in fits.values()} == {3}
+    assert figures.levels_data(m=2, count=8, steps=20)["fits"]["right"]["levels"] == [0.5, 1.0]
+    assert json.loads(json.dumps(figures.curves_data())) == {key: value for key, value in data_of("curves").items() if key not in ("commit", "torch")}
+    flags = f"--model-name-or-path {model_folder} --total-episodes 8 --batch-size 8 --eval-samples 8 --response-length 4 --num-quantiles 4"
+    data = figures.calibration_data(flags, tmp_path / "run", rounds=1)
+    assert [list(curves) for curves in data["curves"].values()] == [["1"]] * 3 and len(data["mean"]["1"]["in domain"]) == 2
+
+
+def test_an_unknown_figure_and_missing_data_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    for words, found in ((["tails"], "invalid choice: 'tails'"), (["terms", "--redraw"], "expected data in figure-terms.json, found none")):
+        with pytest.raises(SystemExit) as stopped:
+            figures.main(words)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and found in said and said.count("\n") == 1
+
+
+# ---- mutants
 
 
 def test_mutants_are_single_changes_of_code_alone():
