@@ -359,7 +359,7 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
                                 cache_implementation="static" if static_cache else None, **sampling)  # fmt: skip
 
     def watch(input_ids, logits):  # on a GPU, drawing from NaN would end the process
-        finite[0] = finite[0] & logits.isfinite().all(dim=-1)
+        finite[0] = finite[0] & logits.amax(dim=-1).isfinite()  # -inf is fine: a token that cannot be
         return torch.where(finite[0].unsqueeze(1), logits, 0)
 
     def record(input_ids, logits):  # transformers calls it at each step, when the token before has been drawn

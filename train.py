@@ -238,10 +238,12 @@ def parse_args(argv=None):
 
 
 def load(auto_class, name, flag, trust_remote_code=False):
-    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), or a tokenizer; raises InputError."""
+    """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
     try:
         if (os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")  # not a hub name either: nothing to ask the network for
+        if auto_class is QuantileCritic:
+            return auto_class.from_pretrained(name)
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
