@@ -688,7 +688,7 @@ def find_checkpoint(folder):
 
 
 def restore(state, args):
-    """Puts back what save_checkpoint wrote beside the weights, and sets aside what a run wrote after it."""
+    """Puts back what save_checkpoint wrote beside the weights."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.examples, state.start = saved["iteration"], saved["before"], saved["examples"], time.time() - saved["seconds"]
     if saved["device"] == state.policy.device.type and not state.half:
