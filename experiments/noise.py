@@ -3,7 +3,7 @@
     python experiments/noise.py --jobs 2                  # the main grid; 15 to 60 seconds a run, --jobs runs at a time
     python experiments/noise.py --noises outliers --methods "dvpo, critic floor" --seeds 3    # a part of it, PPO always beside
     python experiments/noise.py --grid tuning --jobs 2    # the learning rates that the main grid uses, on seeds of their own
-    python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor, rates, setups
+    python experiments/noise.py --grid ladder --jobs 2    # also: quantiles, risk, lam, floor, rates, setups, flags
     python experiments/noise.py --quick                   # a few short runs, to see that it works; numbers mean nothing
     python experiments/noise.py --table                   # only print and plot what experiments/results/ holds
 
@@ -81,6 +81,19 @@ OUTLYING = ("none", "outliers", "offset, outliers")
 TRIED = {f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
 PAIR = {"ppo": ("ppo",), "dvpo, critic floor": FLOORS["dvpo, critic floor"]}
 SETUPS = {"": (), ", lam 1": ("--lam 1",), ", warm-up 3": ("--critic-warmup-steps 3",)}
+ONE_FLAG = {  # each a quarter and four times of BUDGET's value or train.py's, or what lies to either side; the critic's share of the budget stays
+    "learning-rate": ("5e-5", "8e-4"),
+    "critic-learning-rate": ("7.5e-4", "1.2e-2"),
+    "batch-size": ("32 --critic-warmup-steps 40", "512 --critic-warmup-steps 2"),
+    "num-ppo-epochs": ("2", "4"),
+    "num-mini-batches": ("1", "16"),
+    "critic-warmup-steps": ("0", "30"),
+    "kl-coef": ("0", "0.08"),
+    "cliprange": ("0.05", "0.8"),
+    "lam": ("0.8", "1"),
+    "gamma": ("0.9", "0.98"),
+    "temperature": ("0.7", "1.3"),
+}
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first method
     "main": ({name: tuned(name) for name in METHODS} | {name: tuned(*flags) for name, flags in FLOORS.items()}, MAIN, range(10)),
@@ -91,6 +104,8 @@ GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first
     "lam": ({f"{name}, lam {lam}": tuned(name, unless(0.95, lam, "--lam")) for name in ("ppo", "dvpo") for lam in (0.9, 0.95, 1)}, SOME, range(3)),
     "quick": ({name: tuned(*FLOORS.get(name, (name,))) for name in ("ppo", "dvpo, critic floor", "grpo")}, ("none", "offset, outliers"), range(2)),
     "floor": ({f"level {a}": tuned(*FLOORS["dvpo, critic floor"], unless(0.3, a, "--score-floor-level")) for a in (0.1, 0.3, 0.5)}, OUTLYING, range(5)),
+    "flags": ({"defaults": tuned("dvpo")} | {f"{flag} {value.split()[0]}": tuned("dvpo", f"--{flag} {value}") for flag, values in ONE_FLAG.items()
+                                             for value in values}, SOME, range(3)),
     "rates": ({name: tuned(*flags) for name, flags in PAIR.items()}, ("outliers 0.1", "outliers 0.5"), range(3)),
     "setups": ({name + setup: tuned(*flags, *more) for setup, more in SETUPS.items() for name, flags in PAIR.items()}, ("outliers",), range(3)),
 }
