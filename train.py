@@ -237,13 +237,13 @@ def parse_args(argv=None):
     return args
 
 
-def load(auto_class, name, flag, trust_remote_code=False):
+def load(auto_class, name, flag, trust_remote_code=False, trunk_class=AutoModel):
     """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
     try:
         if (os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")  # not a hub name either: nothing to ask the network for
         if auto_class is QuantileCritic:
-            return auto_class.from_pretrained(name)
+            return auto_class.from_pretrained(name, trunk_class)
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
@@ -330,13 +330,17 @@ def completions_of(state, rollout):
     return rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
 
 
+def true_scores_of(state, args, batch, completions, answer="answer"):
+    """The reward of completions without noise, under the run's flags for rewards that hang or are not finite -> (B,)."""
+    return ro.score(state.reward, batch, completions, answer, args.reward_timeout, args.skip_nonfinite)
+
+
 @torch.no_grad()
 def judge(state, args, batch, rollout):
     """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
     completions = completions_of(state, rollout)
-    score = lambda answer: ro.score(state.reward, batch, completions, answer, args.reward_timeout, args.skip_nonfinite)
-    true_scores = score("answer")
-    labelled = score(ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
+    true_scores = true_scores_of(state, args, batch, completions)
+    labelled = true_scores_of(state, args, batch, completions, ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     if args.reward_offset:
         scores = scores + ro.prompt_offsets(batch[ro.PROMPT_IDS], args.reward_offset, state.policy.config.vocab_size, args.reward_noise_seed)
@@ -384,8 +388,10 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
 
 
 def finite_rows(state, args, mask, tensors):
-    """Which rows (B,) are finite in all of {name: (B, ...) or None}; raises InputError naming the term and the rows, unless --skip-nonfinite."""
-    fine = {name: tensor.flatten(1).isfinite().all(dim=1) for name, tensor in tensors.items() if tensor is not None}
+    """Which rows (B,) are finite in all of {name: (B, ...) or None}, a bool tensor saying so itself; raises InputError naming the term and the
+    rows, unless --skip-nonfinite."""
+    known = {name: tensor if tensor.dtype == torch.bool else tensor.isfinite() for name, tensor in tensors.items() if tensor is not None}
+    fine = {name: finite.reshape(len(finite), -1).all(dim=1) for name, finite in known.items()}
     all_fine = torch.stack([*fine.values()]).all(dim=0)
     if not (args.skip_nonfinite or all_fine.all()):
         name, rows = next((name, (~rows).nonzero().flatten().tolist()) for name, rows in fine.items() if not rows.all())
@@ -429,8 +435,7 @@ def collect(state, args):
         with torch.inference_mode():
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
     scores, true_scores = judge(state, args, batch, rollout)
-    sampled_from = None if rollout.finite is None else torch.where(rollout.finite, 0.0, math.nan).unsqueeze(1)
-    checked = {"logits in sampling": sampled_from, "scores": scores.unsqueeze(1), "log-probs": logprobs, "reference log-probs": ref_logprobs}
+    checked = {"logits in sampling": rollout.finite, "scores": scores, "log-probs": logprobs, "reference log-probs": ref_logprobs}
     fine = finite_rows(state, args, rollout.mask, checked)
     if args.skip_nonfinite:
         rollout.mask, logprobs, ref_logprobs = rollout.mask & fine.unsqueeze(1), where_fine(fine, logprobs), where_fine(fine, ref_logprobs)
@@ -562,7 +567,7 @@ def examples(state, args, count=3):
     batch = data[: min(count, len(data))]
     with torch.random.fork_rng(), state.autocast():
         completions = completions_of(state, sample_batch(state, args, batch, 0.0))
-    scores = ro.score(state.reward, batch, completions, "answer", args.reward_timeout, args.skip_nonfinite).tolist()
+    scores = true_scores_of(state, args, batch, completions).tolist()
     text = lambda turns: turns if isinstance(turns, str) else " / ".join(turn["content"] for turn in turns)
     return [{"prompt": text(p), "completion": text(c), "score": score} for p, c, score in zip(batch["prompt"], completions, scores)]
 
@@ -584,8 +589,8 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
-                finite_rows(state, args, rollout.mask, {"logits in sampling": torch.where(rollout.finite, 0.0, math.nan).unsqueeze(1)})
-                scores.append(ro.score(state.reward, batch, completions_of(state, rollout), "answer", args.reward_timeout, args.skip_nonfinite))
+                finite_rows(state, args, rollout.mask, {"logits in sampling": rollout.finite})
+                scores.append(true_scores_of(state, args, batch, completions_of(state, rollout)))
                 bar.update(len(batch["prompt"]))
             found = torch.cat(scores)
             results[f"{name}, {mode}"] = found[found.isfinite()].mean().item()
@@ -777,15 +782,12 @@ def build_critic(args, policy, context):
     if args.algo not in CRITICS:
         return None
     own_trunk = args.critic_model_name_or_path
-    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path", args.trust_remote_code) if own_trunk else copy.deepcopy(policy.base_model)
+    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path", args.trust_remote_code) if own_trunk else policy.base_model
     if args.resume:  # the trunk's own class: not every model with code of its own has an AutoModel
-        try:
-            return QuantileCritic.from_pretrained(Path(args.resume) / "critic", type(trunk))
-        except Exception as error:
-            raise InputError(f"--resume: cannot load {args.resume}/critic: {ro.one_line(error)}") from error
+        return load(QuantileCritic, Path(args.resume) / "critic", "--resume", trunk_class=type(trunk))
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
         raise InputError("--critic-model-name-or-path: expected the policy's vocabulary and context, found a smaller one")
-    return QuantileCritic(trunk, *critic_size(args), args.tau_grid, seed=args.seed)
+    return QuantileCritic(trunk if own_trunk else copy.deepcopy(trunk), *critic_size(args), args.tau_grid, seed=args.seed)
 
 
 def build(args):

@@ -13,7 +13,6 @@ Each writes experiments/results/figure-NAME.json, all numbers that are drawn, an
 import argparse
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +26,7 @@ import train
 from critic import quantile_huber_loss, quantile_levels
 from experiments.figure import band_of, curves_of, draw_band, draw_training
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles
+from experiments.seeds import current_commit
 from risk import RiskConfig, lower_tail_mean, upper_tail_mean
 
 ROOT = Path(__file__).parent.parent
@@ -196,9 +196,8 @@ def calibration_data(flags="--total-episodes 9600 --save-steps 15 --save-total-l
         assert train.main([*flags.split(), "--output-dir", str(ROOT / folder)]) == 0, "the run of train.py failed"
     taus = torch.arange(1, 40, dtype=torch.float64) / 40
     data = {"flags": flags, "rounds": rounds, "taus": rounded(taus), "curves": {panel: {} for panel in PANELS}, "mean": {}}
-    checkpoints = sorted((ROOT / folder).glob("checkpoint-*[0-9]"))
-    for checkpoint in tqdm(checkpoints, desc="checkpoints"):
-        iteration, found = str(int(checkpoint.name.split("-")[1])), held_out(checkpoint, rounds)
+    for number, checkpoint in tqdm(train.checkpoints(ROOT / folder).items(), desc="checkpoints"):
+        iteration, found = str(number), held_out(checkpoint, rounds)
         for panel, (domain, tie) in PANELS.items():
             data["curves"][panel][iteration] = rounded(coverage(*found[domain], taus, tie))
         data["mean"][iteration] = {domain: rounded(torch.stack([y.mean(), q.mean()])) for domain, (y, q) in found.items()}  # sampled, predicted
@@ -280,8 +279,7 @@ def main(argv=None):
     compute, draw, height = FIGURES[args.name]
     stored = RESULTS / f"figure-{args.name}.json"
     if not args.redraw:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-        stored.write_text(json.dumps({"commit": commit, "torch": torch.__version__, **compute()}) + "\n")
+        stored.write_text(json.dumps({"commit": current_commit(), "torch": torch.__version__, **compute()}) + "\n")
     elif not stored.exists():
         parser.error(f"--redraw: expected data in {stored.name}, found none: run without it first")
     with rc_context({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}):

@@ -54,6 +54,11 @@ def run(folder, warm_start, *flags):
     return train.main([*SMALL, "--output-dir", str(folder), *flags])
 
 
+def some_of(source, target, *names):
+    for name in names:
+        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, target / name)
+
+
 def log(folder):
     """The metrics without those that are clocks."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -113,8 +118,7 @@ def test_same_seed_same_run_bit_for_bit_and_another_seed_another(finished, warm_
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
     """As after a crash in iteration 17 or later: the checkpoint of iteration 16, and a log that had gone on."""
-    for name in ("checkpoint-000016", "args.json", "metrics.jsonl", "warm_start"):
-        (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, tmp_path / name)
+    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
     with open(tmp_path / "metrics.jsonl", "a") as log_file:
         log_file.write('{"iteration": 25, "objec')  # torn by the crash
     assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
@@ -140,8 +144,7 @@ def test_baselines_run_save_and_resume_with_no_more_parts_than_they_need(algo, w
     final = train.find_checkpoint(tmp_path / "a")
     assert (final / "critic").exists() == has_critic
     (tmp_path / "b").mkdir()
-    for name in ("checkpoint-000002", "args.json", "metrics.jsonl", "warm_start"):
-        (shutil.copytree if (tmp_path / "a" / name).is_dir() else shutil.copy)(tmp_path / "a" / name, tmp_path / "b" / name)
+    some_of(tmp_path / "a", tmp_path / "b", "checkpoint-000002", "args.json", "metrics.jsonl", "warm_start")
     assert train.main(["--resume", "--output-dir", str(tmp_path / "b")]) == 0
     assert log(tmp_path / "b") == rows
     policies = [AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / name) / "policy") for name in "ab"]
@@ -1077,18 +1080,12 @@ def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_sta
     assert train.parse_args(["--resume", "--output-dir", f"{finished}/"]).resume.endswith("checkpoint-000024")
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
-    for name in ("checkpoint-000016", "args.json"):  # a run of a version that did not know a flag yet
-        (shutil.copytree if (finished / name).is_dir() else shutil.copy)(finished / name, tmp_path / name)
+    some_of(finished, tmp_path, "checkpoint-000016", "args.json")  # a run of a version that did not know a flag yet
     known = json.loads((tmp_path / "args.json").read_text())
     del known["flags"]["kv_cache"], known["flags"]["micro_batch_tokens"]
     (tmp_path / "args.json").write_text(json.dumps(known))
     args = train.parse_args(["--resume", str(tmp_path)])
     assert args.kv_cache == "dynamic" and args.micro_batch_tokens == 4096 and args.num_quantiles == 16
-
-
-def some_of(source, target, *names):
-    for name in names:
-        (shutil.copytree if (source / name).is_dir() else shutil.copy)(source / name, target / name)
 
 
 @pytest.mark.parametrize("torn", ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "checksums.json", "policy/tokenizer.json"])
