@@ -27,7 +27,7 @@ def run(algo, seed, extra, folder):
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     folder = ROOT / folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keep = ("objective/scores", "objective/true_scores", "val/explained_var", "quantile/lower_tail", "quantile/upper_tail", "quantile/coverage")
+    keep = ("objective/scores", "objective/true_scores", "objective/kl", "val/explained_var", "quantile/lower_tail", "quantile/upper_tail", "quantile/coverage")
     curve = [{name: row[name] for name in ("iteration", *keep) if name in row} | {k: v for k, v in row.items() if k.startswith("eval/")} for row in rows]
     return {"algo": algo, "seed": seed, **json.loads((folder / "args.json").read_text()), **json.loads((folder / "results.json").read_text()), "curve": curve}
 
@@ -36,6 +36,11 @@ def interval(values):
     """Mean and half-width of Student's 95 % interval."""
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[min(len(values), 10)]
     return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+
+
+def current_commit():
+    """The short hash of what is checked out, as results name it."""
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def main():
@@ -47,8 +52,7 @@ def main():
     args = parser.parse_args()
     if args.seeds < 2 or (args.extra and args.name == "default"):
         parser.error("expected at least 2 --seeds, and a --name of its own for a run with further flags")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = {"commit": commit, "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
+    machine = {"commit": current_commit(), "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
     runs = []
     for algo, seed in tqdm([(algo, seed) for seed in range(args.seeds) for algo in args.algos], desc="runs"):
         runs.append(run(algo, seed, args.extra, Path("runs") / f"{args.name}-{algo}-seed{seed}"))
