@@ -195,9 +195,7 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
     data = data.add_column(PROMPT_IDS, prompt_ids)
-    unknown = [row for row, ids in enumerate(prompt_ids) for token in ids if token == tokenizer.unk_token_id]
-    if unknown:
-        print(f"note: {flag}: the tokenizer does not know {len(unknown)} of the prompts' {sum(map(len, prompt_ids))} tokens, the first in row {unknown[0]}")
+    note_unknown(flag, prompt_ids, tokenizer)
     overlong = [row for row, ids in enumerate(prompt_ids) if len(ids) > max_tokens]
     if not overlong:
         return data
@@ -207,6 +205,13 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
         raise InputError(f"{flag}: row {overlong[0]}: {found}, {expected} (--overlong-prompts drop leaves such rows out)")
     print(f"{flag}: {len(overlong)} of {len(data)} prompts dropped, {expected}")
     return data.select(sorted({*range(len(data))} - {*overlong}))
+
+
+def note_unknown(flag, prompt_ids, tokenizer):
+    """Says how many tokens of the prompts the tokenizer does not know, if any: a small vocabulary takes whatever it is given."""
+    unknown = [row for row, ids in enumerate(prompt_ids) for token in ids if token == tokenizer.unk_token_id]
+    if unknown:
+        print(f"note: {flag}: the tokenizer does not know {len(unknown)} of the prompts' {sum(map(len, prompt_ids))} tokens, the first in row {unknown[0]}")
 
 
 def broken_line(name):
@@ -745,18 +750,24 @@ def within(seconds, function, /, **arguments):
         signal.signal(signal.SIGALRM, before)
 
 
-def raised_where(error, call_on_row, num_rows, seconds=10):
+def row_text(row, prompts):
+    """A row of a batch so that the user can find it in the file: by the beginning of its prompt, or of the last message of it."""
+    prompt = prompts[row] if isinstance(prompts[row], str) else prompts[row][-1]["content"]
+    return f"row {row} of the batch, {' '.join(prompt.split())[:60]!r}"
+
+
+def raised_where(error, call_on_row, prompts, seconds=10):
     """One line on a user's exception: kind, text, file and line, and the first row on which the function fails alone in just that way."""
     where = lambda error: (type(error), *traceback.extract_tb(error.__traceback__)[-1][:2])
     (_, file, line), start, found = where(error), time.monotonic(), ""
-    for row in range(num_rows):
+    for row in range(len(prompts)):
         if time.monotonic() - start > seconds:  # it may be a slow or a paid service
             break
         try:
             call_on_row(row)
         except (Exception, SystemExit, TooLong) as other:
             if where(other) == where(error):
-                found = f", row {row} of the batch"
+                found = f", {row_text(row, prompts)}"
             break
     return f"it raised {type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line}{found})"
 
@@ -782,14 +793,14 @@ def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfin
     except TooLong as error:
         raise InputError(f"--reward: expected {len(shaped)} scores within --reward-timeout {timeout:g} s, found none") from error
     except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise InputError(f"--reward: {raised_where(error, lambda row: call(slice(row, row + 1)), len(shaped))}") from error
+        raise InputError(f"--reward: {raised_where(error, lambda row: call(slice(row, row + 1)), batch['prompt'])}") from error
     found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1 else type(scores).__name__
     if found != f"{len(shaped)} values":
         raise InputError(f"--reward: expected a list of {len(shaped)} numbers, one per completion, found {found}")
-    return torch.tensor([number_of(value, row, allow_nonfinite) for row, value in enumerate(scores)])
+    return torch.tensor([number_of(value, row, batch["prompt"], allow_nonfinite) for row, value in enumerate(scores)])
 
 
-def number_of(value, row, allow_nonfinite):
+def number_of(value, row, prompts, allow_nonfinite):
     """A score as a float: a number, a bool, or an array or tensor of one; raises InputError for anything else, and for NaN and infinities."""
     try:
         number = None if isinstance(value, (str, bytes)) else float(value)
@@ -797,7 +808,7 @@ def number_of(value, row, allow_nonfinite):
         number = None
     finite = number is not None and abs(number) < 3e38  # what fp32 holds
     if number is None or not (finite or allow_nonfinite):
-        raise InputError(f"--reward: row {row} of the batch: expected a finite number, found {str(value)[:80]!r}")
+        raise InputError(f"--reward: {row_text(row, prompts)}: expected a finite number, found {str(value)[:80]!r}")
     return number if finite else math.nan
 
 

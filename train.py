@@ -689,7 +689,7 @@ def find_checkpoint(folder):
             return path
         print(f"{path}: left aside, expected a whole checkpoint, found files that are missing, changed or without checksums.json", file=sys.stderr)
     found = "none" if folder.is_dir() else "no such folder"
-    raise InputError(f"--resume: expected a whole checkpoint in {str(folder)!r}, found {found}")
+    raise InputError(f"--resume: expected a whole checkpoint in {str(folder)!r}, found {found}; without --resume the run begins anew")
 
 
 def restore(state, args):
@@ -856,6 +856,7 @@ def train(args):
     if state.critic is not None and args.critic_warmup_steps >= num_iterations:
         print(f"note: --critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations} iterations: the policy will not change")
     if args.resume:
+        print(f"going on from {args.resume}: {state.iteration} of {num_iterations} iterations are done")
         go_on_from(args, state.iteration, state.iteration >= num_iterations)
     else:
         set_aside(output_dir)

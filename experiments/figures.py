@@ -11,6 +11,7 @@ Each writes experiments/results/figure-NAME.json, all numbers that are drawn, an
 """
 
 import argparse
+import importlib.util
 import itertools
 import json
 import sys
@@ -272,6 +273,8 @@ def main(argv=None):
     parser.add_argument("name", choices=FIGURES)
     parser.add_argument("--redraw", action="store_true", help="from the stored data, without computing it again")
     args = parser.parse_args(argv)
+    if not importlib.util.find_spec("matplotlib"):
+        parser.error("it needs matplotlib, which is in requirements-dev.txt")
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

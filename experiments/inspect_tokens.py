@@ -27,7 +27,7 @@ import rollout as ro
 from critic import QuantileCritic
 from risk import tail_size
 from rollout import InputError
-from train import BUILT_IN, build, build_critic, collect, context_of, judge, load, number_in, parse_args, run_script, sample_batch, update
+from train import build, build_critic, collect, context_of, judge, load, number_in, parse_args, run_script, sample_batch, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 PALETTE = {1: (255, 195, 153, 117, 75), -1: (255, 230, 223, 216, 208)}  # of 256 terminal colours: white to blue, white to orange
@@ -40,10 +40,8 @@ def flags_of(folder, flag, algo):
         args = parse_args([f"--resume={folder}"])
     except InputError as error:
         raise InputError(str(error).replace("--resume", flag)) from error
-    conversations = args.user or (args.dataset_name is None and BUILT_IN[args.task][1])
     for wrong, expected in (
         (args.algo != algo, f"a run with --algo {algo}{', whose critic predicts a distribution' if algo == 'dvpo' else ''}, found {args.algo}"),
-        (conversations, "a run of single turns, found one of conversations"),
         (args.whiten_rewards, "a critic in the reward's units, found one trained with --whiten-rewards"),
     ):
         if wrong:
@@ -64,6 +62,7 @@ def prompts_of(state, args, texts, rows):
     room = context_of(state.policy) - args.response_length
     if (longest := max(map(len, prompt_ids))) > room:
         raise InputError(f"--prompt: expected at most {room} tokens, the model's context less the run's --response-length, found {longest}")
+    ro.note_unknown("--prompt", prompt_ids, state.tokenizer)
     data = Dataset.from_dict({"prompt": texts, ro.PROMPT_IDS: prompt_ids})
     ro.assert_known_ids("--prompt", data, state.policy.config.vocab_size)
     return data[:]
@@ -94,7 +93,8 @@ def answer(state, args, batch, greedy):
 def judged_by(critic, state, args, rollout, rewards):
     """What a critic says of responses: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T), in reward units."""
     heads = forward(state, args, rollout, lambda part: ro.response_quantiles(critic, part, after_last=True)).mean(dim=2)
-    after = torch.where(rollout.truncated[:, None], heads[:, -1], 0) if args.bootstrap_truncated else None  # truncated: of full width
+    behind = heads[torch.arange(len(heads)), rollout.lengths[:, 1]]
+    after = torch.where(rollout.truncated[:, None], behind, 0) if args.bootstrap_truncated else None
     quantiles = heads[:, : rollout.mask.shape[1]].sort(dim=-1).values
     advantages, _ = dvpo.distributional_gae(rewards, quantiles, rollout.mask, args.gamma, args.lam, after)
     return quantiles, dvpo.scalar_advantage(advantages)
@@ -129,9 +129,10 @@ def visible(text):
 
 
 def look(state, args, batch, greedy, scalar):
-    """[{prompt, score, truncated, tokens: [{text, id, quantiles, shown, std, mean, advantage, scalar, scalar_advantage, reward, return}]}]
+    """[{prompt, score, truncated, tokens: [{text, id, before, quantiles, shown, std, mean, advantage, scalar, scalar_advantage, reward, return}]}]
 
     Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or below it. None where the score is not known.
+    before: in a conversation, what a user said between the policy's token before and this one, else "".
     """
     rollout, scores, rewards = answer(state, args, batch, greedy)
     quantiles, advantages = judged_by(state.critic, state, args, rollout, rewards)
@@ -147,8 +148,9 @@ def look(state, args, batch, greedy, scalar):
     for row, (prompt_ids, score) in enumerate(zip(batch[ro.PROMPT_IDS], scores.tolist())):
         at = rollout.mask[row].nonzero().flatten().tolist()
         tokens = [{name: known(column[row][t]) for name, column in columns.items()} for t in at]
-        for token in tokens:
+        for t, previous, token in zip(at, [-1, *at], tokens):
             token["text"] = visible(state.tokenizer.decode([token["id"]]))
+            token["before"] = visible(state.tokenizer.decode(columns["id"][row][previous + 1 : t]))
         shown.append({"prompt": state.tokenizer.decode(prompt_ids), "score": known(score), "truncated": rollout.truncated[row].item(), "tokens": tokens})
     return shown
 
@@ -180,6 +182,7 @@ def table(row, scale=1.0, colour=False):
     names = [*(f"{p:.0%}" for p in SHOWN), "std", "mean", "adv", "scalar", "adv", "return"]
     lines = [f"{'token':16}" + "".join(f"{name:>8}" for name in names)]
     for token in row["tokens"]:
+        lines += [f"({token['before']})"] if token["before"] else []
         cells = [*map(number, (*token["shown"], token["std"], token["mean"], token["advantage"], token["scalar"], token["scalar_advantage"], token["return"]))]
         for cell, name in ((7, "advantage"), (9, "scalar_advantage")):
             cells[cell] = tinted(cells[cell], token[name], scale, colour)
@@ -188,11 +191,11 @@ def table(row, scale=1.0, colour=False):
 
 
 def print_rows(shown, colour):
-    scale = largest(shown)
+    scale, said = largest(shown), lambda token: f"({token['before']})|" if token["before"] else ""
     for index, row in enumerate(shown, 1):
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
         for name, key in (("distribution", "advantage"), ("scalar", "scalar_advantage")):
-            print(f"   {name:13}" + "|".join(tinted(token["text"], token[key], scale, colour) for token in row["tokens"]))
+            print(f"   {name:13}" + "|".join(said(token) + tinted(token["text"], token[key], scale, colour) for token in row["tokens"]))
         print(table(row, scale, colour))
 
 
@@ -209,14 +212,15 @@ def page(shown, said):
         return f'<span class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"{hidden}>{text}</span>'
 
     for index, row in enumerate(shown):
-        buttons = [f'<button type="button" class="token" data-row="{index}" data-column="{column}">{cell(token, "advantage")}'
+        user = [f'<span class="user">{html.escape(token["before"])}</span>' if token["before"] else "" for token in row["tokens"]]
+        buttons = [f'{user[column]}<button type="button" class="token" data-row="{index}" data-column="{column}">{cell(token, "advantage")}'
                    f'{cell(token, "scalar_advantage", " aria-hidden=true")}</button>' for column, token in enumerate(row["tokens"])]  # fmt: skip
         sections.append(
             f'<section><h2>{index + 1}. {html.escape(scored(row))}</h2><p class="prompt">{html.escape(row["prompt"])}</p>'
             f'<div class="line"><span class="names"><span>distribution</span><span>scalar</span></span><span>{"".join(buttons)}</span></div>'
             f'<div class="detail" aria-live="polite"></div><details><summary>All numbers</summary><pre>{html.escape(table(row))}</pre></details></section>'
         )
-        numbers.append([{name: rounded(value) for name, value in token.items() if name not in ("text", "id")} for token in row["tokens"]])
+        numbers.append([{name: rounded(value) for name, value in token.items() if name not in ("text", "id", "before")} for token in row["tokens"]])
     template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
     parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}", "NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
     for name, value in parts.items():

@@ -2,6 +2,7 @@
 
 import argparse
 import html.parser
+import importlib.util
 import json
 import math
 import os
@@ -473,6 +474,10 @@ def test_an_unknown_figure_and_missing_data_are_one_line(tmp_path, monkeypatch, 
             figures.main(words)
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and found in said and said.count("\n") == 1
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        figures.main(["kappa"])
+    assert capsys.readouterr().err == "figures.py: error: it needs matplotlib, which is in requirements-dev.txt\n" and not list(tmp_path.iterdir())
 
 
 # ---- mutants
@@ -507,34 +512,50 @@ def length_reward(prompts, completions, answer, **columns):
     return [len(completion[-1]["content"].split()) / 4 for completion in completions]
 
 
-@pytest.fixture(scope="module")
-def pair(model_folder, tmp_path_factory):
+def hungry(messages, **columns):
+    return "food thai" if sum(message["content"] == "food thai" for message in messages) < 2 else None
+
+
+def two_runs(folder, model_folder, *more):
     """Runs of one iteration, with DVPO and with PPO, alike in all else; steps large enough that the KL is not 0."""
-    folder = tmp_path_factory.mktemp("pair")
     (folder / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rollout.task_rows("dialogue", "train", 16, 0)))
     flags = f"""--model-name-or-path {model_folder} --dataset-name {folder / "d.jsonl"} --reward test_experiments:length_reward --total-episodes 8
         --batch-size 8 --stop-token thai --response-length 6 --num-quantiles 30 --critic-warmup-steps 0 --eval-samples 8 --learning-rate 1e-2
         --critic-learning-rate 1e-2 --gamma 0.9 --lam 0.8 --kl-coef 0.3 --temperature 1.5
         --missing-eos-penalty 0.5 --bootstrap-truncated --reward-noise-outlier 1 5""".split()
     for algo in ("dvpo", "ppo"):
-        assert train.main([*flags, "--algo", algo, "--output-dir", str(folder / algo)]) == 0
+        assert train.main([*flags, *more, "--algo", algo, "--output-dir", str(folder / algo)]) == 0
     return folder
 
 
-def by_hand(folder, model_folder, row, algo, ids):
+@pytest.fixture(scope="module")
+def pair(model_folder, tmp_path_factory):
+    return two_runs(tmp_path_factory.mktemp("pair"), model_folder)
+
+
+@pytest.fixture(scope="module")
+def talks(model_folder, tmp_path_factory):
+    return two_runs(tmp_path_factory.mktemp("talks"), model_folder, "--user", "test_experiments:hungry")
+
+
+def by_hand(folder, model_folder, row, algo):
     """Sorted quantiles, advantages, rewards and returns of one response: a forward pass of one row, and loops over floats."""
     run, tokenizer = train.find_checkpoint(folder / "dvpo"), AutoTokenizer.from_pretrained(model_folder)
-    prompt = tokenizer(row["prompt"])["input_ids"]
-    tokens = torch.tensor([prompt + ids])
+    prompt, own = tokenizer(row["prompt"])["input_ids"], []
+    tokens = [*prompt]
+    for token in row["tokens"]:
+        tokens += tokenizer(token["before"])["input_ids"] + [token["id"]]
+        own.append(len(tokens) - 1)
+    ids, tokens = [token["id"] for token in row["tokens"]], torch.tensor([tokens])
     logprobs = []
     for name in (run / "policy", model_folder):
         logits = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()(tokens).logits[0].double() / 1.5
-        logprobs.append([logits.log_softmax(-1)[len(prompt) - 1 + t, ids[t]].item() for t in range(len(ids))])
+        logprobs.append([logits.log_softmax(-1)[own[t] - 1, ids[t]].item() for t in range(len(ids))])
     rewards = [-0.3 * (new - old) for new, old in zip(*logprobs)]
     rewards[-1] += row["score"] - 0.5 * row["truncated"]
     critic = QuantileCritic.from_pretrained(train.find_checkpoint(folder / algo) / "critic").eval()
     heads = critic(tokens, torch.ones_like(tokens), torch.arange(tokens.shape[1])[None])[0].mean(dim=1).double().sort(dim=-1).values
-    quantiles, after = heads[len(prompt) - 1 : -1], heads[-1].mean().item() * row["truncated"]
+    quantiles, after = heads[[at - 1 for at in own]], heads[-1].mean().item() * row["truncated"]
     values, advantages, returns = [*quantiles.mean(dim=-1).tolist(), after], [0.0], [0.0]
     for t in reversed(range(len(ids))):
         advantages.insert(0, rewards[t] + 0.9 * values[t + 1] - values[t] + 0.9 * 0.8 * advantages[0])
@@ -542,21 +563,26 @@ def by_hand(folder, model_folder, row, algo, ids):
     return quantiles, advantages[:-1], rewards, returns[:-1]
 
 
-def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(pair, model_folder, monkeypatch):
+@pytest.mark.parametrize("runs", ["pair", "talks"])
+def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(runs, request, model_folder, monkeypatch, capsys):
+    folder = request.getfixturevalue(runs)
     monkeypatch.setattr(inspect_tokens, "print_rows", lambda shown, colour: rows.extend(shown))
-    monkeypatch.setattr(sys, "argv", ["", str(pair / "dvpo"), "--scalar", str(pair / "ppo"), "--rows", "8"])
+    monkeypatch.setattr(sys, "argv", ["", str(folder / "dvpo"), "--scalar", str(folder / "ppo"), "--rows", "8"])
     rows = []
     inspect_tokens.main()
     assert len(rows) == 8 and {row["truncated"] for row in rows} == {True, False} and len({len(row["tokens"]) for row in rows}) > 1
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    said = [token["before"] for row in rows for token in row["tokens"] if token["before"]]
+    assert set(said) == ({"<user> food thai <assistant>"} if runs == "talks" else set())
     for row in rows:
-        ids = [token["id"] for token in row["tokens"]]
         row["score"] += 0.5 * row["truncated"]  # what the reward gave
+        last = max([0, *(t for t, token in enumerate(row["tokens"]) if token["before"])])
+        ids = [token["id"] for token in row["tokens"][last:]]
         assert row["score"] == pytest.approx(len(tokenizer.decode(ids, skip_special_tokens=True).split()) / 4)
-        quantiles, advantages, rewards, returns = by_hand(pair, model_folder, row, "dvpo", ids)
-        values, scalar_advantages, *_ = by_hand(pair, model_folder, row, "ppo", ids)
+        quantiles, advantages, rewards, returns = by_hand(folder, model_folder, row, "dvpo")
+        values, scalar_advantages, *_ = by_hand(folder, model_folder, row, "ppo")
         for t, token in enumerate(row["tokens"]):
-            assert token["text"] == tokenizer.decode([ids[t]])
+            assert token["text"] == tokenizer.decode([token["id"]])
             q = quantiles[t]
             expected = {"shown": [q[math.ceil(p * 30 - 1e-6) - 1].item() for p in (0.05, 0.25, 0.5, 0.75, 0.95)], "quantiles": q.tolist(),
                         "mean": q.mean().item(), "std": q.std(unbiased=False).item(), "scalar": values[t].item(), "advantage": advantages[t],
@@ -584,7 +610,10 @@ def test_a_prompt_without_an_answer_has_values_and_no_advantage(pair, monkeypatc
     words = ["--scalar", str(pair / "ppo"), "--greedy", "--prompt", "area north", "--html", str(page)]
     monkeypatch.setattr(sys, "argv", ["", str(pair / "dvpo"), *words])
     inspect_tokens.main()
-    assert "no advantage: the reward needs columns" in capsys.readouterr().out and "NaN" not in page.read_text()
+    assert "no advantage: the reward needs columns" in (said := capsys.readouterr().out) and "NaN" not in page.read_text() and "note:" not in said
+    sys.argv[-3] = "area elsewhere"
+    inspect_tokens.main()
+    assert "note: --prompt: the tokenizer does not know 1 of the prompts' 4 tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags,found", [
@@ -601,9 +630,16 @@ def test_what_cannot_be_inspected_is_one_line(pair, monkeypatch, capsys, flags, 
     assert stopped.value.code == 2 and found.format(pair) in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_runs_of_conversations_or_of_another_seed_are_refused(pair, tmp_path):
+def test_a_conversations_other_turns_stand_between_the_tokens(talks, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["", str(talks / "dvpo"), "--scalar", str(talks / "ppo"), "--rows", "8", "--html", str(tmp_path / "page.html")])
+    inspect_tokens.main()
+    said, page = capsys.readouterr().out, (tmp_path / "page.html").read_text()
+    assert "|(<user> food thai <assistant>)|" in said and "\n(<user> food thai <assistant>)\n" in said
+    assert page.count('<span class="user">&lt;user&gt; food thai &lt;assistant&gt;</span><button') == said.count("\n(<user> food") > 0
+
+
+def test_runs_of_another_seed_or_unit_are_refused(pair, tmp_path):
     for changed, flag, algo, found in (
-        ({"user": "x:y"}, "run", "dvpo", "found one of conversations"),
         ({"whiten_rewards": True}, "run", "dvpo", "--whiten-rewards"),
         ({"seed": 1}, "--scalar", "ppo", "expected --seed 0, as in the other run, found 1"),
     ):
@@ -623,7 +659,7 @@ HOSTILE = ["</script><script>document.title = 1</script>", "<!--NUMBERS-->", "\"
 def hostile_page():
     """A page of five tokens whose numbers are 0.1, 0.2, ... and their tenths."""
     quantiles = lambda i, steps: [i / 10 + j / 100 for j in steps]
-    tokens = [{"text": inspect_tokens.visible(text), "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
+    tokens = [{"text": inspect_tokens.visible(text), "before": "", "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
                "std": 0.03, "mean": i / 10 + 0.045, "advantage": 0.2 - i / 10, "scalar": i / 7, "scalar_advantage": -0.1, "reward": 0.0, "return": 0.5}
               for i, text in enumerate(HOSTILE)]  # fmt: skip
     return inspect_tokens.page([{"prompt": HOSTILE[0], "score": 1.0, "truncated": False, "tokens": tokens}], "<b>said</b>")

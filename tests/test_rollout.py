@@ -786,8 +786,8 @@ def test_what_a_reward_raises_is_named_with_its_line_and_row():
         return [1 / value for value in level]
 
     line = reward.__code__.co_firstlineno + 1
-    with pytest.raises(InputError, match=rf"--reward: it raised ZeroDivisionError: .* \(test_rollout.py, line {line}, row 2 of the batch\)"):
-        score(reward, {"prompt": ["p"] * 4, "level": [1, 2, 0, 0]}, ["a"] * 4)
+    with pytest.raises(InputError, match=rf"--reward: it raised ZeroDivisionError: .* \(test_rollout.py, line {line}, row 2 of the batch, 'how many'\)"):
+        score(reward, {"prompt": ["p", "q", [{"role": "user", "content": "how \n many"}], "r"], "level": [1, 2, 0, 0]}, ["a"] * 4)
 
 
 def test_a_row_is_named_only_where_it_fails_alone_in_the_same_way():
