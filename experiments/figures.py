@@ -5,6 +5,7 @@
     python experiments/figures.py levels         # levels (j - 1/2)/M against j/M on N(0, 1); seconds
     python experiments/figures.py calibration    # a short run of train.py, then reliability on held-out rollouts; 4 minutes
     python experiments/figures.py curves         # training curves over seeds, from results/default.jsonl
+    python experiments/figures.py questions      # KL, explained variance and reward over training, from default, slow, slower and noise-*.jsonl
     python experiments/figures.py terms --redraw   # from the stored data alone
 
 Each writes experiments/results/figure-NAME.json, all numbers that are drawn, and figure-NAME.png.
@@ -14,6 +15,7 @@ import argparse
 import importlib.util
 import itertools
 import json
+import statistics
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import dvpo
 import rollout as ro
 import train
 from critic import quantile_huber_loss, quantile_levels
+from experiments import noise
 from experiments.figure import band_of, curves_of, draw_band, draw_training
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles
 from experiments.seeds import current_commit
@@ -258,12 +261,70 @@ def draw_curves(figure, data):
     axes[2].legend(loc="lower left", frameon=False)
 
 
+# ---- questions: what people ask of their first curves
+
+
+RATES = {"1e-4": ("default", RED), "1e-5": ("slow", BLUE), "1e-6": ("slower", GREEN)}  # learning rate: its runs in results/, colour
+CRITIC_RATES = {"1.2e-2": ("critic-learning-rate 1.2e-2", RED), "3e-3": ("defaults", PURPLE), "7.5e-4": ("critic-learning-rate 7.5e-4", BLUE)}
+
+
+def questions_data(noise_kind="offset, outliers"):
+    def curves(name, key):
+        runs = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
+        return [[float(f"{row[key]:.4g}") for row in run["curve"]] for run in runs if run["algo"] == "dvpo"]
+
+    mean = lambda runs: [round(statistics.fmean(values), 4) for values in zip(*runs, strict=True)]
+    runs = {rate: noise.current("flags")[noise_kind, method] for rate, (method, _) in CRITIC_RATES.items()}
+    shared = set.intersection(*(set(found) for found in runs.values()))
+    return {
+        "warm-up": 5, "kl": {rate: curves(name, "objective/kl") for rate, (name, _) in RATES.items()}, "ev": curves("default", "val/explained_var"),
+        "scores": mean(curves("default", "objective/scores")), "true": mean(curves("default", "objective/true_scores")),
+        "seeds": len(shared), "lagging": {rate: mean([found[seed]["ev"] for seed in sorted(shared)]) for rate, found in runs.items()},
+    }  # fmt: skip
+
+
+def below_zero(curves, start):
+    """How many of all numbers behind the first `start` of each curve are below 0, and how many there are."""
+    later = [value for curve in curves for value in curve[start:]]
+    return sum(value < 0 for value in later), len(later)
+
+
+def draw_questions(figure, data):
+    (kl, ev), (reward, lag) = figure.subplots(2, 2)
+    for rate, curves in data["kl"].items():
+        count, total = below_zero(curves, data["warm-up"] + 1)
+        for seed, curve in enumerate(curves):
+            label = f"learning rate {rate}: {count} of {total} below 0" if seed == 0 else None
+            kl.plot(range(1, len(curve) + 1), curve, ".", color=RATES[rate][1], markersize=3.5, label=label)
+    kl.set_yscale("symlog", linthresh=1e-3)
+    kl.set(title="KL to the starting policy, an estimate;\none dot per iteration and seed", xlabel="iteration", ylabel="nats per response")
+    kl.set(xlim=(0, 61), ylim=(-0.05, 3e3))
+    by_step, steps = list(zip(*data["ev"])), range(1, len(data["true"]) + 1)
+    ev.fill_between(steps, *zip(*((min(values), max(values)) for values in by_step)), color=RED, alpha=0.25, linewidth=0, label="lowest to highest seed")
+    ev.plot(steps, [statistics.fmean(values) for values in by_step], color=RED, linewidth=1, label="mean")
+    count, total = below_zero(data["ev"], 1)
+    ev.set(title=f"explained variance, default task: 0 at first,\nthen below 0 in {count} of {total} iterations", xlabel="iteration")
+    for name, label, colour in (("true", "without noise", GREEN), ("scores", "as training sees it", RED)):
+        reward.plot(steps, data[name], color=colour, linewidth=1, label=label)
+    reward.plot(steps, [0.2 + 0.6 * value for value in data["true"]], "--", color="0.3", linewidth=1, label="0.2 + 0.6 x that without noise")
+    reward.axvspan(1, data["warm-up"], color="0.9", label="the policy rests")
+    reward.set(title=f"reward, default task, mean of {len(data['ev'])} seeds", xlabel="iteration", ylim=(0.35, 0.9))
+    for rate, curve in data["lagging"].items():
+        lag.plot([noise.WINDOW * (i + 1) for i in range(len(curve))], curve, "o-", color=CRITIC_RATES[rate][1], markersize=3, label=f"critic at {rate}")
+    lag.set(title=f"explained variance where there is much to explain\n(prompt offsets and outliers, mean of {data['seeds']} seeds)", xlabel="iteration")
+    for ax in (ev, kl, lag):
+        ax.axhline(0, color="0.45", linewidth=1)
+    for ax, place in ((kl, "upper left"), (ev, "upper left"), (reward, "lower right"), (lag, "upper left")):
+        ax.legend(frameon=False, fontsize=8, loc=place)
+
+
 FIGURES = {  # name: what computes the data, what draws it, height in inches at a width of 9
     "terms": (terms_data, draw_terms, 6.2),
     "kappa": (kappa_data, draw_kappa, 3.4),
     "levels": (levels_data, draw_levels, 3.4),
     "calibration": (calibration_data, draw_calibration, 4.4),
     "curves": (curves_data, draw_curves, 3.2),
+    "questions": (questions_data, draw_questions, 6),
 }
 
 

@@ -108,6 +108,14 @@ def test_metrics_have_trls_names_and_the_quantile_ones(finished):
     assert set(names) <= log(finished)[0].keys() and "eps" in (finished / "metrics.jsonl").read_text()
 
 
+def test_the_readme_explains_every_metric(finished):
+    text = (Path(train.__file__).parent / "README.md").read_text().split("\n## Metrics")[1].split("\n## ")[0]
+    named = set(re.findall(r"`([\w/.*]+)`", "".join(line.split("|")[1] for line in text.splitlines() if line.startswith("|"))))
+    prefixes = tuple(name.rstrip("*.") for name in named if name.endswith(("*", "...")))
+    logged = {name for row in (finished / "metrics.jsonl").read_text().splitlines() for name in json.loads(row)} - {"iteration"}
+    assert len(logged) > 20 and not {name for name in logged - named if not name.startswith(prefixes)}
+
+
 def test_same_seed_same_run_bit_for_bit_and_another_seed_another(finished, warm_start, tmp_path):
     run(tmp_path / "again", warm_start, "--total-episodes", "512")
     assert log(tmp_path / "again") == log(finished)[:8]
