@@ -911,7 +911,7 @@ def report(state, args, folder):
         for when, score in zip(("before", "after"), pair["scores"]):
             print(f"{when:7} {shortened(pair[when])}  ({score:g})")
     print(f"\npolicy and tokenizer: {folder / 'policy'}" + (f"\ncritic: {folder / 'critic'}" if state.critic is not None else ""))
-    print(f"flags, metrics, results: {output_dir}/*.json*\n{seconds:.0f} s in all")
+    print(f"also in {output_dir}: {', '.join(sorted(path.name for path in output_dir.iterdir() if path != folder))}\n{seconds:.0f} s in all")
 
 
 def quiet():

@@ -286,8 +286,10 @@ def test_the_end_shows_scores_sample_completions_and_paths(finished, warm_start,
     for pair in examples:
         assert f"before  {pair['before']}  ({pair['scores'][0]:g})" in out.out and f"after   {pair['after']}  ({pair['scores'][1]:g})" in out.out
         assert train.shortened(pair["prompt"]) in out.out and set(pair["scores"]) <= {0.0, 1.0}
-    for path in ("checkpoint-000002/policy", "checkpoint-000002/critic", "*.json*"):
+    for path in ("checkpoint-000002/policy", "checkpoint-000002/critic"):
         assert str(tmp_path / path) in out.out
+    (also,) = (line.split(": ")[1] for line in out.out.splitlines() if line.startswith(f"also in {tmp_path}: "))
+    assert set(also.split(", ")) == {path.name for path in tmp_path.iterdir()} - {"checkpoint-000002"} and "metrics.jsonl" in also
     assert all(f"{name}=" in out.err for name in train.SHOWN) and "2/2" in out.err
     assert train.shortened("a" * 200 + " b\nc", 10) == "...aaa b c" and train.shortened("a\nb") == "a b"
 
