@@ -330,8 +330,8 @@ def completions_of(state, rollout):
     return rollout.messages or ro.completion_texts(rollout, state.tokenizer, state.stop_ids)
 
 
-def true_scores_of(state, args, batch, completions, answer="answer"):
-    """The reward of completions without noise, under the run's flags for rewards that hang or are not finite -> (B,)."""
+def scores_of(state, args, batch, completions, answer="answer"):
+    """The reward of completions by the column `answer`, before noise, under the run's flags for rewards that hang or are not finite -> (B,)."""
     return ro.score(state.reward, batch, completions, answer, args.reward_timeout, args.skip_nonfinite)
 
 
@@ -339,8 +339,8 @@ def true_scores_of(state, args, batch, completions, answer="answer"):
 def judge(state, args, batch, rollout):
     """The reward of each response, and without the noise and the penalty that training adds -> scores, true_scores (B,)."""
     completions = completions_of(state, rollout)
-    true_scores = true_scores_of(state, args, batch, completions)
-    labelled = true_scores_of(state, args, batch, completions, ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
+    true_scores = scores_of(state, args, batch, completions)
+    labelled = scores_of(state, args, batch, completions, ro.PSEUDO_LABEL) if ro.PSEUDO_LABEL in batch else true_scores
     scores = ro.noisy_scores(labelled, args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier, state.noise)
     if args.reward_offset:
         scores = scores + ro.prompt_offsets(batch[ro.PROMPT_IDS], args.reward_offset, state.policy.config.vocab_size, args.reward_noise_seed)
@@ -567,7 +567,7 @@ def examples(state, args, count=3):
     batch = data[: min(count, len(data))]
     with torch.random.fork_rng(), state.autocast():
         completions = completions_of(state, sample_batch(state, args, batch, 0.0))
-    scores = true_scores_of(state, args, batch, completions).tolist()
+    scores = scores_of(state, args, batch, completions).tolist()
     text = lambda turns: turns if isinstance(turns, str) else " / ".join(turn["content"] for turn in turns)
     return [{"prompt": text(p), "completion": text(c), "score": score} for p, c, score in zip(batch["prompt"], completions, scores)]
 
@@ -590,7 +590,7 @@ def evaluate(state, args):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
                 finite_rows(state, args, rollout.mask, {"logits in sampling": rollout.finite})
-                scores.append(true_scores_of(state, args, batch, completions_of(state, rollout)))
+                scores.append(scores_of(state, args, batch, completions_of(state, rollout)))
                 bar.update(len(batch["prompt"]))
             found = torch.cat(scores)
             results[f"{name}, {mode}"] = found[found.isfinite()].mean().item()

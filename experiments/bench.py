@@ -21,13 +21,13 @@ import multiprocessing
 import platform
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from experiments.seeds import current_commit
 
 SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "tiny": (64, 128, 3, 4, 4, 64),
@@ -248,9 +248,8 @@ def print_table(title, table):
     import torch
     import transformers
 
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    print(f"{title}\n{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {commit}; seconds per iteration, medians\n")
+    print(f"{title}\n{device}, torch {torch.__version__}, transformers {transformers.__version__}, commit {current_commit()}; seconds per iteration, medians\n")
     columns, first = list(next(iter(table.values()))), next(iter(table.values()))
     print(f"{'':24}" + "".join(f"{name:>10}" for name in columns) + f"{'time':>8}{'memory':>8}")
     for name, row in table.items():

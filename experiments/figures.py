@@ -275,9 +275,11 @@ def questions_data(noise_kind="offset, outliers"):
 
     mean = lambda runs: [round(statistics.fmean(values), 4) for values in zip(*runs, strict=True)]
     runs = {rate: noise.current("flags")[noise_kind, method] for rate, (method, _) in CRITIC_RATES.items()}
-    shared = set.intersection(*(set(found) for found in runs.values()))
+    if not (shared := set.intersection(*(set(found) for found in runs.values()))):
+        raise FileNotFoundError("expected finished runs of `noise.py --grid flags`, found none")
+    kl = {rate: [curve[:60] for curve in curves(name, "objective/kl")] for rate, (name, _) in RATES.items()}  # as long as the slow runs
     return {
-        "warm-up": 5, "kl": {rate: curves(name, "objective/kl") for rate, (name, _) in RATES.items()}, "ev": curves("default", "val/explained_var"),
+        "warm-up": train.parse_args([]).critic_warmup_steps, "kl": kl, "ev": curves("default", "val/explained_var"),
         "scores": mean(curves("default", "objective/scores")), "true": mean(curves("default", "objective/true_scores")),
         "seeds": len(shared), "lagging": {rate: mean([found[seed]["ev"] for seed in sorted(shared)]) for rate, found in runs.items()},
     }  # fmt: skip
@@ -343,7 +345,11 @@ def main(argv=None):
     compute, draw, height = FIGURES[args.name]
     stored = RESULTS / f"figure-{args.name}.json"
     if not args.redraw:
-        stored.write_text(json.dumps({"commit": current_commit(), "torch": torch.__version__, **compute()}) + "\n")
+        try:
+            data = compute()
+        except FileNotFoundError as error:  # of runs that a figure is made of
+            parser.error(str(error))
+        stored.write_text(json.dumps({"commit": current_commit(), "torch": torch.__version__, **data}) + "\n")
     elif not stored.exists():
         parser.error(f"--redraw: expected data in {stored.name}, found none: run without it first")
     with rc_context({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}):

@@ -6,11 +6,13 @@
 The newest checkpoint answers held-out prompts (or --prompt) under the run's own flags, and the run's reward scores the answers, without the
 noise that training added. Per token: the quantiles of the return that the critic predicts before it, their spread, the advantage, and what a
 scalar critic says of the same token: that of a run with --algo ppo, or one that is fitted here on --samples of the policy's responses, by
-train.py's own steps. Colour by advantage, blue above what was expected, orange below; NO_COLOR and FORCE_COLOR are heeded.
+train.py's own steps. In a conversation the user's turns stand between the tokens. Colour by advantage, blue above what was expected,
+orange below; NO_COLOR and FORCE_COLOR are heeded.
 """
 
 import argparse
 import html
+import inspect
 import json
 import math
 import os
@@ -31,7 +33,7 @@ from train import build, build_critic, collect, context_of, judge, load, number_
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 PALETTE = {1: (255, 195, 153, 117, 75), -1: (255, 230, 223, 216, 208)}  # of 256 terminal colours: white to blue, white to orange
-SAME = ("task", "dataset_name", "model_name_or_path", "reward", "seed", "gamma", "kl_coef")  # or two critics predict different things
+SAME = ("task", "dataset_name", "model_name_or_path", "reward", "user", "max_turns", "seed", "gamma", "kl_coef")  # or two critics predict different things
 
 
 def flags_of(folder, flag, algo):
@@ -55,6 +57,9 @@ def prompts_of(state, args, texts, rows):
         if not state.evals:
             raise InputError("--prompt: expected one, as the run holds none out; found none")
         return next(iter(state.evals.values()))[:rows]
+    asked = list(inspect.signature(state.user).parameters.values())[1:] if state.user else []
+    if needed := [p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]:
+        raise InputError(f"--prompt: expected none, as the run's user needs the data's column {needed[0]!r}; found {texts[0][:40]!r}")
     try:
         prompt_ids = ro.encode_prompts(texts, state.tokenizer, args.chat_template == "auto")
     except InputError as error:
@@ -132,7 +137,7 @@ def look(state, args, batch, greedy, scalar):
     """[{prompt, score, truncated, tokens: [{text, id, before, quantiles, shown, std, mean, advantage, scalar, scalar_advantage, reward, return}]}]
 
     Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or below it. None where the score is not known.
-    before: in a conversation, what a user said between the policy's token before and this one, else "".
+    before: in a conversation, what a user said since the policy's last token, with the chat template's own tokens; else "".
     """
     rollout, scores, rewards = answer(state, args, batch, greedy)
     quantiles, advantages = judged_by(state.critic, state, args, rollout, rewards)
@@ -228,7 +233,7 @@ def page(shown, said):
     return template
 
 
-def inspect(args):
+def inspect_run(args):
     run = flags_of(args.run, "run", "dvpo")
     state = build(run)
     torch.manual_seed(args.seed)
@@ -255,7 +260,7 @@ def main():
     parser.add_argument("--html", type=Path, help="also write a page to this file")
     parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
     parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
-    run_script(parser, inspect, parser.parse_args())
+    run_script(parser, inspect_run, parser.parse_args())
 
 
 if __name__ == "__main__":

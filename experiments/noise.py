@@ -23,7 +23,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from experiments.seeds import ROOT, interval
+from experiments.seeds import ROOT, current_commit, interval
 
 RESULTS = ROOT / "experiments" / "results"
 # 60 iterations of 128 completions, 4 optimiser steps of 32 each; in the first 10 only the critics learn. The critics' learning rate is
@@ -81,7 +80,7 @@ OUTLYING = ("none", "outliers", "offset, outliers")
 TRIED = {f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}" for name in METHODS for lr in LEARNING_RATES}
 PAIR = {"ppo": ("ppo",), "dvpo, critic floor": FLOORS["dvpo, critic floor"]}
 SETUPS = {"": (), ", lam 1": ("--lam 1",), ", warm-up 3": ("--critic-warmup-steps 3",)}
-ONE_FLAG = {  # each a quarter and four times of BUDGET's value or train.py's, or what lies to either side; the critic's share of the budget stays
+ONE_FLAG = {  # beside BUDGET's value or train.py's: a quarter and four times of it, where that makes sense; the critics' warm-up is about the same share
     "learning-rate": ("5e-5", "8e-4"),
     "critic-learning-rate": ("7.5e-4", "1.2e-2"),
     "batch-size": ("32 --critic-warmup-steps 40", "512 --critic-warmup-steps 2"),
@@ -90,7 +89,7 @@ ONE_FLAG = {  # each a quarter and four times of BUDGET's value or train.py's, o
     "critic-warmup-steps": ("0", "30"),
     "kl-coef": ("0", "0.08"),
     "cliprange": ("0.05", "0.8"),
-    "lam": ("0.8", "1"),
+    "lam": ("0.8", "1.0"),
     "gamma": ("0.9", "0.98"),
     "temperature": ("0.7", "1.3"),
 }
@@ -104,8 +103,9 @@ GRIDS = {  # name: (methods: flags, noises, seeds); differences are to the first
     "lam": ({f"{name}, lam {lam}": tuned(name, unless(0.95, lam, "--lam")) for name in ("ppo", "dvpo") for lam in (0.9, 0.95, 1)}, SOME, range(3)),
     "quick": ({name: tuned(*FLOORS.get(name, (name,))) for name in ("ppo", "dvpo, critic floor", "grpo")}, ("none", "offset, outliers"), range(2)),
     "floor": ({f"level {a}": tuned(*FLOORS["dvpo, critic floor"], unless(0.3, a, "--score-floor-level")) for a in (0.1, 0.3, 0.5)}, OUTLYING, range(5)),
-    "flags": ({"defaults": tuned("dvpo")} | {f"{flag} {value.split()[0]}": tuned("dvpo", f"--{flag} {value}") for flag, values in ONE_FLAG.items()
-                                             for value in values}, SOME, range(3)),
+    # The default spelled out, and 1.0 for 1: or those runs would be other grids', from another machine.
+    "flags": ({"defaults": tuned("dvpo", "--cliprange 0.2")}
+              | {f"{flag} {value.split()[0]}": tuned("dvpo", f"--{flag} {value}") for flag, values in ONE_FLAG.items() for value in values}, SOME, range(3)),
     "rates": ({name: tuned(*flags) for name, flags in PAIR.items()}, ("outliers 0.1", "outliers 0.5"), range(3)),
     "setups": ({name + setup: tuned(*flags, *more) for setup, more in SETUPS.items() for name, flags in PAIR.items()}, ("outliers",), range(3)),
 }
@@ -156,8 +156,7 @@ def run_grid(name, jobs, methods, noises, seeds):
     import torch
     import transformers
 
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    about = {"commit": commit, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
+    about = {"commit": current_commit(), "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version()}
     todo = [(method, noise, seed, flags_of(name, method, noise)) for seed in seeds for noise in noises for method in methods]
     finished = {(row["flags"], row["seed"]) for row in finished_runs()}
     todo, failed = [key for key in todo if (key[3], key[2]) not in finished], 0
@@ -224,7 +223,8 @@ def summarise(found, reference):
         shared = sorted(own.keys() & base.keys())
         if len(shared) < 2:
             continue
-        assert all(own[seed]["before"] == base[seed]["before"] for seed in shared), f"{noise}, {method}: another warm start than {reference}"
+        same = all(own[seed]["before"][split] == base[seed]["before"][split] for seed in shared for split in SPLITS)  # sampled: by --batch-size, too
+        assert same, f"{noise}, {method}: another warm start than {reference}"
         columns = {}
         for split in SPLITS:
             columns[split] = mean_and_interval([own[seed]["after"][split] for seed in shared])
@@ -239,13 +239,13 @@ def summarise(found, reference):
 
 
 def print_table(table, reference):
-    cell = lambda value: "{:6.3f} [{:.3f}, {:.3f}]".format(*value)
+    cell, width = lambda value: "{:6.3f} [{:.3f}, {:.3f}]".format(*value), max([24, *(len(row[1]) + 1 for row in table)])
     minus = f"{'minus ' + reference:25}"
-    print(f"\n{'noise':20}{'method':24}{'seeds':>6}  " + "".join(f"{split:25}{minus}" for split in SPLITS) + f"{'ev':>6}{'steps':>7}")
+    print(f"\n{'noise':20}{'method':{width}}{'seeds':>6}  " + "".join(f"{split:25}{minus}" for split in SPLITS) + f"{'ev':>6}{'steps':>7}")
     for noise, method, seeds, columns, explained, steps in table:
         cells = [cell(columns[f"{split}{kind}"]) for split in SPLITS for kind in ("", ", difference")]
         explained = "" if explained is None else f"{explained:.2f}"
-        print(f"{noise:20}{method:24}{len(seeds):6}  " + "".join(f"{text:25}" for text in cells) + f"{explained:>6}{steps:>7}")
+        print(f"{noise:20}{method:{width}}{len(seeds):6}  " + "".join(f"{text:25}" for text in cells) + f"{explained:>6}{steps:>7}")
     print("mean [Student's 95 % interval over seeds]; differences paired by seed. ev: the critic's explained variance at the end. steps: iterations until\n"
           f"accuracy while training (sampled, noise-free) is 90 % of what {reference} ends with when there is no noise.")  # fmt: skip
 

@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.parent
 def run(algo, seed, extra, folder):
     """One finished run as a dict: flags, versions, evaluation before and after, the curve of evaluations."""
     if not (ROOT / folder / "results.json").exists():
-        command = [sys.executable, "train.py", "--algo", algo, "--seed", str(seed), "--eval-steps", "15", "--output-dir", str(folder), *extra]
+        seeds = ["--seed", str(seed), "--reward-noise-seed", str(seed)]  # or all runs would meet the same noise, and the interval leave it out
+        command = [sys.executable, "train.py", "--algo", algo, *seeds, "--eval-steps", "15", "--output-dir", str(folder), *extra]
         subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
     folder = ROOT / folder
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -39,8 +40,8 @@ def interval(values):
 
 
 def current_commit():
-    """The short hash of what is checked out, as results name it."""
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    """The short hash of what is checked out, as results name it, with -dirty if the code is not just that."""
+    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def main():
@@ -52,7 +53,9 @@ def main():
     args = parser.parse_args()
     if args.seeds < 2 or (args.extra and args.name == "default"):
         parser.error("expected at least 2 --seeds, and a --name of its own for a run with further flags")
-    machine = {"commit": current_commit(), "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine()}
+    cpuinfo = Path("/proc/cpuinfo")  # rounding differs between kinds of CPU, and so do runs
+    cpu = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), "") if cpuinfo.exists() else ""
+    machine = {"commit": current_commit(), "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine(), "cpu": cpu}
     runs = []
     for algo, seed in tqdm([(algo, seed) for seed in range(args.seeds) for algo in args.algos], desc="runs"):
         runs.append(run(algo, seed, args.extra, Path("runs") / f"{args.name}-{algo}-seed{seed}"))

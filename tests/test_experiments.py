@@ -3,6 +3,7 @@
 import argparse
 import html.parser
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
@@ -93,7 +95,8 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     rows = []
     for method, seed, score, true in runs:
         after = {"in domain, greedy": score, "out of domain, greedy": 0.3 + 0.1 * (method == "dvpo")}
-        rows.append({"flags": noise.flags_of("main", method, "none"), "seed": seed, "before": seed, "after": after, "true": true, "ev": [0.0, 0.25]})
+        before = {"in domain, greedy": seed, "out of domain, greedy": 0, "in domain, sampled": len(rows)}
+        rows.append({"flags": noise.flags_of("main", method, "none"), "seed": seed, "before": before, "after": after, "true": true, "ev": [0.0, 0.25]})
     rows += [{**row, "flags": rows[-1]["flags"].replace("7680", "12800")} for row in rows[:2]]
     for number, part in enumerate((rows[:3], rows[3:])):  # whichever grid made them
         (tmp_path / f"noise-{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
@@ -103,13 +106,26 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     assert dvpo[3]["in domain, greedy, difference"] == pytest.approx((0.125, 0.125 - 12.71 / 8, 0.125 + 12.71 / 8))
     assert dvpo[3]["out of domain, greedy, difference"] == pytest.approx((0.1, 0.1, 0.1))
     assert (ppo[4:], dvpo[4:]) == ((0.25, 10), (0.25, "never"))
-    rows[0]["before"] = 7
+    rows[0]["before"]["out of domain, greedy"] = 7
     (tmp_path / "noise-0.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     with pytest.raises(AssertionError, match="another warm start"):
         noise.summarise(noise.current("main"), "ppo")
     (tmp_path / "noise-1.jsonl").write_text('{"torn": ')
     with pytest.raises(SystemExit, match="noise-1.jsonl, line 1: expected a run as JSON"):
         noise.current("main")
+
+
+@pytest.mark.parametrize("grid", noise.GRIDS)
+def test_every_grid_has_flags_that_train_py_takes_and_committed_runs_that_can_be_compared(grid, capsys):
+    methods, noises, seeds = noise.GRIDS[grid]
+    for method, kind in itertools.product(methods, noises):
+        args = train.parse_args(noise.flags_of(grid, method, kind).split())
+        assert args.critic_warmup_steps < args.total_episodes / args.batch_size
+    table = noise.summarise(noise.current(grid), next(iter(methods)))
+    assert grid in ("quick", "tuning", "main") or len(table) == len(methods) * len(noises)
+    noise.print_table(table, next(iter(methods)))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "[" in line and "mean" not in line]
+    assert len({line.index("[") for line in lines}) <= 1
 
 
 def test_what_the_sweeps_leave_out_is_train_pys_default():
@@ -445,6 +461,18 @@ def test_the_critic_is_calibrated_in_domain_and_optimistic_out_of_it():
     assert max(map(abs, excess["in domain"])) < 0.05 < 0.08 < min(excess["out of domain"]) and max(excess["out of domain"]) < 0.17
 
 
+def test_the_answers_count_what_their_data_hold():
+    assert figures.below_zero([[-1, -1, 0, 2], [5, -1, -3, 1]], 1) == (3, 6)
+    data, text = data_of("questions"), " ".join((ROOT / "README.md").read_text().split())
+    for rate, curves in data["kl"].items():
+        assert "{} of {} at".format(*figures.below_zero(curves, data["warm-up"] + 1)) in text.replace("none of", "0 of").replace("iterations ", ""), rate
+    assert "below 0 in {} of {} iterations".format(*figures.below_zero(data["ev"], 1)) in text
+    assert all(abs(value - 0.2 - 0.6 * true) < 0.05 for value, true in zip(data["scores"], data["true"]))
+    drawn = Figure()
+    figures.draw_questions(drawn, data)
+    assert list(drawn.axes[2].lines[2].get_ydata()) == pytest.approx([0.2 + 0.6 * true for true in data["true"]])
+
+
 def test_coverage_by_hand():
     """F(0) = 1/2 for a coin: off by a hair, all zeros lie below every quantile and all ones above; with ties broken the shares are tau."""
     returns, taus = torch.tensor([0.0, 1.0]).repeat(5000), torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
@@ -462,6 +490,7 @@ def test_the_figures_data_are_computed(model_folder, tmp_path):
     assert {len(fit["quantiles"]) for fits in figures.terms_data(steps=2, m=3)["fits"].values() for fit in fits.values()} == {3}
     assert figures.levels_data(m=2, count=8, steps=20)["fits"]["right"]["levels"] == [0.5, 1.0]
     assert json.loads(json.dumps(figures.curves_data())) == {key: value for key, value in data_of("curves").items() if key not in ("commit", "torch")}
+    assert json.loads(json.dumps(figures.questions_data())) == {key: value for key, value in data_of("questions").items() if key not in ("commit", "torch")}
     flags = f"--model-name-or-path {model_folder} --total-episodes 8 --batch-size 8 --eval-samples 8 --response-length 4 --num-quantiles 4"
     data = figures.calibration_data(flags, tmp_path / "run", rounds=1)
     assert [list(curves) for curves in data["curves"].values()] == [["1"]] * 3 and len(data["mean"]["1"]["in domain"]) == 2
@@ -642,6 +671,9 @@ def test_runs_of_another_seed_or_unit_are_refused(pair, tmp_path):
     for changed, flag, algo, found in (
         ({"whiten_rewards": True}, "run", "dvpo", "--whiten-rewards"),
         ({"seed": 1}, "--scalar", "ppo", "expected --seed 0, as in the other run, found 1"),
+        ({"user": "x:y"}, "--scalar", "ppo", "expected --user None, as in the other run, found x:y"),
+        ({"user": "x:y", "max_turns": 7}, "--scalar", "ppo", "--user"),
+        ({"max_turns": 7}, "--scalar", "ppo", "expected --max-turns 6"),
     ):
         shutil.copytree(pair / algo, tmp_path / algo, dirs_exist_ok=True)
         flags = json.loads((pair / algo / "args.json").read_text())
@@ -653,13 +685,19 @@ def test_runs_of_another_seed_or_unit_are_refused(pair, tmp_path):
                 inspect_tokens.scalar_critic(None, inspect_tokens.flags_of(pair / "dvpo", "run", "dvpo"), tmp_path / algo, 1)
 
 
+def test_prompts_are_refused_where_the_user_needs_more_of_a_row():
+    state = argparse.Namespace(user=rollout.scripted_user, evals={})
+    with pytest.raises(rollout.InputError, match="--prompt: expected none, as the run's user needs the data's column 'replies'; found 'book area'"):
+        inspect_tokens.prompts_of(state, None, ["book area"], 1)
+
+
 HOSTILE = ["</script><script>document.title = 1</script>", "<!--NUMBERS-->", "\" onmouseover=\"x", "&lt;\n", "\x1b[31m\u202e"]
 
 
 def hostile_page():
     """A page of five tokens whose numbers are 0.1, 0.2, ... and their tenths."""
     quantiles = lambda i, steps: [i / 10 + j / 100 for j in steps]
-    tokens = [{"text": inspect_tokens.visible(text), "before": "", "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
+    tokens = [{"text": inspect_tokens.visible(text), "before": "long " * 60 + "x" * 300 if i == 2 else "", "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
                "std": 0.03, "mean": i / 10 + 0.045, "advantage": 0.2 - i / 10, "scalar": i / 7, "scalar_advantage": -0.1, "reward": 0.0, "return": 0.5}
               for i, text in enumerate(HOSTILE)]  # fmt: skip
     return inspect_tokens.page([{"prompt": HOSTILE[0], "score": 1.0, "truncated": False, "tokens": tokens}], "<b>said</b>")
@@ -713,6 +751,7 @@ def test_pointing_at_a_token_in_a_browser_shows_its_distribution(tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.goto((tmp_path / "page.html").as_uri())
         token, detail = page.locator(".token"), page.locator(".detail")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and page.locator(".user").count() == 1
         assert token.count() == 5 and "95 %: 0.090" in detail.inner_text()  # to begin with, the first: the largest advantage
         token.nth(3).hover()
         said = detail.text_content()
@@ -757,9 +796,9 @@ def test_a_readmes_links_lead_somewhere(readme):
 
 
 @pytest.mark.parametrize("readme", READMES, ids=["README", "experiments/README"])
-def test_a_readmes_flags_scripts_and_functions_exist(readme):
+def test_a_readmes_flags_and_scripts_exist(readme):
     text, scripts = readme.read_text(), [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")]
-    code = "\n".join(path.read_text() for path in scripts)
+    code = "\n".join(path.read_text() for path in scripts)  # a flag of any script will do
     flags = {f"--{name}" for group in train.FLAGS.values() for name, *_ in group} | set(re.findall(r'"(--[a-z][\w-]+)"', code)) | {"--help", "--cov"}
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) <= flags
     for script in re.findall(r"python ((?:experiments/)?\w+\.py)", text):
@@ -769,6 +808,8 @@ def test_a_readmes_flags_scripts_and_functions_exist(readme):
 def test_the_readmes_word_list_and_reading_order_name_code_that_exists():
     text = (ROOT / "README.md").read_text()
     rows = [line.split("|") for title in ("### Words", "## Reading order") for line in text.split(f"\n{title}\n")[1].split("\n#")[0].splitlines()]
-    named = {name for row in rows if len(row) > 4 for name in re.findall(r"`([A-Za-z]\w+)`", row[3])}
-    sources = [path.read_text() for path in ROOT.glob("*.py")]
-    assert len(named) > 25 and named <= set(re.findall(r"^(?:def|class) (\w+)", "\n".join(sources), re.M))
+    named = [(row[2], name) for row in rows if len(row) > 4 for name in re.findall(r"`([A-Za-z]\w+)`", row[3])]
+    assert len(named) > 25
+    for where, name in named:
+        files = re.findall(r"\((\w+\.py)\)", where) or [path.name for path in ROOT.glob("*.py")]
+        assert re.search(rf"^(?:def|class) {name}\b", "\n".join((ROOT / file).read_text() for file in files), re.M), (where, name)

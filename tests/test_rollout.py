@@ -781,6 +781,11 @@ def test_a_hanging_reward_ends_after_its_time_and_a_quick_one_is_left_alone():
         score(lambda prompts, **columns: {}["x"], {"prompt": ["p"]}, ["a"], timeout=5)
 
 
+def test_a_score_that_is_no_number_is_named_with_its_prompt():
+    with pytest.raises(InputError, match="--reward: row 1 of the batch, 'how many': expected a finite number, found 'nan'"):
+        score(lambda prompts, **columns: [1, math.nan], {"prompt": ["p", "how many"]}, ["a", "b"])
+
+
 def test_what_a_reward_raises_is_named_with_its_line_and_row():
     def reward(prompts, level, **columns):
         return [1 / value for value in level]

@@ -124,12 +124,13 @@ def test_same_seed_same_run_bit_for_bit_and_another_seed_another(finished, warm_
     assert log(tmp_path / "other")[0] != log(finished)[0]
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
     """As after a crash in iteration 17 or later: the checkpoint of iteration 16, and a log that had gone on."""
     some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
     with open(tmp_path / "metrics.jsonl", "a") as log_file:
         log_file.write('{"iteration": 25, "objec')  # torn by the crash
     assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    assert f"going on from {tmp_path / 'checkpoint-000016'}: 16 of 24 iterations are done" in capsys.readouterr().out
     assert log(tmp_path) == log(finished) and torch.equal(weights(tmp_path), weights(finished))
     assert json.loads((tmp_path / "results.json").read_text())["after"] == json.loads((finished / "results.json").read_text())["after"]
 
@@ -1087,6 +1088,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(warm_start, tmp_path, 
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_start, tmp_path, capsys):
     refused(capsys, ["--resume", str(finished), "--seed", "5"], "--seed", "5 here", "0 in the run")
     refused(capsys, ["--resume", str(finished), "--output-dir", str(tmp_path)], "--output-dir", str(finished))
+    refused(capsys, ["--resume", str(tmp_path)], "expected a whole checkpoint", "found none; without --resume the run begins anew")
     assert train.parse_args(["--resume", "--output-dir", f"{finished}/"]).resume.endswith("checkpoint-000024")
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
