@@ -100,7 +100,7 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
     rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0 where mask is False.
     bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for truncated rows.
     successors (B, T, M) or None: what a state is worth seen from the one before it; None = its quantiles.
-    [ours], after the [paper]'s token-level value distributions; index j is paired with index j over time (comonotone returns):
+    [ours], after the [paper]'s token-level value distributions; index j is paired with index j over time, as if returns rose and fell together:
 
         delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t),  A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
 

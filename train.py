@@ -153,11 +153,13 @@ def number_in(interval, cast):
 
 
 def with_nearest(message):
-    """argparse's message, and for unknown flags the nearest known ones."""
-    unknown = re.findall(r"--[\w-]+", message) if "unrecognized" in message else []
-    known = [f"--{name}" for flags in FLAGS.values() for name, *_ in flags]
-    nearest = [name for flag in unknown for name in difflib.get_close_matches(flag, known, n=1)]
-    return message + (f"; did you mean {', '.join(nearest)}?" if nearest else "")
+    """argparse's message, and for unknown flags the nearest known ones: those that begin alike (--kl), by initials (--lr), or by spelling."""
+    unknown = re.findall(r"--([\w-]+)", message) if "unrecognized" in message else []
+    known, nearest = [name for flags in FLAGS.values() for name, *_ in flags], []
+    for flag in unknown:
+        short = [name for name in known if name.startswith(flag) or "".join(word[0] for word in name.split("-")) == flag]
+        nearest += (short or difflib.get_close_matches(flag, known, n=1))[:1]
+    return message + (f"; did you mean {', '.join('--' + name for name in nearest)}?" if nearest else "")
 
 
 def make_parser():

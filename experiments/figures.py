@@ -356,7 +356,7 @@ def main(argv=None):
         figure = Figure(figsize=(9, height), layout="constrained")
         draw(figure, json.loads(stored.read_text()))
         figure.savefig(stored.with_suffix(".png"), dpi=140)
-    print(f"written: {stored.name}, {stored.with_suffix('.png').name}")
+    print(f"written: {stored}, {stored.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":

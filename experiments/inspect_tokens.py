@@ -41,7 +41,7 @@ def flags_of(folder, flag, algo):
     try:
         args = parse_args([f"--resume={folder}"])
     except InputError as error:
-        raise InputError(str(error).replace("--resume", flag)) from error
+        raise InputError(str(error).split(";")[0].replace("--resume", flag)) from error
     for wrong, expected in (
         (args.algo != algo, f"a run with --algo {algo}{', whose critic predicts a distribution' if algo == 'dvpo' else ''}, found {args.algo}"),
         (args.whiten_rewards, "a critic in the reward's units, found one trained with --whiten-rewards"),
@@ -184,7 +184,7 @@ def scored(row):
 
 def table(row, scale=1.0, colour=False):
     """A line per token: its quantiles, spread and mean, the advantage, the scalar critic's value and advantage, and the return."""
-    names = [*(f"{p:.0%}" for p in SHOWN), "std", "mean", "adv", "scalar", "adv", "return"]
+    names = [*(f"{p:.0%}" for p in SHOWN), "std", "mean", "adv", "scalar", "its adv", "return"]
     lines = [f"{'token':16}" + "".join(f"{name:>8}" for name in names)]
     for token in row["tokens"]:
         lines += [f"({token['before']})"] if token["before"] else []
@@ -197,9 +197,12 @@ def table(row, scale=1.0, colour=False):
 
 def print_rows(shown, colour):
     scale, said = largest(shown), lambda token: f"({token['before']})|" if token["before"] else ""
+    print("Per token: quantiles of the return predicted before it, their std and mean, the advantage (what came, minus the mean, by GAE), the scalar\n"
+          "critic's value and its advantage, and the return that came." + colour * f" Blue: better than predicted, orange: worse, in full at {scale:.3f}.")
+    lines = (("distribution", "advantage"), ("scalar", "scalar_advantage")) if colour else (("response", "advantage"),)
     for index, row in enumerate(shown, 1):
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
-        for name, key in (("distribution", "advantage"), ("scalar", "scalar_advantage")):
+        for name, key in lines:
             print(f"   {name:13}" + "|".join(said(token) + tinted(token["text"], token[key], scale, colour) for token in row["tokens"]))
         print(table(row, scale, colour))
 

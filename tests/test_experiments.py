@@ -629,9 +629,9 @@ def test_a_scalar_critic_is_fitted_where_none_is_given_and_colours_are_for_termi
         inspect_tokens.main()
         said = capsys.readouterr()
         assert "fitted here, as --algo ppo does it, on 10 responses" in said.out and "2/2" in said.err
-        assert ("\x1b[" in said.out) == coloured
-        texts.add(re.sub(r"\x1b\[[0-9;]*m", "", said.out))
-    assert len(texts) == 1
+        assert ("\x1b[" in said.out) == coloured and ("\n   distribution " in said.out, "\n   response " in said.out) == (coloured, not coloured)
+        texts.add(re.sub(r"\x1b\[[0-9;]*m|\n   (distribution|scalar|response) .*| Blue: .*", "", said.out))
+    assert len(texts) == 1 and "token " in min(texts)
 
 
 def test_a_prompt_without_an_answer_has_values_and_no_advantage(pair, monkeypatch, tmp_path, capsys):
@@ -647,7 +647,7 @@ def test_a_prompt_without_an_answer_has_values_and_no_advantage(pair, monkeypatc
 
 @pytest.mark.parametrize("flags,found", [
     (["{}/ppo"], "expected a run with --algo dvpo, whose critic predicts a distribution, found ppo"),
-    (["{}/none"], "run: expected a whole checkpoint"),
+    (["{}/none"], "run: expected a whole checkpoint in '{}/none', found no such folder"),
     (["{}/dvpo", "--scalar", "{}/dvpo"], "--scalar: {}/dvpo: expected a run with --algo ppo, found dvpo"),
     (["{}/dvpo", "--prompt", "area " * 70], "--prompt: expected at most 58 tokens"),
     (["{}/dvpo", "--samples", "0"], "--samples: expected a whole number in [1, inf)"),
@@ -697,8 +697,10 @@ HOSTILE = ["</script><script>document.title = 1</script>", "<!--NUMBERS-->", "\"
 def hostile_page():
     """A page of five tokens whose numbers are 0.1, 0.2, ... and their tenths."""
     quantiles = lambda i, steps: [i / 10 + j / 100 for j in steps]
-    tokens = [{"text": inspect_tokens.visible(text), "before": "long " * 60 + "x" * 300 if i == 2 else "", "id": i, "quantiles": quantiles(i, range(10)), "shown": quantiles(i, (0, 2, 4, 7, 9)),
-               "std": 0.03, "mean": i / 10 + 0.045, "advantage": 0.2 - i / 10, "scalar": i / 7, "scalar_advantage": -0.1, "reward": 0.0, "return": 0.5}
+    turn = {2: "long " * 60 + "x" * 300}
+    tokens = [{"text": inspect_tokens.visible(text), "before": turn.get(i, ""), "id": i, "quantiles": quantiles(i, range(10)),
+               "shown": quantiles(i, (0, 2, 4, 7, 9)), "std": 0.03, "mean": i / 10 + 0.045, "advantage": 0.2 - i / 10,
+               "scalar": i / 7, "scalar_advantage": -0.1, "reward": 0.0, "return": 0.5}
               for i, text in enumerate(HOSTILE)]  # fmt: skip
     return inspect_tokens.page([{"prompt": HOSTILE[0], "score": 1.0, "truncated": False, "tokens": tokens}], "<b>said</b>")
 
