@@ -316,7 +316,7 @@ def draw_questions(figure, data):
     lag.set(title=f"explained variance where there is much to explain\n(prompt offsets and outliers, mean of {data['seeds']} seeds)", xlabel="iteration")
     for ax in (ev, kl, lag):
         ax.axhline(0, color="0.45", linewidth=1)
-    for ax, place in ((kl, "upper left"), (ev, "upper left"), (reward, "lower right"), (lag, "upper left")):
+    for ax, place in ((kl, "upper left"), (ev, "upper left"), (reward, "lower right"), (lag, "lower right")):
         ax.legend(frameon=False, fontsize=8, loc=place)
 
 

@@ -41,7 +41,9 @@ def interval(values):
 
 def current_commit():
     """The short hash of what is checked out, as results name it, with -dirty if the code is not just that."""
-    return subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")  # results may change while runs go on
+    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
 
 
 def main():
