@@ -1,6 +1,6 @@
 """DVPO: PPO for language models whose critic predicts the distribution of the return at every token. One GPU, or a CPU.
 
-    python train.py                                   # a tiny model on a built-in task, noisy rewards, under two minutes
+    python train.py                                   # a tiny model on a built-in task, noisy rewards, about two minutes
     python train.py --model-name-or-path FOLDER_OR_HUB_NAME --dataset-name FILE_OR_HUB_NAME --reward math
 
 The loop, as data flows: prompts -> sample -> log-probs -> score (+ noise) -> token rewards -> values -> GAE -> losses -> step.
