@@ -772,6 +772,12 @@ def raised_where(error, call_on_row, prompts, seconds=10):
     return f"it raised {type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line}{found})"
 
 
+def needed_parameters(function, positional=0):
+    """The parameters that a user's function must be given by name, behind the first `positional` ones -> list of str."""
+    parameters = list(inspect.signature(function).parameters.values())[positional:]
+    return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+
+
 def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfinite=False):
     """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
@@ -780,9 +786,8 @@ def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfin
     """
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}
     columns |= {"answer": batch[answer]} if answer in batch else {}
-    for name, parameter in inspect.signature(reward).parameters.items():
-        needed = parameter.default is parameter.empty and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-        if needed and name not in {"prompts", "completions", *columns}:
+    for name in needed_parameters(reward):
+        if name not in {"prompts", "completions", *columns}:
             raise InputError(f"--reward: it needs the column {name!r}; the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'")
     plain = lambda prompt, completion: isinstance(prompt, str) or not isinstance(completion, str)
     pairs = zip(batch["prompt"], completions)

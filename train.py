@@ -355,14 +355,17 @@ def rewards_of(args, scores, logprobs, ref_logprobs, mask):
     return dvpo.masked_whiten(rewards, mask, shift_mean=False) if args.whiten_rewards else rewards
 
 
+def after_truncated(values, rollout):
+    """What values (B, T + 1, ...) hold after the last token of rows that were cut off, 0 for the others: -> (B, ...)."""
+    return where_fine(rollout.truncated, values[torch.arange(len(values)), rollout.lengths[:, 1]])  # not [:, -1]: conversations may end early
+
+
 @torch.no_grad()
 def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
     mask, floored, quantiles = rollout.mask, scores, None
     if head_quantiles is not None:
-        after_last = None
-        if args.bootstrap_truncated:  # not [:, -1]: conversations may end early
-            after_last = head_quantiles[torch.arange(len(mask)), rollout.lengths[:, 1]]
+        after = after_truncated(head_quantiles, rollout) if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
     if args.score_floor == "residual":
@@ -378,7 +381,6 @@ def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, roll
 
     def gae(rewards):
         robust = args.algo == "robust"
-        after = None if after_last is None else torch.where(rollout.truncated[:, None, None], after_last, 0)
         if robust:
             return dvpo.robust_gae(rewards, head_quantiles[..., 0], mask, args.gamma, args.lam, None if after is None else after[..., 0])
         return dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, None if after is None else after.mean(dim=1))

@@ -269,12 +269,11 @@ CRITIC_RATES = {"1.2e-2": ("critic-learning-rate 1.2e-2", RED), "3e-3": ("defaul
 
 
 def questions_data(noise_kind="offset, outliers"):
-    def curves(name, key):
-        runs = [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()]
-        return [[float(f"{row[key]:.4g}") for row in run["curve"]] for run in runs if run["algo"] == "dvpo"]
-
+    stored = {name: [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text().splitlines()] for name, _ in RATES.values()}
+    curves = lambda name, key: [[float(f"{row[key]:.4g}") for row in run["curve"]] for run in stored[name] if run["algo"] == "dvpo"]
     mean = lambda runs: [round(statistics.fmean(values), 4) for values in zip(*runs, strict=True)]
-    runs = {rate: noise.current("flags")[noise_kind, method] for rate, (method, _) in CRITIC_RATES.items()}
+    finished = noise.current("flags")
+    runs = {rate: finished[noise_kind, method] for rate, (method, _) in CRITIC_RATES.items()}
     if not (shared := set.intersection(*(set(found) for found in runs.values()))):
         raise FileNotFoundError("expected finished runs of `noise.py --grid flags`, found none")
     kl = {rate: [curve[:60] for curve in curves(name, "objective/kl")] for rate, (name, _) in RATES.items()}  # as long as the slow runs

@@ -12,7 +12,6 @@ orange below; NO_COLOR and FORCE_COLOR are heeded.
 
 import argparse
 import html
-import inspect
 import json
 import math
 import os
@@ -29,7 +28,7 @@ import rollout as ro
 from critic import QuantileCritic
 from risk import tail_size
 from rollout import InputError
-from train import build, build_critic, collect, context_of, judge, load, number_in, parse_args, run_script, sample_batch, update
+from train import after_truncated, build, build_critic, collect, context_of, judge, load, number_in, parse_args, run_script, sample_batch, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 PALETTE = {1: (255, 195, 153, 117, 75), -1: (255, 230, 223, 216, 208)}  # of 256 terminal colours: white to blue, white to orange
@@ -41,7 +40,7 @@ def flags_of(folder, flag, algo):
     try:
         args = parse_args([f"--resume={folder}"])
     except InputError as error:
-        raise InputError(str(error).split(";")[0].replace("--resume", flag)) from error
+        raise InputError(str(error).partition("; without --resume")[0].replace("--resume", flag)) from error
     for wrong, expected in (
         (args.algo != algo, f"a run with --algo {algo}{', whose critic predicts a distribution' if algo == 'dvpo' else ''}, found {args.algo}"),
         (args.whiten_rewards, "a critic in the reward's units, found one trained with --whiten-rewards"),
@@ -57,8 +56,7 @@ def prompts_of(state, args, texts, rows):
         if not state.evals:
             raise InputError("--prompt: expected one, as the run holds none out; found none")
         return next(iter(state.evals.values()))[:rows]
-    asked = list(inspect.signature(state.user).parameters.values())[1:] if state.user else []
-    if needed := [p.name for p in asked if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]:
+    if state.user and (needed := ro.needed_parameters(state.user, positional=1)):
         raise InputError(f"--prompt: expected none, as the run's user needs the data's column {needed[0]!r}; found {texts[0][:40]!r}")
     try:
         prompt_ids = ro.encode_prompts(texts, state.tokenizer, args.chat_template == "auto")
@@ -98,8 +96,7 @@ def answer(state, args, batch, greedy):
 def judged_by(critic, state, args, rollout, rewards):
     """What a critic says of responses: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T), in reward units."""
     heads = forward(state, args, rollout, lambda part: ro.response_quantiles(critic, part, after_last=True)).mean(dim=2)
-    behind = heads[torch.arange(len(heads)), rollout.lengths[:, 1]]
-    after = torch.where(rollout.truncated[:, None], behind, 0) if args.bootstrap_truncated else None
+    after = after_truncated(heads, rollout) if args.bootstrap_truncated else None
     quantiles = heads[:, : rollout.mask.shape[1]].sort(dim=-1).values
     advantages, _ = dvpo.distributional_gae(rewards, quantiles, rollout.mask, args.gamma, args.lam, after)
     return quantiles, dvpo.scalar_advantage(advantages)
@@ -219,9 +216,11 @@ def page(shown, said):
         value, text = token[key] or 0.0, html.escape(token["text"]) or "&nbsp;"
         return f'<span class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"{hidden}>{text}</span>'
 
+    def turn(token):
+        return f'<span class="user">{html.escape(token["before"])}</span>' if token["before"] else ""
+
     for index, row in enumerate(shown):
-        user = [f'<span class="user">{html.escape(token["before"])}</span>' if token["before"] else "" for token in row["tokens"]]
-        buttons = [f'{user[column]}<button type="button" class="token" data-row="{index}" data-column="{column}">{cell(token, "advantage")}'
+        buttons = [f'{turn(token)}<button type="button" class="token" data-row="{index}" data-column="{column}">{cell(token, "advantage")}'
                    f'{cell(token, "scalar_advantage", " aria-hidden=true")}</button>' for column, token in enumerate(row["tokens"])]  # fmt: skip
         sections.append(
             f'<section><h2>{index + 1}. {html.escape(scored(row))}</h2><p class="prompt">{html.escape(row["prompt"])}</p>'
@@ -236,7 +235,7 @@ def page(shown, said):
     return template
 
 
-def inspect_run(args):
+def inspect(args):
     run = flags_of(args.run, "run", "dvpo")
     state = build(run)
     torch.manual_seed(args.seed)
@@ -263,7 +262,7 @@ def main():
     parser.add_argument("--html", type=Path, help="also write a page to this file")
     parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
     parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
-    run_script(parser, inspect_run, parser.parse_args())
+    run_script(parser, inspect, parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -490,8 +490,8 @@ def test_the_figures_data_are_computed(model_folder, tmp_path):
     assert found["stds"] == pytest.approx([kept["stds"][kept["kappas"].index(kappa)] for kappa in (0.01, 1.0)], abs=1e-3)
     assert {len(fit["quantiles"]) for fits in figures.terms_data(steps=2, m=3)["fits"].values() for fit in fits.values()} == {3}
     assert figures.levels_data(m=2, count=8, steps=20)["fits"]["right"]["levels"] == [0.5, 1.0]
-    assert json.loads(json.dumps(figures.curves_data())) == {key: value for key, value in data_of("curves").items() if key not in ("commit", "torch")}
-    assert json.loads(json.dumps(figures.questions_data())) == {key: value for key, value in data_of("questions").items() if key not in ("commit", "torch")}
+    for name, compute in (("curves", figures.curves_data), ("questions", figures.questions_data)):
+        assert json.loads(json.dumps(compute())) == {key: value for key, value in data_of(name).items() if key not in ("commit", "torch")}
     flags = f"--model-name-or-path {model_folder} --total-episodes 8 --batch-size 8 --eval-samples 8 --response-length 4 --num-quantiles 4"
     data = figures.calibration_data(flags, tmp_path / "run", rounds=1)
     assert [list(curves) for curves in data["curves"].values()] == [["1"]] * 3 and len(data["mean"]["1"]["in domain"]) == 2
