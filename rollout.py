@@ -261,10 +261,10 @@ def render_chat(prompt, tokenizer, row=0):
 
 @dataclass
 class Rollout:
-    """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T. A response may be a conversation.
+    """Sampled sequences, flush right: every row's last token stands in the last column. A response may be a conversation.
 
-    input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
-    truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each prompt and response,
+    input_ids, attention_mask, position_ids (B, L); mask (B, T), of the last T columns, True on the policy's tokens, the stop token included;
+    truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each row and of its response,
     kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded; messages: the turns
     of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask.
     """
@@ -280,20 +280,27 @@ class Rollout:
 
     def __post_init__(self):
         if self.lengths is None:
-            width = self.input_ids.shape[1] - self.mask.shape[1]
-            self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
+            response = self.mask.shape[1] - self.mask.long().argmax(dim=1)  # from the first token that the policy chose
+            self.lengths = torch.stack([self.attention_mask.sum(dim=1), response], dim=1).cpu()
 
     def __getitem__(self, rows):
         """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs and messages."""
-        width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
-        prompt, used = lengths.amax(0).tolist()
+        lengths = self.lengths[rows]
+        width, used = lengths.amax(0).tolist()
         rows = rows.to(self.mask.device, non_blocking=True) if isinstance(rows, torch.Tensor) else rows
-        columns = (x[rows, width - prompt : width + used] for x in (self.input_ids, self.attention_mask, self.position_ids))
-        return Rollout(*columns, self.mask[rows, :used], self.truncated[rows], lengths)
+        columns = (x[rows, -width:] for x in (self.input_ids, self.attention_mask, self.position_ids))
+        return Rollout(*columns, self.mask[rows, -used:], self.truncated[rows], lengths)
 
     @property
     def response_ids(self):
         return self.input_ids[:, -self.mask.shape[1] :]
+
+
+def flush_right(lengths, *tensors):
+    """Rolls every row of the tensors (B, L) right, so that its first lengths (B,) columns become its last ones."""
+    length = tensors[0].shape[1]
+    source = (torch.arange(length, device=lengths.device) + lengths.unsqueeze(1)) % length
+    return [tensor.gather(1, source) for tensor in tensors]
 
 
 def padded(rows, fill, device, side="right"):
@@ -303,11 +310,10 @@ def padded(rows, fill, device, side="right"):
 
 def assembled(prompts, responses, masks, truncated, pad_id, device):
     """The Rollout of B prompts and responses (ids) and the responses' masks, lists or 1-D tensors of any lengths."""
-    both = lambda left, right, fill: torch.cat([padded(left, fill, device, "left"), padded(right, fill, device)], dim=1)
-    ones = lambda rows: [[1] * len(row) for row in rows]
-    attention = both(ones(prompts), ones(responses), 0)
+    rows = [torch.cat([torch.as_tensor(prompt), torch.as_tensor(response)]) for prompt, response in zip(prompts, responses)]
+    attention = padded([torch.ones_like(row) for row in rows], 0, device, "left")
     positions, truncated = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(truncated, device=device)
-    return Rollout(both(prompts, responses, pad_id), attention, positions, padded(masks, False, device), truncated)
+    return Rollout(padded(rows, pad_id, device, "left"), attention, positions, padded(masks, False, device, "left"), truncated)
 
 
 def pad_token_id(tokenizer, stop_ids):
@@ -365,12 +371,16 @@ def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, re
     # The mask comes from the first stop token, never from `ids != pad`: pad may be the stop token, or be sampled.
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(1) - is_stop.long() == 0
-    attention = torch.cat([attention, mask.long()], dim=1)
-    found = Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1))
+    attention, used, truncated = torch.cat([attention, mask.long()], dim=1), mask.shape[1], ~is_stop.any(1)
+    lengths = width + mask.sum(1)  # columns until each row's end
+    full_mask = torch.nn.functional.pad(mask, (width, 0))
+    input_ids_right, attention, full_mask = flush_right(lengths, input_ids, attention, full_mask)
+    found = Rollout(input_ids_right, attention, (attention.cumsum(1) - 1).clamp(min=0), full_mask[:, -used:], truncated)
     if recording:
         if len(chosen) < mask.shape[1]:  # on a GPU, generate may run a few steps too far and take them back
             chosen.append(step.pop().gather(1, input_ids[:, -1:]))
-        found.logprobs = torch.where(mask, torch.cat(chosen[: mask.shape[1]], dim=1), 0)
+        (recorded,) = flush_right(mask.sum(1), torch.cat(chosen[:used], dim=1))
+        found.logprobs = torch.where(found.mask, recorded, 0)
     return found
 
 
@@ -422,7 +432,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
         logprobs = part.logprobs if recorded else torch.zeros(part.mask.shape)
         sampled, still = zip(live, texts, part.truncated.tolist(), part.lengths[:, 1].tolist(), part.response_ids.tolist(), logprobs.tolist()), []
         for row, text, cut, length, ids, logprobs in sampled:
-            tokens[row] += zip(ids[:length], [True] * length, logprobs)
+            tokens[row] += zip(ids[-length:], [True] * length, logprobs[-length:])
             messages[row].append({"role": "assistant", "content": text})
             truncated[row] = cut
             own = {name: values[row] for name, values in columns.items()}
@@ -439,7 +449,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
             break
     ids, masks, logprobs = ([[token[i] for token in row] for row in tokens] for i in range(3))
     found = assembled(prompts, ids, masks, truncated, pad_id, device)
-    found.messages, found.logprobs = messages, padded(logprobs, 0.0, device) if recorded else None
+    found.messages, found.logprobs = messages, padded(logprobs, 0.0, device, "left") if recorded else None
     return found
 
 
@@ -450,47 +460,25 @@ def completion_texts(rollout, tokenizer, stop_ids):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def right_aligned(rollout):
-    """Each row's tokens moved to the right edge, so that a forward pass meets no padding between prompt and response or behind it.
-
-    -> input_ids, attention_mask, position_ids (B, W), W the longest row's tokens; and columns (B, T + 1): the one of these W that
-    sees the state before response token t, for t = T after the last one. Slots behind a row's response point at its last column.
-    """
-    (length, num_tokens), (prompts, responses) = (rollout.input_ids.shape[1], rollout.mask.shape[1]), rollout.lengths.T
-    width, device = max((prompts + responses).tolist()), rollout.input_ids.device
-    shift = (num_tokens - responses).to(device, non_blocking=True).unsqueeze(1)
-    source = torch.arange(length - width, length, device=device) - shift
-    input_ids, attention, positions = (x.gather(1, source.clamp(min=0)) for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
-    columns = torch.arange(width - num_tokens - 1, width, device=device) + shift
-    return input_ids, attention * (source >= 0), positions, columns.clamp(max=width - 1)
-
-
 def response_logprobs(model, rollout, temperature):
     """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats, 0 off the mask.
 
     The logits one position before a token are the ones that chose it; only as many are computed as the longest response needs.
     """
-    mask, rollout = rollout.mask, rollout[:]
-    input_ids, attention, positions, columns = right_aligned(rollout)
-    used, width = rollout.mask.shape[1], input_ids.shape[1]
-    output = model(input_ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=False, logits_to_keep=used)
-    logprobs = token_logprobs(output.logits, input_ids[:, width - used :], temperature)
-    logprobs = torch.where(rollout.mask, logprobs.gather(1, columns[:, 1:] - (width - used)), 0)
-    return torch.nn.functional.pad(logprobs, (0, mask.shape[1] - used))
+    used = rollout.mask.shape[1]
+    ids, attention, positions = (x[:, :-1] for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
+    output = model(ids, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=used)
+    return torch.where(rollout.mask, token_logprobs(output.logits, rollout.response_ids, temperature), 0)
 
 
 def response_quantiles(critic, rollout, after_last=False):
     """The critic's quantiles at the state before every response token: Rollout -> (B, T, N, M) fp32.
 
-    after_last: also at the state after each row's last token, in every slot behind it, (B, T + 1, N, M).
+    after_last: also at the state after the last token, in one more column, (B, T + 1, N, M).
     """
-    num_tokens, rollout = rollout.mask.shape[1], rollout[:]
-    input_ids, attention, positions, columns = right_aligned(rollout)
-    if not after_last:
-        input_ids, attention, positions, columns = input_ids[:, :-1], attention[:, :-1], positions[:, :-1], columns[:, :-1]
-    quantiles = critic(input_ids, attention, positions, columns.clamp(max=input_ids.shape[1] - 1))
-    behind = num_tokens - rollout.mask.shape[1]
-    return torch.cat([quantiles, quantiles[:, -1:].expand(-1, behind, -1, -1)], dim=1) if behind else quantiles
+    used, length = rollout.mask.shape[1], rollout.input_ids.shape[1] - (not after_last)
+    inputs = (x[:, :length] for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
+    return critic(*inputs, last=used + after_last)
 
 
 def micro_batches(rollout, rows, max_rows, max_tokens):
@@ -499,7 +487,7 @@ def micro_batches(rollout, rows, max_rows, max_tokens):
     A row of more than max_tokens goes alone. A row shorter than 3/4 of a group's longest begins the next one, unless the group is
     so small (256 tokens) that overhead rules.
     """
-    lengths = rollout.lengths.sum(1)
+    lengths = rollout.lengths[:, 0]
     lengths, order = lengths[rows].sort(descending=True, stable=True)
     groups, width = [], 0
     for row, length in zip(rows[order].tolist(), lengths.tolist()):
@@ -520,7 +508,7 @@ def in_micro_batches(function, rollout, max_rows, max_tokens):
         if result is None:  # some functions give one column more than there are tokens
             width = rollout.mask.shape[1] + part.shape[1] - micro.mask.shape[1]
             result = part.new_zeros(num_rows, width, *part.shape[2:])
-        result[rows.to(part.device, non_blocking=True), : part.shape[1]] = part
+        result[rows.to(part.device, non_blocking=True), -part.shape[1] :] = part
     return result
 
 

@@ -293,7 +293,7 @@ def recorded_as_scored(state, args, rollout):
     """
     rows = torch.arange(min(8, args.batch_size))
     part = rollout[rows]
-    difference = ro.response_logprobs(state.policy, part, args.temperature) - rollout.logprobs[rows, : part.mask.shape[1]]
+    difference = ro.response_logprobs(state.policy, part, args.temperature) - rollout.logprobs[rows, -part.mask.shape[1] :]
     return bool(difference.abs().max() < 1e-3)
 
 
@@ -327,7 +327,7 @@ def rewards_of(args, scores, logprobs, ref_logprobs, mask):
 
 def after_truncated(values, rollout):
     """What values (B, T + 1, ...) hold after the last token of rows that were cut off, 0 for the others: -> (B, ...)."""
-    after = values[torch.arange(len(values)), rollout.lengths[:, 1]]  # not [:, -1]: conversations may end early
+    after = values[:, -1]
     return torch.where(rollout.truncated.view(-1, *[1] * (after.dim() - 1)), after, 0)
 
 
@@ -459,14 +459,14 @@ def minibatch_backward(state, args, experience, minibatch, train_policy):
     mask, token_weights = rollout[minibatch].mask, torch.ones_like(experience["logprobs"])
     num_tokens = mask.sum()
     if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
-        token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
+        token_weights[minibatch.to(mask.device), -mask.shape[1] :] = dvpo.sequence_weights(mask)
     elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
         token_weights *= num_tokens / (len(minibatch) * args.response_length * (args.max_turns if state.user else 1))
     for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
         part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
-        now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
+        now = {name: value[at, -part.mask.shape[1] :] for name, value in experience.items() if isinstance(value, torch.Tensor)}
         if train_policy:
-            weights = token_weights[at, : part.mask.shape[1]]
+            weights = token_weights[at, -part.mask.shape[1] :]
             sums.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
         if state.critic is not None:
             sums.update(critic_backward(state, args, part, now["targets"], num_tokens))
