@@ -30,8 +30,13 @@ def test_bookings_by_hand():
         {"role": role, "content": text} for role, text in zip(("assistant", "user") * 4, turns)
     ]
     talk = ("area", "area north", "day", "day friday food greek")
-    for last, right in (("book area north food greek day friday", 1.0), ("book area north food thai day friday", 0.0),  # an old value
-                        ("book food greek area north day friday", 0.0), ("area north food greek day friday", 0.0), ("", 0.0)):
+    for last, right in (
+        ("book area north food greek day friday", 1.0),
+        ("book area north food thai day friday", 0.0),  # an old value
+        ("book food greek area north day friday", 0.0),
+        ("area north food greek day friday", 0.0),
+        ("", 0.0),
+    ):
         assert booking_reward([prompt], [say(*talk, last)]) == [right]
     assert booking_reward([prompt], [say("area", "area north", "book area north food thai")]) == [
         0.0
@@ -40,5 +45,7 @@ def test_bookings_by_hand():
         0.0
     ]
     replies = json.dumps({"area": "area north"})
-    assert [scripted_user(say(text), replies) for text in ("area", " area ", "day", "area area", "", "book", "book area")] == \
-        ["area north", "area north", "ok", "ok", "ok", None, None]
+    assert [
+        scripted_user(say(text), replies)
+        for text in ("area", " area ", "day", "area area", "", "book", "book area")
+    ] == ["area north", "area north", "ok", "ok", "ok", None, None]

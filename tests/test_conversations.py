@@ -235,8 +235,14 @@ def test_a_user_may_change_the_messages_it_gets_and_sees_the_users_columns_alone
     ][0][0]["role"] == "user"
 
 
-@pytest.mark.parametrize("reply,found", [(lambda messages: 3, "expected a str, or None at the end, found '3'"), (lambda messages: 1 / 0, "ZeroDivisionError"),
-                                         (lambda: "ok", "TypeError")])
+@pytest.mark.parametrize(
+    "reply,found",
+    [
+        (lambda messages: 3, "expected a str, or None at the end, found '3'"),
+        (lambda messages: 1 / 0, "ZeroDivisionError"),
+        (lambda: "ok", "TypeError"),
+    ],
+)
 def test_a_users_mistakes_are_one_line(reply, found):
     tokenizer = task_tokenizer("booking")
     with pytest.raises(InputError, match=f"--user: .*{found}"):

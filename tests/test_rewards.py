@@ -48,9 +48,20 @@ def test_columns_reach_the_reward_and_conversations_stay_conversations():
 
 @pytest.mark.parametrize(
     "returned,found",
-    [([1.0], "1 values"), (1.0, "float"), (None, "NoneType"), ([1.0, float("nan")], "row 1.*nan"), ([float("inf"), 0], "row 0.*inf"),
-     ([0, "1.0"], "row 1.*'1.0'"), ([0, None], "row 1.*None"), ([0, [1]], r"row 1.*\[1\]"),
-     ([1e39, 0], "row 0.*1e.39"), ([0, 10**400], "row 1"), (torch.tensor(1.0), "Tensor"), ("ab", "str")],
+    [
+        ([1.0], "1 values"),
+        (1.0, "float"),
+        (None, "NoneType"),
+        ([1.0, float("nan")], "row 1.*nan"),
+        ([float("inf"), 0], "row 0.*inf"),
+        ([0, "1.0"], "row 1.*'1.0'"),
+        ([0, None], "row 1.*None"),
+        ([0, [1]], r"row 1.*\[1\]"),
+        ([1e39, 0], "row 0.*1e.39"),
+        ([0, 10**400], "row 1"),
+        (torch.tensor(1.0), "Tensor"),
+        ("ab", "str"),
+    ],
 )
 def test_bad_reward_values_are_one_line_with_the_row(returned, found):
     with pytest.raises(InputError, match=f"--reward: .*{found}"):
