@@ -1,7 +1,10 @@
 """Fixtures that several test modules share: tiny models with a real tokenizer on disk."""
 
+import json
 import os
 import random
+import re
+import shutil
 import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a defect
@@ -10,11 +13,16 @@ import numpy
 import pytest
 import torch
 import transformers
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 import train
-from tasks.builtin import task_tokenizer
+from critic import QuantileCritic
+from harness.checkpoints import newest_checkpoint
+from harness.flags import parse_args
+from harness.setup import build
+from tasks.builtin import task_rows, task_tokenizer
 from tasks.warm_start import warm_start as make_warm_start
 
 transformers.logging.set_verbosity_error()
@@ -22,6 +30,19 @@ transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 FAMILIES = ("gpt2", "llama")
+# A run of seconds: noise off, so that the reward's rise is not luck.
+SMALL = """
+    --total-episodes 1536 --batch-size 64 --micro-batch-size 48 --num-ppo-epochs 2
+    --critic-warmup-steps 1 --num-quantiles 16 --num-heads 2 --eval-samples 384
+    --learning-rate 2e-4 --reward-noise-fp 0 --reward-noise-fn 0 --response-length 12
+""".split()
+# One iteration with a model and data of one's own.
+MODEL = """
+    --total-episodes 8 --batch-size 8 --micro-batch-size 3 --response-length 4
+    --num-quantiles 8 --critic-warmup-steps 0 --eval-samples 2
+""".split()
+# Of masked tensors, for hypothesis.
+SHAPES = {"batch": st.integers(1, 4), "length": st.integers(1, 7), "seed": st.integers(0, 2**31)}
 
 
 def dice(prompts, **columns):
@@ -111,3 +132,104 @@ def warm_start(tmp_path_factory):
     folder = tmp_path_factory.mktemp("warm") / "warm_start"
     make_warm_start("dialogue", 0, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, warm_start):
+    """The folder of a run of 24 iterations, with checkpoints of iterations 12 and 24."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert train_in(folder, warm_start, "--save-steps", "12") == 0
+    return folder
+
+
+# ---- runs
+
+
+def train_in(folder, warm_start, *flags):
+    """train.main in process; the exit status."""
+    if not (folder / "warm_start").exists():
+        shutil.copytree(warm_start, folder / "warm_start")
+    return train.main([*SMALL, "--output-dir", str(folder), *flags])
+
+
+def own(model_folder, data, reward):
+    """The flags of a run of seconds with a model, data and a reward of one's own."""
+    flags = f"--model-name-or-path {model_folder} --dataset-name {data} --reward {reward}"
+    return [*MODEL, *flags.split()]
+
+
+def run_of(warm_start, folder, *flags):
+    """A Run before its first iteration, and its flags."""
+    if not (folder / "warm_start").exists():
+        shutil.copytree(warm_start, folder / "warm_start")
+    args = parse_args([*SMALL, "--output-dir", str(folder), *flags])
+    return build(args), args
+
+
+def refused(capsys, argv, *words):
+    """train.main exits with 2 after one line on stderr that holds the words."""
+    try:
+        status = train.main(argv)
+    except SystemExit as error:
+        status = error.code
+    lines = re.split("[\r\n]", capsys.readouterr().err)  # \r: progress bars
+    lines = [line for line in lines if line.startswith("train.py: error: ")]
+    assert status == 2 and len(lines) == 1, (status, lines)
+    assert all(word in lines[0] for word in words), lines
+
+
+def some_of(source, target, *names):
+    """Copies files and folders of these names from one folder to another."""
+    for name in names:
+        copy = shutil.copytree if (source / name).is_dir() else shutil.copy
+        copy(source / name, target / name)
+
+
+def log(folder):
+    """The metrics without those that are clocks."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        del row["eps"], row["tps"]
+    return rows
+
+
+def weights(folder):
+    """Every number of the policy and the critic of a checkpoint, or of a run's newest one."""
+    folder = folder if (folder / "policy").exists() else newest_checkpoint(folder)
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy")
+    critic = QuantileCritic.from_pretrained(folder / "critic")
+    return torch.cat([p.flatten() for model in (policy, critic) for p in model.parameters()])
+
+
+def write_rows(path, rows):
+    """A jsonl file -> its name."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows_of(count=12, **extra):
+    return [{**row, **extra} for row in task_rows("dialogue", "train", count, 0)]
+
+
+# ---- masked tensors
+
+
+def ragged_mask(lengths, width):
+    return torch.arange(width) < torch.tensor(lengths)[:, None]
+
+
+def random_mask(generator, batch, length):
+    """Any mask: gaps, empty rows, full rows."""
+    return torch.rand(batch, length, generator=generator) < 0.7
+
+
+def hidden(tensor, mask):
+    """The tensor with NaN wherever mask (B, T) is False."""
+    return torch.where(mask.view(*mask.shape, *[1] * (tensor.dim() - 2)), tensor, float("nan"))
+
+
+def padded(tensor, columns=50, fill=float("nan")):
+    """The tensor with garbage in further columns (dim 1)."""
+    fill = 0 if tensor.dtype == torch.bool else fill
+    extra = torch.full((tensor.shape[0], columns, *tensor.shape[2:]), fill).to(tensor.dtype)
+    return torch.cat([tensor, extra], dim=1)

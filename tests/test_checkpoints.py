@@ -1,0 +1,466 @@
+"""harness/checkpoints.py: resuming bit for bit, after kills, signals and a full disk."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+
+sys.path.insert(0, "/tmp/split")
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import (
+    MODEL,
+    SMALL,
+    log,
+    refused,
+    rows_of,
+    run_of,
+    some_of,
+    train_and_exit,
+    train_in,
+    weights,
+    write_rows,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from critic import QuantileCritic
+from harness import checkpoints, reports
+from harness.checkpoints import newest_checkpoint
+from harness.flags import parse_args
+from harness.setup import build, respond
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
+    """As after a crash in iteration 13 or later: an older checkpoint, and a log that went on."""
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
+    with open(tmp_path / "metrics.jsonl", "a") as log_file:
+        log_file.write('{"iteration": 25, "objec')  # torn by the crash
+    assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"going on from {tmp_path / 'checkpoint-000012'}" in out and "12 of 24" in out
+    same_run(tmp_path, finished)
+
+
+@pytest.mark.parametrize("dtype,trusted", [("float32", True), ("bfloat16", False)])
+def test_a_resumed_run_asks_anew_whether_to_trust_sampling(dtype, trusted, finished, tmp_path):
+    """It may be on another device: the answer is in no checkpoint."""
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
+    args = parse_args(["--resume", str(tmp_path)])
+    args.dtype = dtype
+    run = build(args)
+    checkpoints.resume(run, args)
+    assert run.trust_recorded is trusted and run.iteration == 12
+    if trusted:
+        return
+    copies = zip(run.sampler.parameters(), run.policy.parameters())
+    assert not all(torch.equal(a, b.bfloat16()) for a, b in copies)  # not yet
+    respond(run, args, run.data[:2], 1.0)
+    copies = zip(run.sampler.parameters(), run.policy.parameters())
+    assert all(torch.equal(a, b.bfloat16()) for a, b in copies)
+
+
+def same_tensors(a, b):
+    """Whether two nested structures hold the same tensors and numbers."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, (dict, list, tuple)):
+        keys = a if isinstance(a, dict) else range(len(a))
+        return len(a) == len(b) and all(same_tensors(a[key], b[key]) for key in keys)
+    return a == b
+
+
+TORN = ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "policy/config.json"]
+
+
+@pytest.mark.parametrize("torn", [*TORN, "critic/model.safetensors", "gone: critic"])
+def test_a_torn_checkpoint_is_renamed_with_a_line_and_the_older_one_used(
+    torn, finished, tmp_path, capsys
+):
+    names = ("args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", "checkpoint-000024", *names)
+    newest = tmp_path / "checkpoint-000024"
+    if torn.startswith("gone"):
+        shutil.rmtree(newest / torn.split()[1])
+    else:
+        (newest / torn).write_bytes((newest / torn).read_bytes()[:-20])
+    args = parse_args(["--resume", str(tmp_path)])
+    run = build(args)
+    checkpoints.resume(run, args)
+    err = capsys.readouterr().err
+    (line,) = (line for line in err.splitlines() if "checkpoint-000024" in line)
+    assert "expected a whole checkpoint" in line and "checkpoint-000024.broken" in line
+    assert (tmp_path / "checkpoint-000024.broken").is_dir() and not newest.exists()
+    assert run.iteration == 12 and log(tmp_path) == log(finished)[:12]
+    older = finished / "checkpoint-000012"
+    numbers = [p.flatten() for model in (run.policy, run.critic) for p in model.parameters()]
+    assert torch.equal(torch.cat(numbers), weights(older))
+    state = torch.load(older / "state.pt", weights_only=True)
+    assert same_tensors(run.optimizer.state_dict(), state["optimizer"])
+    assert same_tensors(run.critic_optimizer.state_dict(), state["critic_optimizer"])
+    assert torch.equal(torch.get_rng_state(), state["random"]["torch"])
+    assert torch.equal(run.noise.get_state(), state["noise"])
+
+
+def test_with_no_checkpoint_that_loads_there_is_one_line(finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "warm_start")
+    (tmp_path / "checkpoint-000024" / "state.pt").write_bytes(b"torn")
+    (tmp_path / "checkpoint-000024" / "policy" / ".cache").touch()  # of someone else
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected a checkpoint", "found none")
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected a checkpoint", "found none")
+    assert log(tmp_path) == log(finished) and (tmp_path / "checkpoint-000024.broken").is_dir()
+
+
+def test_a_checkpoint_that_breaks_twice_is_renamed_twice(finished, tmp_path):
+    """The run went on from the older one, came by the same iteration, and broke again."""
+    names = ("args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", "checkpoint-000024", *names)
+    (tmp_path / "checkpoint-000024" / "state.pt").write_bytes(b"torn")
+    shutil.copytree(tmp_path / "checkpoint-000024", tmp_path / "checkpoint-000024.broken")
+    args = parse_args(["--resume", str(tmp_path)])
+    run = build(args)
+    checkpoints.resume(run, args)
+    assert run.iteration == 12 and checkpoints.checkpoints(tmp_path).keys() == {12}
+
+
+def test_resume_from_torn_flags_or_short_metrics_is_one_line(finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
+    log_file = tmp_path / "metrics.jsonl"
+    log_file.write_text("".join(log_file.read_text().splitlines(keepends=True)[:9]))
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected 12 lines", "found 9")
+    (tmp_path / "args.json").write_text("{")
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json")
+
+
+def test_resuming_a_finished_run_moves_nothing(finished, tmp_path):
+    names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000024", *names)
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    assert not (tmp_path / "earlier-1").exists() and log(tmp_path) == log(finished)
+
+
+def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
+    few = "--total-episodes 64 --eval-samples 8".split()
+    train_in(tmp_path, warm_start, *few)
+    first = log(tmp_path)
+    made = (tmp_path / "warm_start" / "model.safetensors").stat().st_mtime_ns
+    train_in(tmp_path, warm_start, *few, "--algo", "ppo")
+    assert log(tmp_path / "earlier-1") == first != log(tmp_path)
+    assert (tmp_path / "warm_start" / "model.safetensors").stat().st_mtime_ns == made
+    assert "earlier-1" in capsys.readouterr().out
+
+
+def test_a_runs_own_event_file_stays_and_earlier_folders_never_collide(
+    warm_start, tmp_path, monkeypatch
+):
+    open_log = reports.open_log
+
+    def with_event_file(run, args, num_iterations):
+        (tmp_path / "events.out.new").touch()
+        return open_log(run, args, num_iterations)
+
+    monkeypatch.setattr(reports, "open_log", with_event_file)
+    (tmp_path / "earlier-2").mkdir()  # the user threw earlier-1 away
+    (tmp_path / "events.out.old").touch()
+    train_in(tmp_path, warm_start, *"--total-episodes 64 --eval-samples 8".split())
+    assert (tmp_path / "events.out.new").exists()
+    assert (tmp_path / "earlier-1" / "events.out.old").exists()
+    checkpoints.set_aside(tmp_path)
+    assert (tmp_path / "earlier-3" / "args.json").exists()
+    assert not list((tmp_path / "earlier-2").iterdir())
+
+
+def test_only_checkpoints_of_ours_count(tmp_path):
+    ours = ["checkpoint-000002", "checkpoint-999999", "checkpoint-1000000"]
+    others = ["checkpoint-best2", "checkpoint-000003-copy1", "checkpoint-7.tmp"]
+    for name in reversed(ours + others):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in checkpoints.checkpoints(tmp_path).values()] == ours
+    assert newest_checkpoint(tmp_path).name == ours[-1]
+
+
+def test_the_newest_checkpoints_are_kept_and_leftovers_cleared(warm_start, tmp_path):
+    for left in ("checkpoint-000002.tmp", "checkpoint-000001.old"):
+        (tmp_path / left).mkdir()
+    flags = "--total-episodes 320 --save-steps 1 --eval-samples 4"
+    assert train_in(tmp_path, warm_start, *flags.split()) == 0
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-000004", "checkpoint-000005"]
+
+
+def loads(folder):
+    """Whether every part of a checkpoint is there and can be read."""
+    QuantileCritic.from_pretrained(folder / "critic")
+    AutoModelForCausalLM.from_pretrained(folder / "policy")
+    AutoTokenizer.from_pretrained(folder / "policy")
+    state = torch.load(folder / "state.pt", weights_only=True)
+    return state.keys() >= {"iteration", "optimizer", "random"}
+
+
+def sizes(folder):
+    """{file: its size} of a checkpoint: a torn or unfinished one has others."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def lines_until(limit, function, *rest):
+    """Calls function in a process that dies before its limit-th line of checkpoints.py.
+
+    -> Whether it got to the end.
+    """
+    process = os.fork()
+    if process == 0:
+        left = [limit]
+
+        def trace(frame, event, value):
+            if frame.f_code.co_filename != checkpoints.__file__:
+                return None
+            left[0] -= event == "line"
+            if left[0] <= 0:
+                os._exit(9)
+            return trace
+
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        sys.settrace(trace)
+        function(*rest)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
+    """A third checkpoint where two are kept.
+
+    Wherever it dies, one or both of the newest are whole, and the next save clears up.
+    """
+    run, args = run_of(warm_start, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    for run.iteration in (1, 2):
+        whole = checkpoints.save_checkpoint(run, args)
+    assert loads(whole)
+    kept, expected = tmp_path.with_name("kept"), sizes(whole)
+    shutil.copytree(tmp_path, kept)
+    run.iteration, limit, done, seen = 3, 1, False, set()
+    while not done:
+        for path in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        some_of(kept, tmp_path, "checkpoint-000001", "checkpoint-000002")
+        done = lines_until(limit, checkpoints.save_checkpoint, run, args)
+        found = checkpoints.checkpoints(tmp_path)
+        left = [any(tmp_path.glob(f"*.{kind}")) for kind in ("tmp", "old")]
+        seen.add((*found, *left))
+        assert all(sizes(path) == expected for path in found.values()) and 2 in found, found
+        limit += 1
+    assert loads(newest_checkpoint(tmp_path)) and limit > 40
+    ends = {(1, 2, False, False), (2, 3, False, False)}
+    assert ends | {(1, 2, True, False), (1, 2, 3, False, False), (2, 3, False, True)} <= seen, seen
+    for left in ("checkpoint-000003.tmp", "checkpoint-000001.old"):
+        (tmp_path / left).mkdir()
+    run.iteration = 4
+    checkpoints.save_checkpoint(run, args)
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert names == ["checkpoint-000003", "checkpoint-000004"]
+
+
+def test_a_kill_at_any_line_of_resuming_leaves_a_run_that_can_be_resumed(warm_start, tmp_path):
+    """Two checkpoints, the newer one torn, and a log that went on.
+
+    Wherever it dies, the older one has its line in metrics.jsonl, and the next try goes on.
+    """
+    run, args = run_of(warm_start, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
+    for run.iteration in (1, 2):
+        newest = checkpoints.save_checkpoint(run, args)
+    (newest / "critic" / "model.safetensors").write_bytes(b"torn")
+    kept, limit, done = tmp_path.with_name("kept"), 1, False
+    shutil.copytree(tmp_path, kept)
+    older = sizes(kept / "checkpoint-000001")
+    lines = [f'{{"iteration": {number}}}\n' for number in (1, 2, 3)]
+    while not done:
+        for path in tmp_path.glob("checkpoint-*"):
+            shutil.rmtree(path)
+        some_of(kept, tmp_path, "checkpoint-000001", "checkpoint-000002")
+        (tmp_path / "metrics.jsonl").write_text("".join(lines))
+        done = lines_until(limit, checkpoints.resume, run, args)
+        assert sizes(tmp_path / "checkpoint-000001") == older
+        assert (tmp_path / "metrics.jsonl").read_text() in ("".join(lines), lines[0])
+        assert len(list(tmp_path.glob("checkpoint-000002*"))) == 1
+        limit += 1
+    assert limit > 40 and (tmp_path / "metrics.jsonl").read_text() == lines[0]
+    assert (tmp_path / "checkpoint-000002.broken").is_dir()
+    checkpoints.resume(run, args)
+    assert run.iteration == 1
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys, monkeypatch):
+    """No file may grow beyond 30 kB from the second save on.
+
+    The run ends with a line, and the first checkpoint stands and is whole.
+    """
+    save, limits = checkpoints.save_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_on_a_full_disk(run, args):
+        if run.iteration > 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        return save(run, args)
+
+    monkeypatch.setattr(checkpoints, "save_checkpoint", save_on_a_full_disk)
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    argv = [*SMALL, *f"--output-dir {tmp_path} --save-steps 1 --eval-samples 4".split()]
+    try:
+        refused(capsys, argv, "--output-dir", "checkpoint-000002", "arge")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"]
+    assert loads(tmp_path / "checkpoint-000001")
+
+
+def draws():
+    return random.random(), numpy.random.rand(), torch.rand(1).item()
+
+
+def test_random_states_come_back(tmp_path):
+    """Python's, numpy's and torch's generators, through a file that unpickles nothing."""
+    path = tmp_path / "states.pt"
+    torch.save(checkpoints.random_states(), path)
+    first = draws()
+    checkpoints.set_random_states(torch.load(path, weights_only=True))
+    assert draws() == first
+
+
+# A clean process with train imported, from which others start at once.
+FORK = multiprocessing.get_context("forkserver")
+
+
+FORK.set_forkserver_preload(["train", "conftest"])
+
+
+KILLED = "--total-episodes 480 --save-steps 1 --response-length 6".split()
+
+
+def started(argv, out=os.devnull):
+    process = FORK.Process(target=train_and_exit, args=(argv, str(out)))
+    process.start()
+    return process
+
+
+@pytest.fixture(scope="module")
+def to_kill(model_folder, tmp_path_factory):
+    """(flags, finished folder): a run whose reward draws from python's and numpy's generators."""
+    folder = tmp_path_factory.mktemp("kill")
+    data = write_rows(folder / "data.jsonl", rows_of())
+    own = f"--model-name-or-path {model_folder} --dataset-name {data} --reward conftest:dice"
+    argv = [*MODEL, *KILLED, *own.split()]
+    process = started([*argv, "--output-dir", str(folder / "whole")])
+    process.join()
+    assert process.exitcode == 0
+    return argv, folder / "whole"
+
+
+def same_run(a, b):
+    assert log(a) == log(b) and torch.equal(weights(a), weights(b))
+    after = [json.loads((folder / "results.json").read_text())["after"] for folder in (a, b)]
+    assert after[0] == after[1]
+
+
+def num_lines(path):
+    return len(path.read_bytes().splitlines()) if path.exists() else 0
+
+
+def asides(folder):
+    """Saves that are under way, or were when the run died."""
+    return {path.stat().st_ino for path in folder.glob("checkpoint-*.tmp")}
+
+
+def wait_for(kind, folder, process, rng):
+    """Until the moment to kill: inside a save, while it starts, or an iteration or three later."""
+    before, newest = asides(folder), max(checkpoints.checkpoints(folder), default=0)
+    start, lines = time.time() + rng.uniform(0, 0.6), newest + rng.randint(0, 2)
+    moments = {
+        "save": lambda: asides(folder) - before,
+        "start": lambda: time.time() > start,
+        "later": lambda: num_lines(folder / "metrics.jsonl") > lines,
+    }
+    while not moments[kind]():
+        assert process.is_alive(), kind
+        time.sleep(0.0005)
+    time.sleep(rng.uniform(0, 0.005))
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_change_nothing(count, to_kill, tmp_path):
+    """SIGKILL of each kind in turn: the finished run is the uninterrupted one, bit for bit."""
+    argv, whole = to_kill
+    rng, saves, folder = random.Random(0), 0, tmp_path / "run"
+    kinds = itertools.islice(itertools.cycle(["save", "start", "later"]), count)
+    for kind in [*kinds, None]:
+        found, before = checkpoints.checkpoints(folder), asides(folder)
+        process = started([*argv, *(["--resume"] if found else []), "--output-dir", str(folder)])
+        if kind is not None:
+            wait_for(kind, folder, process, rng)
+            process.kill()
+        process.join()
+        saves += bool(asides(folder) - before)
+        assert process.exitcode == (0 if kind is None else -signal.SIGKILL), kind
+    assert saves >= count // 5, saves
+    same_run(folder, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
+    argv, whole = to_kill
+    folder = tmp_path / "run"
+    process = started([*argv, "--save-steps", "0", "--output-dir", str(folder)], tmp_path / "out")
+    while not num_lines(folder / "metrics.jsonl"):
+        time.sleep(0.001)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
+    out, name = (tmp_path / "out").read_text(), signal.Signals(number).name
+    where = rf"stopped by {name} after iteration \d+ of 60: --resume {folder} goes on"
+    assert re.search(where, out), out
+    assert train.main(["--resume", str(folder)]) == 0
+    same_run(folder, whole)
+
+
+def test_a_second_signal_ends_at_once_and_other_code_gets_its_handlers_back():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), checkpoints.stopping_on_signals() as received:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert received == [signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.soak
+def test_half_an_hour_leaks_nothing(warm_start, tmp_path):
+    """python -m pytest -m soak: from the fifth minute on, memory within 2 % and the same files."""
+    minutes, seen = float(os.environ.get("SOAK_MINUTES", 30)), []
+    timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
+
+    def look():
+        while timer.is_alive():
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            seen.append((pages, len(os.listdir("/proc/self/fd"))))
+            time.sleep(minutes)
+
+    timer.start()
+    threading.Thread(target=look, daemon=True).start()
+    flags = "--total-episodes 10000000 --save-steps 50 --eval-steps 50"
+    assert train_in(tmp_path, warm_start, *flags.split()) == 128 + signal.SIGINT
+    memory, files = zip(*seen[len(seen) // 6 : -1])
+    quarter = len(memory) // 4
+    early, late = sum(memory[:quarter]) / quarter, sum(memory[-quarter:]) / quarter
+    print(f"{early:.0f} -> {late:.0f} pages, {min(files)} to {max(files)} open files")
+    assert abs(late / early - 1) < 0.02 and files[-1] <= files[0] + 2

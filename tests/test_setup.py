@@ -1,0 +1,403 @@
+"""harness/setup.py: a model, data and rewards of one's own, and bad input in one line."""
+
+import json
+import re
+import shutil
+import sys
+
+sys.path.insert(0, "/tmp/split")
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    SMALL,
+    log,
+    own,
+    refused,
+    rows_of,
+    run_of,
+    tiny_config,
+    write_rows,
+)
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from harness import checkpoints, setup
+from harness.flags import parse_args
+from harness.setup import build, load_splits
+from tasks.booking import SLOTS
+from tasks.builtin import task_tokenizer
+
+
+def test_a_folder_a_file_and_a_python_reward(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own_reward.py").write_text("""
+def f(prompts, completions, level, **columns):
+    return [level[0] + len(completion[-1]["content"]) for completion in completions]
+""")
+    data = write_rows(tmp_path / "data.jsonl", rows_of(level=3))
+    argv = own(model_folder, data, "own_reward:f")
+    more = "--gradient-checkpointing --eval-steps 1 --output-dir run"
+    assert train.main([*argv, *more.split()]) == 0
+    row = log(tmp_path / "run")[0]
+    assert row["objective/scores"] >= 3 and "eval/held_out/greedy" in row
+
+
+def test_a_users_own_user_and_reward_for_conversations(model_folder, tmp_path, monkeypatch):
+    (tmp_path / "talk.py").write_text("""
+def user(messages, name):
+    return name if len(messages) < 4 else None
+
+
+def reward(prompts, completions, name):
+    return [float(len(completion)) for completion in completions]
+""")
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"book {slot}", "name": f"{slot} two"} for slot in SLOTS]
+    argv = own(model_folder, write_rows(tmp_path / "data.jsonl", rows), "talk:reward")
+    more = "--user talk:user --output-dir run --missing-eos-penalty 1"
+    assert train.main([*argv, *more.split()]) == 0
+    assert all(1 <= row["objective/true_scores"] <= 5 for row in log(tmp_path / "run"))
+
+
+def test_parquet_and_an_evaluation_set(model_folder, tmp_path):
+    Dataset.from_list(rows_of()).to_parquet(tmp_path / "data.parquet")
+    evaluation = write_rows(tmp_path / "eval.json", rows_of(3))
+    argv = own(model_folder, tmp_path / "data.parquet", "exact")
+    more = f"--eval-dataset-name {evaluation} --critic-model-name-or-path {model_folder}"
+    assert train.main([*argv, *more.split(), "--output-dir", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["before"].keys() == {"held out, greedy", "held out, sampled"}
+
+
+def like_the_hub(folder):
+    """A data set of two configs with two splits each, as the hub's gsm8k is one."""
+    configs = []
+    for config in ("main", "socratic"):
+        files = []
+        for split, first in (("train", 0), ("test", 8)):
+            path = folder / config / f"{split}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            questions = [f"area {'north ' * i}{config}" for i in range(first, first + 4)]
+            row = {"answer": "so\n#### 1", "prompt": 7}
+            write_rows(path, [{"question": question, **row} for question in questions])
+            files.append({"split": split, "path": f"{config}/{split}.jsonl"})
+        configs.append({"config_name": config, "data_files": files})
+    (folder / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    return folder
+
+
+def test_a_data_set_as_the_hub_has_them_with_a_config_and_a_column_of_another_name(
+    model_folder, tmp_path, capsys
+):
+    hub = like_the_hub(tmp_path / "gsm")
+    flags = [*own(model_folder, hub, "math"), "--output-dir", str(tmp_path / "run")]
+    held_out = [{"question": "area east", "answer": "1"}, {"question": "area", "answer": "1"}]
+    held_out = write_rows(tmp_path / "held_out.jsonl", held_out)
+    right = f"--dataset-config main --prompt-column question --eval-dataset-name {held_out}".split()
+    args = parse_args([*flags, *right])
+    data, evals = load_splits(args, AutoTokenizer.from_pretrained(model_folder), 64)
+    assert sorted(data["prompt"]) == sorted(f"area {'north ' * i}main" for i in range(4))
+    assert evals["held out"]["prompt"] == ["area east", "area"]
+    args = parse_args([*flags, *right[:4], "--dataset-split", "test"])
+    data, evals = load_splits(args, AutoTokenizer.from_pretrained(model_folder), 64)
+    assert len(data) == len(evals["held out"]) == 2
+    assert train.main([*flags, *right]) == 0
+    refused(capsys, [*flags, "--prompt-column", "question"], "--dataset-name", "main")
+    wrong = "--dataset-config main --prompt-column query".split()
+    refused(capsys, [*flags, *wrong], "--dataset-name", "'query'", "--prompt-column")
+
+
+def test_held_out_prompts_stay_out_of_training(warm_start, tmp_path):
+    run, _ = run_of(warm_start, tmp_path)
+    held_out = set(map(str, run.evals["in domain"]["prompt"]))
+    assert len(held_out) == 384 and len(run.data) > 3500
+    assert not held_out & set(map(str, run.data["prompt"]))
+
+
+def test_a_users_own_label_column_is_just_a_column(model_folder, tmp_path):
+    seen = []
+
+    def noting(prompts, completions, answer, label, **columns):
+        seen.append((answer, label))
+        return [0.0] * len(prompts)
+
+    data = write_rows(tmp_path / "d.jsonl", rows_of(label="mine"))
+    more = f"--output-dir {tmp_path / 'run'} --pseudo-label-noise 0.5"
+    args = parse_args([*own(model_folder, data, "exact"), *more.split()])
+    run = build(args)
+    run.reward = noting
+    train.collect(run, args)
+    true, noisy = seen
+    assert true[1] == noisy[1] == ["mine"] * 8 and true[0] != noisy[0]
+
+
+def test_dropout_is_off_even_in_train_mode_and_weights_are_fp32(model_folder, tmp_path):
+    """The folder's GPT-2 has dropout 0.1 in its config; a bf16 copy of it is trained in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    assert model.config.resid_pdrop == 0.1
+    model.bfloat16().save_pretrained(tmp_path)
+    policy = setup.load(AutoModelForCausalLM, str(tmp_path), "--model-name-or-path").train()
+    ids = torch.arange(6)[None]
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+
+
+def test_weights_that_are_not_fp32_are_refused(warm_start, tmp_path, monkeypatch):
+    """Adam steps of 1e-6 vanish in bf16 weights."""
+    load = setup.load
+
+    def in_half(kind, *rest):
+        found = load(kind, *rest)
+        return found.bfloat16() if kind is AutoModelForCausalLM else found
+
+    monkeypatch.setattr(setup, "load", in_half)
+    with pytest.raises(AssertionError, match="bf16"):
+        run_of(warm_start, tmp_path)
+
+
+def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(
+    warm_start, tmp_path, monkeypatch
+):
+    """An architecture that decodes otherwise than it reads: its tokens are scored.
+
+    The first ratio is 1 all the same.
+    """
+    sample = setup.sample
+
+    def shifted(*rest, **named):
+        rollout = sample(*rest, **named)
+        if rollout.logprobs is not None:
+            rollout.logprobs = rollout.logprobs - 0.01 * rollout.mask
+        return rollout
+
+    monkeypatch.setattr(setup, "sample", shifted)
+    once = "--num-mini-batches 1 --num-ppo-epochs 1 --critic-warmup-steps 0".split()
+    run, args = run_of(warm_start, tmp_path, *once)
+    assert run.trust_recorded is False
+    experience, _ = train.collect(run, args)
+    assert train.update(run, args, experience)["val/ratio"].item() == pytest.approx(1, abs=1e-5)
+
+
+def test_what_is_asked_of_sampling_changes_no_generator(warm_start, tmp_path):
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    run, _ = run_of(warm_start, tmp_path)
+    assert run.trust_recorded and torch.equal(torch.get_rng_state(), before)
+
+
+def saved_model(folder, **changes):
+    """A tiny model and tokenizer in a folder, with the tokenizer's attributes changed."""
+    tokenizer = task_tokenizer("dialogue")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer))).save_pretrained(folder)
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_tokenizers_without_pad_or_template_and_with_added_tokens(tmp_path, capsys):
+    areas = [{"prompt": f"area {area}", "answer": "x"} for area in SLOTS["area"]]
+    data = write_rows(tmp_path / "data.jsonl", areas)
+    bare = saved_model(tmp_path / "bare", pad_token=None, chat_template=None)
+    argv = [*own(bare, data, "exact"), "--output-dir", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    refused(capsys, [*argv, "--user", "json:dumps"], "--user", "chat template for all turns")
+    chat = write_rows(tmp_path / "chat.jsonl", rows_of())
+    refused(capsys, [*argv, "--dataset-name", chat], "row 0", "no chat template")
+    tokenizer = AutoTokenizer.from_pretrained(bare)
+    tokenizer.add_tokens(["sushi"])
+    tokenizer.save_pretrained(bare)
+    assert train.main(argv) == 0  # as long as nobody says it
+    write_rows(
+        tmp_path / "data.jsonl", [{**row, "prompt": row["prompt"] + " food sushi"} for row in areas]
+    )
+    refused(capsys, argv, "--dataset-name: row", "token ids below 32", "found 32")
+
+
+def test_code_of_a_model_and_pickles_never_run(tmp_path, capsys, monkeypatch):
+    """Nor is anyone asked whether they may."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr("builtins.input", lambda *rest: "y")
+    folder = saved_model(tmp_path / "own")
+    (folder / "own.py").write_text(f"""
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({str(tmp_path / "ran")!r}).touch()
+class OwnConfig(LlamaConfig): model_type = "own"
+class OwnModel(LlamaForCausalLM): config_class = OwnConfig
+""")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnModel"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (folder / "config.json").write_text(json.dumps(config))
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    argv = [*own(folder, data, "exact"), "--output-dir", str(tmp_path / "run")]
+    refused(capsys, argv, "--model-name-or-path", "code")
+    assert not (tmp_path / "ran").exists()
+    pickled = saved_model(tmp_path / "pickled")
+    numbers = AutoModelForCausalLM.from_pretrained(pickled).state_dict()
+    torch.save(numbers, pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    argv = own(pickled, data, "exact")
+    refused(capsys, argv, "--model-name-or-path", "model.safetensors")
+
+
+def test_overlong_prompts_are_left_out_with_a_count(model_folder, tmp_path, capsys):
+    rows = [*rows_of(4), {"prompt": LONG, "answer": "x"}, *rows_of(6)[4:]]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    assert train.main([*own(model_folder, data, "exact"), "--output-dir", str(tmp_path)]) == 0
+    assert re.search("--dataset-name: 1 of 7 prompts .* 60", capsys.readouterr().out)
+
+
+def test_equal_rows_ids_and_unknown_words_are_just_data(model_folder, tmp_path):
+    rows = [*rows_of(6) * 2, {"prompt": "what is this", "answer": "x"}]
+    data = write_rows(tmp_path / "data.jsonl", [{"id": 7, **row} for row in rows])
+    assert train.main([*own(model_folder, data, "exact"), "--output-dir", str(tmp_path)]) == 0
+
+
+LONG = [{"role": "user", "content": "area north " * 40}]  # 80 words and two of the template
+
+
+ONE = [{"prompt": "area", "answer": "x"}]
+
+
+BAD_DATA = [
+    ([], "", ["--dataset-name"]),
+    ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
+    ([{"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "82 tokens", "at most 60"]),
+    ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": None, "answer": "x"}], "", ["row 0", "prompt", "None"]),
+    (ONE + [{"prompt": None, "answer": "x"}], "", ["row 1", "prompt", "None"]),
+    ([{"prompt": 3, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [3], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": ["area"], "answer": "x"}], "", ["row 0", "prompt", "{role, content}"]),
+    ([{"prompt": {"role": "user"}, "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [{"role": "user"}], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": [{"role": "user", "content": 3}], "answer": "x"}], "", ["row 0", "prompt"]),
+    ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]),
+    ("{broken", "", ["--dataset-name", "line 1"]),
+    ('{"prompt": "area"}\n\n{"prompt": "area",}\n', "", ["--dataset-name", "line 3"]),
+    ('{"prompt": "area"}\n[1, 2]\n', "", ["--dataset-name", "line 2", "object"]),
+    ('{"prompt": "area"}\n{"prompt": 3}\n', "", ["--dataset-name"]),
+    (b'{"prompt": "area"}\n{"prompt": "\xff\xfe"}\n', "", ["--dataset-name", "line 2", "utf-8"]),
+    (b"\x00\x01\x02", "", ["--dataset-name", "line 1"]),
+    (b"", "", ["--dataset-name"]),
+    (None, "", ["--dataset-name", "no such file"]),
+    (ONE, "--dataset-name data.csv", ["--dataset-name", "json, jsonl or parquet", "data.csv"]),
+    (ONE, "--dataset-name broken.parquet", ["--dataset-name", "broken.parquet"]),
+    (ONE, "--dataset-name no/such/set", ["--dataset-name", "no/such/set"]),
+    (ONE, "--dataset-name nosuchset", ["--dataset-name", "nosuchset"]),
+    (ONE, "--eval-dataset-name nosuch.jsonl", ["--eval-dataset-name", "no such file"]),
+    (ONE, "--prompt-column question", ["--dataset-name", "'question'", "--prompt-column"]),
+    (ONE, "--eval-dataset-name data.csv", ["--eval-dataset-name", "json, jsonl or parquet"]),
+    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
+    (
+        ONE * 3,
+        "--pseudo-label-noise 0.1 --eval-dataset-name other.jsonl",
+        ["--pseudo-label-noise", "different"],
+    ),
+    (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
+    (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
+    (ONE * 4, "", ["--dataset-name", "held-out"]),
+    (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3"]),
+    (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
+    (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
+    (ONE, "--reward bad:text", ["--reward", "row 0", "'1'"]),
+    (ONE, "--reward bad:none", ["--reward", "row 0", "None"]),
+    (ONE, "--reward bad:nothing", ["--reward", "8 numbers", "NoneType"]),
+    (ONE, "--reward bad:nested", ["--reward", "row 0", "[1, 2]"]),
+    (ONE, "--reward bad:huge", ["--reward", "row 0", "1e+39"]),
+    (ONE, "--reward bad:leaves", ["--reward", "SystemExit"]),
+    (ONE, "--reward bad:late", ["--reward", "TimeoutError", "the service is slow"]),
+    (ONE, "--user bad:leaves", ["--user", "SystemExit"]),
+    (ONE, "--reward bad:nosuch", ["--reward", "nosuch"]),
+    (ONE, "--user bad:nosuch", ["--user", "nosuch"]),
+    (
+        ONE,
+        "--eval-dataset-name other.jsonl --eval-dataset-split nosuch",
+        ["--eval-dataset-name", "nosuch"],
+    ),
+    ("[1, 2]\n", "", ["--dataset-name", "line 1", "object"]),
+    (ONE, "--reward bad:needs", ["--reward", "'level'", "answer"]),
+    (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
+    (ONE, "--user bad:raises", ["--user", "KeyError"]),
+    (ONE, "--user bad:three", ["--user", "expected a str", "3"]),
+    (ONE, "--reward nosuchmodule:f", ["--reward", "nosuchmodule"]),
+    (ONE, "--reward broken:f", ["--reward", "broken"]),
+    (ONE, "--reward model:nosuchmodel", ["--reward", "nosuchmodel"]),
+]
+
+
+BAD_CODE = """
+def short(prompts, **columns): return [0.0]
+def raises(*prompts, **columns): return {}['x']
+def half(prompts, **columns): return [0.5] * len(prompts)
+def nan(prompts, **columns): return [0.0] * 7 + [float('nan')]
+def text(prompts, **columns): return ['1'] * len(prompts)
+def none(prompts, **columns): return [None] * len(prompts)
+def nothing(prompts, **columns): pass
+def nested(prompts, **columns): return [[1, 2]] * len(prompts)
+def huge(prompts, **columns): return [1e39] * len(prompts)
+def leaves(prompts, **columns): raise SystemExit(0)
+def late(prompts, **columns): raise TimeoutError("the service is slow")
+def needs(prompts, completions, level): return [level] * len(prompts)
+def three(messages, **columns): return 3
+"""
+
+
+@pytest.mark.parametrize("rows,flags,words", BAD_DATA)
+def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys, monkeypatch):
+    """And what stood in the output folder before is still there, moved or not."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad", raising=False)
+    Path("bad.py").write_text(BAD_CODE)
+    Path("broken.py").write_text("def f(:\n")
+    for name in ("data.csv", "broken.parquet"):
+        Path(name).write_text("prompt,answer\narea,x\n")
+    write_rows(Path("other.jsonl"), [{"prompt": "food", "answer": "x"}])
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("precious\n")
+    if isinstance(rows, (str, bytes)):
+        Path("data.jsonl").write_bytes(rows.encode() if isinstance(rows, str) else rows)
+    elif rows is not None:
+        write_rows(Path("data.jsonl"), rows)
+    argv = [*own(model_folder, "data.jsonl", "exact"), "--output-dir", "run", *flags.split()]
+    refused(capsys, argv, *words)
+    kept = [path.read_text() for path in Path("run").rglob("metrics.jsonl")]
+    assert "precious\n" in kept
+
+
+def test_the_table_of_bad_data_is_long_enough():
+    assert len(BAD_DATA) >= 55
+
+
+def test_a_reward_that_fails_leaves_the_earlier_run_where_it_is(model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", [{**row, "answer": None} for row in rows_of()])
+    (tmp_path / "metrics.jsonl").write_text("precious\n")
+    into = ["--output-dir", str(tmp_path)]
+    argv = own(model_folder, data, "model:" + model_folder)
+    refused(capsys, [*argv, *into], "--reward", "sequence classifier")
+    argv = own(model_folder, data, "no_such_module:f")
+    refused(capsys, [*argv, *into], "--reward", "no_such_module")
+    rows = [{"prompt": row["prompt"], "text": "x"} for row in rows_of()]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    refused(capsys, [*own(model_folder, data, "exact"), *into], "--reward", "'answer'")
+    assert (tmp_path / "metrics.jsonl").read_text() == "precious\n"
+    assert not (tmp_path / "earlier-1").exists()
+
+
+def test_an_output_folder_that_cannot_be_made_is_one_line(
+    warm_start, tmp_path, capsys, monkeypatch
+):
+    def denied(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(checkpoints, "set_aside", denied)
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    argv = [*SMALL, *f"--eval-samples 4 --output-dir {tmp_path}".split()]
+    refused(capsys, argv, "Permission denied", str(tmp_path))
