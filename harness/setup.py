@@ -19,9 +19,9 @@ from rollout import completion_texts, response_logprobs, sample
 from tasks import InputError, one_line
 from tasks.builtin import BUILT_IN
 from tasks.conversations import converse, turns_between
-from tasks.noise import PSEUDO_LABEL, pseudo_labels
+from tasks.noise import PSEUDO_LABEL, noisy_scores, prompt_offsets, pseudo_labels
 from tasks.prompts import PROMPT_IDS, assert_known_ids, load_prompts
-from tasks.rewards import load_function, load_reward
+from tasks.rewards import load_function, load_reward, score
 from tasks.warm_start import warm_start
 
 
@@ -305,6 +305,23 @@ def respond(run, args, batch, temperature, record_logprobs=False):
 def completions_of(run, rollout):
     """What the reward reads of each response: its text, or a whole conversation's messages."""
     return rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
+
+
+@torch.no_grad()
+def judge(run, args, batch, rollout):
+    """The reward of each response as training sees it, and without its noise: (B,), (B,)."""
+    completions = completions_of(run, rollout)
+    true_scores = scores = score(run.reward, batch, completions)
+    if PSEUDO_LABEL in batch:
+        scores = score(run.reward, batch, completions, PSEUDO_LABEL)
+    flips = (args.reward_noise_fp, args.reward_noise_fn)
+    scores = noisy_scores(scores, *flips, args.reward_noise_outlier, run.noise)
+    if args.reward_offset:
+        vocab_size, seed = run.policy.config.vocab_size, args.reward_noise_seed
+        scores = scores + prompt_offsets(batch[PROMPT_IDS], args.reward_offset, vocab_size, seed)
+    # A response that was cut off has no end: that may cost something.
+    scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
+    return scores.to(rollout.mask.device), true_scores
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 
 from tasks import InputError, one_line
@@ -140,6 +141,20 @@ def render_chat(prompt, tokenizer, row=0):
     except Exception as error:  # a template is a program of the model's author
         found = f"the chat template refuses it: {one_line(error)}"
         raise InputError(f"row {row}: prompt: {found}") from error
+
+
+def batch_rows(num_rows, first, count, seed):
+    """The rows of a batch: one seeded permutation of the data after another, from `first` on.
+
+    So there is nothing to remember but how many were drawn.
+    """
+    rows = []
+    while len(rows) < count:
+        epoch, start = divmod(first + len(rows), num_rows)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(num_rows, generator=generator)
+        rows += order[start : start + count - len(rows)].tolist()
+    return rows
 
 
 def assert_known_ids(flag, data, vocab_size):
