@@ -68,7 +68,7 @@ def train(args):
         checkpoints.resume(run, args)
     if run.before is None:
         # Before an earlier run is moved aside: the reward may fail.
-        run.before, run.examples = reports.evaluate(run, args), reports.examples(run, args)
+        run.before, run.examples = reports.evaluate(run, args)
     if not args.resume:
         checkpoints.set_aside(output_dir)
     reports.announce(run, args, num_iterations)

@@ -157,9 +157,10 @@ def batch_rows(num_rows, first, count, seed):
     return rows
 
 
-def assert_known_ids(flag, data, vocab_size):
+def assert_known_ids(data, vocab_size):
     """Raises InputError where a prompt holds a token that the model has no embedding for."""
     for row, ids in enumerate(data[PROMPT_IDS]):
         if max(ids) >= vocab_size:
             expected = f"expected token ids below {vocab_size}, the model's vocabulary"
-            raise InputError(f"{flag}: row {row}: {expected}, found {max(ids)}")
+            found = f"found {max(ids)} in the prompt {data['prompt'][row]!r}"
+            raise InputError(f"--model-name-or-path: {expected}, {found[:120]}")
