@@ -19,7 +19,6 @@ from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS
 from harness.setup import completions_of, respond
 from risk import lower_tail_mean, tail_size, upper_tail_mean
-from tasks import InputError
 from tasks.rewards import score
 
 # What the bar shows beside its own iteration and time left.
@@ -239,12 +238,3 @@ def quiet():
     # It logs what it then raises.
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def run_script(parser, function, args):
-    """function(args), for the scripts in experiments/; what cannot work ends them with one line."""
-    quiet()
-    try:
-        function(args)
-    except (InputError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
