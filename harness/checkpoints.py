@@ -58,13 +58,10 @@ def newest_checkpoint(output_dir):
 def random_states():
     """Every generator that is not the run's own, in types that torch.load reads safely."""
     name, keys, *rest = numpy.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-    }
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": []}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states | {"numpy": (name, keys.tolist(), *rest)}
 
 
 def set_random_states(states):
