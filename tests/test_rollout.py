@@ -90,6 +90,30 @@ def test_several_stop_ids(model_folder):
     assert all(end in ids for end, cut in zip(ends, found.truncated) if not cut)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("recorded", [False, True])
+def test_logits_that_are_not_finite_end_no_process_and_leave_other_rows_alone(
+    model, temperature, recorded
+):
+    """One row's logits broken from the second step on: a GPU would end the process."""
+    torch.manual_seed(0)
+    plain = sample(model, [[5, 6], [7, 8]], 0, [1], 4, temperature, recorded)
+    steps = []
+
+    def break_row(module, inputs, logits):
+        steps.append(1)
+        broken = torch.tensor([len(steps) > 1, False])
+        return torch.where(broken[:, None, None], torch.nan, logits)
+
+    model.get_output_embeddings().register_forward_hook(break_row)
+    torch.manual_seed(0)
+    found = sample(model, [[5, 6], [7, 8]], 0, [1], 4, temperature, recorded)
+    assert len(steps) > 1
+    assert found.response_ids[1][found.mask[1]].equal(plain.response_ids[1][plain.mask[1]])
+    if found.logprobs is not None:
+        assert found.logprobs[0].isnan().any() and found.logprobs[1].isfinite().all()
+
+
 def test_greedy_takes_the_likeliest_token_and_leaves_the_generator_alone(model):
     model.eval()
     state = torch.get_rng_state()
@@ -222,14 +246,18 @@ def test_pad_columns_on_the_left_change_no_logprob_and_no_value(model, extra):
         attention_mask=torch.nn.functional.pad(found.attention_mask, (extra, 0)),
         mask=torch.nn.functional.pad(found.mask, (extra, 0)),
     )
-    old, new = (response_logprobs(model, part, 1.0) for part in (found, wide))
-    assert new.shape == wide.mask.shape and torch.equal(new[:, extra:], old)
-    assert (new[~wide.mask] == 0).all()
     critic = critic_of(model)
-    for after_last in (False, True):
-        old, new = (response_quantiles(critic, part, after_last) for part in (found, wide))
-        assert new.shape[1] == wide.mask.shape[1] + after_last
-        assert torch.equal(new[:, extra:], old)
+    functions = {
+        "log-probs": (lambda part: response_logprobs(model, part, 1.0), 0),
+        "quantiles": (lambda part: response_quantiles(critic, part), 0),
+        "after last": (lambda part: response_quantiles(critic, part, after_last=True), 1),
+    }
+    for name, (function, more) in functions.items():
+        old, new = function(found), function(wide)
+        assert new.shape[1] == wide.mask.shape[1] + more, name
+        torch.testing.assert_close(new[:, extra:], old, rtol=0, atol=1e-5)
+        assert torch.equal(function(wide[:]), old), name  # cut to what its rows need
+    assert (response_logprobs(model, wide, 1.0)[~wide.mask] == 0).all()
 
 
 def test_values_of_a_row_are_those_of_the_row_alone(model):
@@ -261,7 +289,7 @@ def test_values_that_differ_from_state_to_state_would_be_told_apart(model):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_recorded_logprobs_are_the_scored_ones(model, temperature):
-    """What sampling drew from, against a forward pass with gradient: within 1e-5, 0 off the mask."""
+    """What sampling drew from, against a forward pass with gradient; 0 off the mask."""
     favour(model, 1, 1.0 * temperature)
     torch.manual_seed(0)
     found = sample(model, PROMPTS * 8, 0, [1], 8, temperature, record_logprobs=True)
@@ -427,17 +455,17 @@ def test_micro_batches_put_together_are_the_whole(model, max_rows):
     """Also with a column more than there are tokens; what is in front of a row is zero."""
     found = rolled(favour(model, 1, 1.5), prompts=PROMPTS * 4)
     critic = critic_of(model)
-    with torch.no_grad():
-        for function in (
-            lambda part: response_logprobs(model, part, 1.0),
-            lambda part: response_quantiles(critic, part),
-            lambda part: response_quantiles(critic, part, after_last=True),
-        ):
-            whole = function(found)
-            parts = in_micro_batches(function, found, max_rows, 10**6)
-            assert parts.shape == whole.shape
-            for row, length in enumerate(found.lengths[:, 1].tolist()):
-                used = length + whole.shape[1] - found.mask.shape[1]
-                old, new = whole[row, -used:], parts[row, -used:]
-                torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
-                assert max_rows > 1 or not parts[row, :-used].any()
+    for function, subject, option in (
+        (response_logprobs, model, 1.0),
+        (response_quantiles, critic, False),
+        (response_quantiles, critic, True),
+    ):
+        with torch.no_grad():
+            whole = function(subject, found, option)
+            parts = in_micro_batches(function, subject, found, max_rows, 10**6, option)
+        assert parts.shape == whole.shape
+        for row, length in enumerate(found.lengths[:, 1].tolist()):
+            used = length + whole.shape[1] - found.mask.shape[1]
+            old, new = whole[row, -used:], parts[row, -used:]
+            torch.testing.assert_close(new, old, rtol=0, atol=1e-4)
+            assert max_rows > 1 or not parts[row, :-used].any()
