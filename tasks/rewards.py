@@ -59,7 +59,7 @@ def load_function(flag, spec):
     try:
         with imports_from(folder):
             function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the user's own code may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise InputError(f"{flag}: cannot load {spec!r}: {one_line(error)}") from error
     if not callable(function):
         found = type(function).__name__
