@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from critic import QuantileCritic
+from harness.setup import stop_token_ids
 from rollout import (
     Rollout,
     assemble,
@@ -20,6 +21,7 @@ from rollout import (
     sample,
     token_logprobs,
 )
+from tasks import InputError
 
 PROMPTS = [[3, 4, 5], [6], [7, 8, 9, 10, 11, 12], [13, 14]]  # ragged: left padding
 
@@ -79,11 +81,15 @@ def test_a_sampled_pad_token_is_an_action_like_any_other(model):
     assert ((found.response_ids == 0) & found.mask).any()
 
 
-def test_several_stop_ids(model_folder):
+def test_several_stop_ids_and_a_custom_one(model_folder):
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(model_folder)
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, 7]
     book = tokenizer.convert_tokens_to_ids("book")
-    ids = [tokenizer.eos_token_id, 7, book]
+    ids = stop_token_ids(model, tokenizer, "book")
+    assert ids == sorted({tokenizer.eos_token_id, 7, book})
+    with pytest.raises(InputError, match="--stop-token: 'no such'"):
+        stop_token_ids(model, tokenizer, "no such")
     found = rolled(favour(model, book, 3.0), stop_ids=ids, prompts=PROMPTS * 4)
     ends = [row[mask][-1].item() for row, mask in zip(found.response_ids, found.mask)]
     assert book in ends
