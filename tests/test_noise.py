@@ -8,7 +8,6 @@ from tasks.builtin import task_rows, task_tokenizer
 from tasks.noise import noisy_scores, prompt_offsets, pseudo_labels
 from tasks.prompts import encode_prompts
 
-
 NO_OUTLIER = (0.0, 0.0)
 
 

@@ -144,7 +144,7 @@ def test_files_that_cannot_be_are_one_line(name, config, found, tmp_path):
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_named():
-    data = Dataset.from_dict({PROMPT_IDS: [[1, 2], [3, 40]]})
-    assert_known_ids("data", data, 41)
-    with pytest.raises(InputError, match="data: row 1: expected token ids below 40, .*found 40"):
-        assert_known_ids("data", data, 40)
+    data = Dataset.from_dict({"prompt": ["a", "b c"], PROMPT_IDS: [[1, 2], [3, 40]]})
+    assert_known_ids(data, 41)
+    with pytest.raises(InputError, match="expected token ids below 40, .*found 40 .*'b c'"):
+        assert_known_ids(data, 40)
