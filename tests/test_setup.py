@@ -182,10 +182,10 @@ def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(
 
 
 def test_what_is_asked_of_sampling_changes_no_generator(warm_start, tmp_path):
-    torch.manual_seed(5)
+    run, args = run_of(warm_start, tmp_path)
     before = torch.get_rng_state()
-    run, _ = run_of(warm_start, tmp_path)
-    assert run.trust_recorded and torch.equal(torch.get_rng_state(), before)
+    assert run.trust_recorded and setup.sampling_is_scoring(run, args)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def saved_model(folder, **changes):
@@ -215,7 +215,7 @@ def test_tokenizers_without_pad_or_template_and_with_added_tokens(tmp_path, caps
     write_rows(
         tmp_path / "data.jsonl", [{**row, "prompt": row["prompt"] + " food sushi"} for row in areas]
     )
-    refused(capsys, argv, "--dataset-name: row", "token ids below 32", "found 32")
+    refused(capsys, argv, "--model-name-or-path", "token ids below 32", "found 32", "sushi")
 
 
 def test_code_of_a_model_and_pickles_never_run(tmp_path, capsys, monkeypatch):

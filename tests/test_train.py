@@ -272,15 +272,15 @@ def test_losses_and_gradients_that_are_not_finite_stop_the_run_before_a_step(
 def test_a_rollout_that_is_not_finite_stops_the_run_and_names_its_row(
     term, warm_start, tmp_path, monkeypatch
 ):
-    name = "noisy_scores" if term == "scores" else "in_micro_batches"
-    function = getattr(train, name)
+    where = (setup, "noisy_scores") if term == "scores" else (train, "in_micro_batches")
+    function = getattr(*where)
 
     def broken(*rest):
         value = function(*rest)
         value[7] = math.nan
         return value
 
-    monkeypatch.setattr(train, name, broken)
+    monkeypatch.setattr(*where, broken)
     algo = "reinforce++" if term == "logprobs" else "dvpo"
     flags = ["--algo", algo, *"--critic-warmup-steps 0 --kl-coef 0".split()]
     run, args = run_of(warm_start, tmp_path, *flags)
