@@ -82,8 +82,6 @@ def train(args):
             run.iteration += 1
             num_tokens = experience.rollout.mask.sum().item()
             metrics["tps"] = num_tokens / (time.time() - begin)
-            if args.eval_steps and run.iteration % args.eval_steps == 0:
-                metrics |= reports.evaluation_metrics(run, args)
             reports.log_iteration(log, run, args, metrics)
             is_due = args.save_steps and run.iteration % args.save_steps == 0
             if is_due and run.iteration < num_iterations:

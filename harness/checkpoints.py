@@ -46,15 +46,6 @@ def checkpoints(output_dir):
     return dict(sorted(found.items()))
 
 
-def newest_checkpoint(output_dir):
-    """The folder of the newest checkpoint; raises InputError where there is none."""
-    found = [*checkpoints(output_dir).values()]
-    if not found:
-        what = "none" if output_dir.is_dir() else "no such folder"
-        raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {what}")
-    return found[-1]
-
-
 def random_states():
     """Every generator that is not the run's own, in types that torch.load reads safely."""
     name, keys, *rest = numpy.random.get_state()
@@ -148,7 +139,10 @@ def cut_log(path, iteration):
 
 
 def resume(run, args):
-    """Goes on from the newest checkpoint that loads; one that does not is renamed, with a line."""
+    """Goes on from the newest checkpoint that loads, and renames those that do not, with a line.
+
+    Raises InputError where none is left.
+    """
     output_dir = Path(args.output_dir)
     for folder in reversed(checkpoints(output_dir).values()):
         try:
@@ -162,7 +156,8 @@ def resume(run, args):
             cut_log(output_dir / "metrics.jsonl", run.iteration)
             print(f"going on from {folder}")
             return
-    newest_checkpoint(output_dir)
+    found = "none" if output_dir.is_dir() else "no such folder"
+    raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
 
 
 def set_aside(output_dir):
