@@ -46,6 +46,14 @@ def checkpoints(output_dir):
     return dict(sorted(found.items()))
 
 
+def newest_checkpoint(output_dir):
+    """The folder of the newest checkpoint; raises InputError where there is none."""
+    for folder in reversed(checkpoints(output_dir).values()):
+        return folder
+    found = "none" if output_dir.is_dir() else "no such folder"
+    raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
+
+
 def random_states():
     """Every generator that is not the run's own, in types that torch.load reads safely."""
     name, keys, *rest = numpy.random.get_state()
@@ -156,8 +164,7 @@ def resume(run, args):
             cut_log(output_dir / "metrics.jsonl", run.iteration)
             print(f"going on from {folder}")
             return
-    found = "none" if output_dir.is_dir() else "no such folder"
-    raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
+    newest_checkpoint(output_dir)
 
 
 def set_aside(output_dir):
