@@ -139,8 +139,8 @@ def collect(run, args):
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
     experience = Experience(rollout, logprobs, ref_logprobs, advantages, targets)
-    found = {"scores": scores, "quantiles": head_quantiles, **vars(experience)}
-    assert_finite(run.iteration + 1, found)
+    found = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
+    assert_finite(run.iteration + 1, found | {"quantiles": head_quantiles} | vars(experience))
     metrics = reports.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     metrics |= reports.response_metrics(rollout, true_scores, run.stop_ids)
     if head_quantiles is not None:

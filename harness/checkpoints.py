@@ -157,7 +157,10 @@ def resume(run, args):
             restore(run, folder)
         except Exception as error:
             # A torn file can fail in any way.
-            broken = folder.rename(folder.with_suffix(".broken"))
+            broken = folder.with_suffix(".broken")
+            # This iteration's may have been broken before.
+            shutil.rmtree(broken, ignore_errors=True)
+            folder.rename(broken)
             found = f"expected a whole checkpoint, found: {one_line(error)}"
             print(f"{folder}: {found}; now {broken.name}", file=sys.stderr)
         else:

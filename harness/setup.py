@@ -64,14 +64,16 @@ def load(auto_class, name, flag):
     """A model in fp32 without dropout (two forwards agree), or a tokenizer; raises InputError."""
     # A path is not a hub name: there is nothing to ask the network for.
     is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
+    # No code of the model's runs, and nobody is asked whether it may.
+    safe = {"trust_remote_code": False}
     # safetensors only: nothing is unpickled.
-    options = {"dtype": torch.float32, "use_safetensors": True}
+    options = {"dtype": torch.float32, "use_safetensors": True, **safe}
     try:
         if is_path and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
         if auto_class is AutoTokenizer:
-            return auto_class.from_pretrained(name)
-        config = AutoConfig.from_pretrained(name)
+            return auto_class.from_pretrained(name, **safe)
+        config = AutoConfig.from_pretrained(name, **safe)
         for key, value in config.to_dict().items():
             if "drop" in key and type(value) in (int, float):
                 setattr(config, key, 0.0)
