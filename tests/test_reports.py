@@ -142,7 +142,8 @@ def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_
     noise = "--reward-noise-fp 1 --reward-noise-fn 1 --reward-noise-outlier 1 5"
     run, args = run_of(warm_start, tmp_path, *noise.split())
     before, noise = torch.get_rng_state(), run.noise.get_state()
-    results = reports.evaluate(run, args)
+    results, examples = reports.evaluate(run, args)
+    assert len(examples) == 3
     assert all(0 <= value <= 1 for value in results.values()) and results["in domain, greedy"] > 0.3
     assert torch.equal(torch.get_rng_state(), before) and torch.equal(run.noise.get_state(), noise)
     _, metrics = train.collect(run, args)

@@ -23,7 +23,6 @@ from conftest import (
     weights,
     write_rows,
 )
-from datasets import Dataset
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -69,8 +68,7 @@ def test_same_seed_same_run_bit_for_bit_and_another_seed_another(
     finished, warm_start, tmp_path, monkeypatch
 ):
     """Evaluation draws from generators of its own: without it, too, the run is the same."""
-    monkeypatch.setattr(reports, "evaluate", lambda run, args: {})
-    monkeypatch.setattr(reports, "examples", lambda run, args: [])
+    monkeypatch.setattr(reports, "evaluate", lambda run, args: ({}, []))
     train_in(tmp_path / "again", warm_start, "--total-episodes", "768")
     assert log(tmp_path / "again") == log(finished)[:12]
     assert torch.equal(weights(tmp_path / "again"), weights(finished / "checkpoint-000012"))
@@ -515,23 +513,6 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
     # The last token's own position: where the state after it is seen.
     last = rollout.position_ids[rollout.truncated, -1]
     assert torch.equal(experience.targets[rollout.truncated, -1, 0], last.float())
-
-
-def rows_at(iteration, num_prompts, seed=0, group_size=1):
-    """The rows of ten that make the batch of an iteration."""
-    run = argparse.Namespace(iteration=iteration, data=Dataset.from_dict({"row": [*range(10)]}))
-    batch_size = num_prompts * group_size
-    args = argparse.Namespace(batch_size=batch_size, group_size=group_size, seed=seed)
-    return train.next_batch(run, args)["row"]
-
-
-def test_batches_are_seeded_permutations_of_the_data():
-    first = rows_at(0, 10)
-    assert sorted(first) == list(range(10)) and first != list(range(10))
-    assert rows_at(1, 5) == first[5:] and rows_at(0, 25)[:10] == first
-    assert rows_at(1, 5, group_size=2) == [row for row in first[5:] for _ in range(2)]
-    assert rows_at(0, 10, seed=1) != first != rows_at(1, 10)
-    assert rows_at(1, 7) == (first + rows_at(1, 10))[7:14]
 
 
 def test_a_whole_conversation_is_one_response(tmp_path):
