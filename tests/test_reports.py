@@ -1,11 +1,9 @@
 """harness/reports.py: metrics against a loop, logs that read back, and the table at the end."""
 
 import importlib.machinery
-import itertools
 import json
 import math
 import shutil
-import statistics
 import sys
 
 sys.path.insert(0, "/tmp/split")
@@ -14,23 +12,15 @@ import types
 import pytest
 import torch
 from conftest import (
-    SHAPES,
-    hidden,
     log,
-    padded,
     ragged_mask,
-    random_mask,
     run_of,
     train_in,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import train
-from critic import quantile_levels
 from harness import reports
-from harness.reports import quantile_metrics, rollout_metrics
-from risk import lower_tail_mean, upper_tail_mean
+from harness.reports import rollout_metrics
 from tasks import InputError
 
 
@@ -166,94 +156,3 @@ def test_rollout_metrics_by_hand():
     assert found == pytest.approx(expected, abs=1e-6)
     without = rollout_metrics(scores, logprobs, None, mask, 0.0)
     assert without["objective/kl"].isnan() and without["objective/rlhf_reward"] == 0.5
-
-
-def normal_quantiles(count, heads):
-    levels = quantile_levels(count).double()
-    return torch.special.ndtri(levels).float().expand(1, 20_000, heads, count)
-
-
-def test_quantile_metrics_of_a_calibrated_critic():
-    torch.manual_seed(0)
-    returns, mask = torch.randn(1, 20_000), torch.ones(1, 20_000, dtype=torch.bool)
-    metrics = quantile_metrics(normal_quantiles(200, 2), returns, mask, 0.1, 0.1)
-    expected = {"crossing_frac": 0.0, "std": 1.0, "lower_tail": 1.755, "upper_tail": 1.755}
-    expected |= {"coverage": 0.8, "head_spread": 0.0}
-    for name, value in expected.items():
-        assert metrics[name].item() == pytest.approx(value, abs=0.02), name
-    # q_1 to q_10: levels 0.05 to 0.95.
-    small = quantile_metrics(normal_quantiles(10, 1), returns, mask, 0.1, 0.1)
-    assert small["coverage"].item() == pytest.approx(0.9, abs=0.02)
-
-
-def test_quantile_metrics_see_crossing_spread_and_ignore_padding():
-    """Heads (3, 1, 2, 0) and the same + 2: mean (4, 2, 3, 1).
-
-    Two of three neighbours are out of order, and the head distance is 1.
-    """
-    heads = torch.tensor([[3.0, 1.0, 2.0, 0.0], [5.0, 3.0, 4.0, 2.0]]).view(1, 1, 2, 4)
-    returns, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
-    metrics = quantile_metrics(padded(heads), padded(returns), padded(mask), 0.25, 0.25)
-    assert metrics["crossing_frac"].item() == pytest.approx(2 / 3)
-    assert metrics["head_spread"].item() == 1
-    assert metrics["coverage"].item() == 0 and metrics["lower_tail"].item() == 1.5
-    one = quantile_metrics(heads[..., :1], returns, mask, 1.0, 1.0)
-    assert one["crossing_frac"].item() == 0
-
-
-@pytest.mark.filterwarnings("ignore:std")  # torch warns of the std of no tokens at all
-def test_quantile_metrics_of_one_token_and_of_none_by_hand():
-    head, reward, mask = torch.full((1, 1, 1, 1), 0.5), torch.tensor([[2.0]]), torch.ones(1, 1)
-    for kept in (mask.bool(), mask.bool() & False):
-        metrics = quantile_metrics(head, reward, kept, 0.1, 0.1)
-        assert set(map(float, metrics.values())) == {0.0}
-
-
-NAMES = ("crossing_frac", "std", "lower_tail", "upper_tail", "coverage", "head_spread")
-
-
-def metrics_of_a_token(heads, sampled, alpha, beta):
-    """heads (N, M), a float -> the quantile metrics of one token, in NAMES' order."""
-    m, unsorted = heads.shape[1], heads.mean(0)
-    q, mean = sorted(unsorted.tolist()), unsorted.mean().item()
-    crossings = sum(after < before for before, after in itertools.pairwise(unsorted.tolist()))
-    return (
-        crossings / max(m - 1, 1),
-        statistics.pstdev(q),
-        mean - lower_tail_mean(unsorted, alpha).item(),
-        upper_tail_mean(unsorted, beta).item() - mean,
-        q[math.ceil(alpha * m) - 1] <= sampled <= q[m - math.ceil(beta * m)],
-        math.sqrt(((heads - unsorted) ** 2).mean().item()),
-    )
-
-
-@pytest.mark.filterwarnings("ignore:std")
-@settings(max_examples=60, deadline=None)
-@given(
-    heads=st.integers(1, 3),
-    m=st.integers(1, 6),
-    alpha=st.sampled_from([0.1, 0.25, 0.5]),
-    beta=st.sampled_from([0.1, 0.25, 1.0]),
-    **SHAPES,
-)
-def test_quantile_metrics_are_those_of_a_loop_over_tokens(
-    batch, length, seed, heads, m, alpha, beta
-):
-    """Any mask, NaN off it.
-
-    Quantiles and returns on a grid: neighbours tie, and returns fall on the interval's ends.
-    """
-    rng = torch.Generator().manual_seed(seed)
-    quantiles = torch.randint(0, 4, (batch, length, heads, m), generator=rng).double()
-    returns = torch.randint(0, 4, (batch, length), generator=rng).double()
-    mask = random_mask(rng, batch, length)
-    tokens = []
-    for values, sampled in zip(quantiles[mask], returns[mask].tolist()):
-        tokens.append(metrics_of_a_token(values, sampled, alpha, beta))
-    sums = [sum(each) for each in zip(*tokens)] or [0.0] * len(NAMES)
-    expected = {name: value / max(len(tokens), 1) for name, value in zip(NAMES, sums)}
-    quantiles = hidden(quantiles, mask).requires_grad_()
-    metrics = quantile_metrics(quantiles, hidden(returns, mask), mask, alpha, beta)
-    found = {name: value.item() for name, value in metrics.items()}
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
-    assert not any(value.requires_grad for value in metrics.values())

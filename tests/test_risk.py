@@ -25,11 +25,15 @@ from risk import (
 
 
 def test_tail_means_by_hand():
-    """q = 1, 2, 4, 8, given unsorted. alpha 0.3 covers 1.2 quantiles: (1 + 0.2 * 2) / 1.2; beta 0.3: (8 + 0.2 * 4) / 1.2."""
+    """q = 1, 2, 4, 8, given unsorted. alpha 0.3 covers 1.2 quantiles: (1 + 0.2 * 2) / 1.2; beta
+    0.3: (8 + 0.2 * 4) / 1.2.
+    """
     q = torch.tensor([8.0, 1.0, 4.0, 2.0])
     assert lower_tail_mean(q, 0.25).item() == 1 and upper_tail_mean(q, 0.25).item() == 8
     assert lower_tail_mean(q, 0.5).item() == 1.5 and upper_tail_mean(q, 0.5).item() == 6
-    assert lower_tail_mean(q, 0.3).item() == pytest.approx(1.4 / 1.2) and upper_tail_mean(q, 0.3).item() == pytest.approx(8.8 / 1.2)
+    assert lower_tail_mean(q, 0.3).item() == pytest.approx(1.4 / 1.2) and upper_tail_mean(
+        q, 0.3
+    ).item() == pytest.approx(8.8 / 1.2)
     assert lower_tail_mean(q, 1.0).item() == upper_tail_mean(q, 1.0).item() == 3.75
     assert lower_tail_mean(q, 0.01).item() == 1  # int(alpha * M) would be 0
 
@@ -37,23 +41,43 @@ def test_tail_means_by_hand():
 @pytest.mark.parametrize("m", [1, 8, 200])
 @pytest.mark.parametrize("share", [0.001, 0.07, 0.1, 0.29, 1.0])
 def test_tail_means_at_awkward_counts(m, share):
-    """int(0.29 * 100) is 28 and ceil(0.07 * 100) is 8; the integral does not care. A constant has constant tails."""
+    """int(0.29 * 100) is 28 and ceil(0.07 * 100) is 8; the integral does not care.
+
+    A constant has constant tails.
+    """
     assert lower_tail_mean(torch.full((3, m), 2.5), share).tolist() == pytest.approx([2.5] * 3)
     assert upper_tail_mean(torch.full((3, m), 2.5), share).tolist() == pytest.approx([2.5] * 3)
 
 
 @settings(max_examples=100, deadline=None)
-@given(shape=st.lists(st.integers(1, 3), max_size=2), m=st.integers(1, 40), share=st.floats(1e-3, 1.0), seed=st.integers(0, 2**31))
+@given(
+    shape=st.lists(st.integers(1, 3), max_size=2),
+    m=st.integers(1, 40),
+    share=st.floats(1e-3, 1.0),
+    seed=st.integers(0, 2**31),
+)
 def test_tail_means_integrate_the_step_function(shape, m, share, seed):
     q = torch.randn(*shape, m, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    for row, low in zip(q.view(-1, m).tolist(), lower_tail_mean(q, share).flatten().tolist(), strict=True):
-        area = sum(value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(sorted(row)))
+    for row, low in zip(
+        q.view(-1, m).tolist(), lower_tail_mean(q, share).flatten().tolist(), strict=True
+    ):
+        area = sum(
+            value * max(0.0, min((j + 1) / m, share) - j / m) for j, value in enumerate(sorted(row))
+        )
         assert low == pytest.approx(area / share, rel=1e-9, abs=1e-12)
     torch.testing.assert_close(upper_tail_mean(q, share), -lower_tail_mean(-q, share))
 
 
 def test_tail_size_counts_the_boundary_quantile():
-    sizes = {(8, 0.1): 1, (100, 0.07): 7, (100, 0.29): 29, (4, 0.3): 2, (200, 0.1): 20, (5, 1.0): 5, (4, 1e-9): 1}
+    sizes = {
+        (8, 0.1): 1,
+        (100, 0.07): 7,
+        (100, 0.29): 29,
+        (4, 0.3): 2,
+        (200, 0.1): 20,
+        (5, 1.0): 5,
+        (4, 1e-9): 1,
+    }
     assert {key: tail_size(*key) for key in sizes} == sizes
 
 
@@ -68,9 +92,11 @@ def test_tail_means_refuse_shares_outside_0_1(function, share):
 
 
 def test_calibration_by_hand():
-    """q = 0, 1, 2, 3, alpha = beta = 0.5: CVaR 0.5, gain 2.5, v = Q(1/2) = 1, w = the first of the upper tail = 2.
+    """q = 0, 1, 2, 3, alpha = beta = 0.5: CVaR 0.5, gain 2.5, v = Q(1/2) = 1, w = the first of the
+    upper tail = 2.
 
-    y = -1, 0, 4, 5: t_low = 1 - (2 + 1) / 4 / 0.5 = -0.5, the mean of -1 and 0; t_up = 2 + (2 + 3) / 4 / 0.5 = 4.5, that of 4 and 5.
+    y = -1, 0, 4, 5: t_low = 1 - (2 + 1) / 4 / 0.5 = -0.5, the mean of -1 and 0; t_up = 2 + (2 + 3)
+    / 4 / 0.5 = 4.5, that of 4 and 5.
     (0.5 + 0.5)^2 + (2.5 - 4.5)^2 = 5.
     """
     q, y = torch.tensor([2.0, 0.0, 3.0, 1.0]), torch.tensor([4.0, -1.0, 5.0, 0.0])
@@ -79,18 +105,26 @@ def test_calibration_by_hand():
 
 @pytest.mark.parametrize("share", [1e-9, 0.26, 1.0])
 def test_calibration_reads_its_boundary_from_the_right_end_for_any_share(share):
-    """Every quantile and target at 3: nothing to calibrate, whatever the share; q = 0..3 with target 0: the lower tail is right."""
-    assert tail_calibration_loss(torch.full((4,), 3.0), torch.full((2,), 3.0), share, share).item() == pytest.approx(0, abs=1e-9)
+    """Every quantile and target at 3: nothing to calibrate, whatever the share; q = 0..3 with
+    target 0: the lower tail is right.
+    """
+    assert tail_calibration_loss(
+        torch.full((4,), 3.0), torch.full((2,), 3.0), share, share
+    ).item() == pytest.approx(0, abs=1e-9)
     if share < 0.25:
         loss = tail_calibration_loss(torch.arange(4.0), torch.tensor([1.0]), share, 1.0)
-        assert loss.item() == pytest.approx((1.5 - 1.0) ** 2)  # low = v = 0, no target below it; the whole mean against the target
+        assert loss.item() == pytest.approx(
+            (1.5 - 1.0) ** 2
+        )  # low = v = 0, no target below it; the whole mean against the target
 
 
 def test_calibration_target_is_the_true_tail_mean_where_the_quantiles_are_right():
     torch.manual_seed(0)
     y = torch.randn(200_000, dtype=torch.float64)
     q = torch.special.ndtri(quantile_levels(400).double())
-    single = torch.stack([tail_calibration_loss(q + shift, y, 0.1, 0.1) for shift in (-0.1, 0.0, 0.1)])
+    single = torch.stack(
+        [tail_calibration_loss(q + shift, y, 0.1, 0.1) for shift in (-0.1, 0.0, 0.1)]
+    )
     assert single.argmin() == 1 and single[1] < 1e-3
 
 
@@ -101,9 +135,11 @@ def test_calibration_of_a_single_atom_is_finite_and_targets_get_no_gradient():
 
 
 def test_calibrations_gradient_by_hand():
-    """q = 0, 1, 2, 3 and one target -1 below them all, shares 1/2: t_low = 1 - 2 / 0.5 = -3, t_up = 2, both without gradient.
+    """q = 0, 1, 2, 3 and one target -1 below them all, shares 1/2: t_low = 1 - 2 / 0.5 = -3, t_up =
+    2, both without gradient.
 
-    So 2 (0.5 + 3) / 2 on each of the lower two and 2 (2.5 - 2) / 2 on the upper two; through v, t_low would move by 1 - 1 / 0.5.
+    So 2 (0.5 + 3) / 2 on each of the lower two and 2 (2.5 - 2) / 2 on the upper two; through v,
+    t_low would move by 1 - 1 / 0.5.
     """
     q = torch.arange(4.0, requires_grad=True)
     tail_calibration_loss(q, torch.tensor([-1.0]), 0.5, 0.5).backward()
@@ -115,7 +151,10 @@ def test_calibrations_gradient_by_hand():
 
 def test_shift_by_hand_without_gradient_to_the_targets():
     """Means 2 and 4 against 3 and 2."""
-    q, y = torch.tensor([[[0.0, 4.0], [1.0, 7.0]]], requires_grad=True), torch.tensor([[[1.0, 2.0, 6.0], [0.0, 0.0, 6.0]]], requires_grad=True)
+    q, y = (
+        torch.tensor([[[0.0, 4.0], [1.0, 7.0]]], requires_grad=True),
+        torch.tensor([[[1.0, 2.0, 6.0], [0.0, 0.0, 6.0]]], requires_grad=True),
+    )
     loss = mean_shift_loss(q, y)
     assert loss.tolist() == [[1.0, 4.0]]
     loss.sum().backward()
@@ -123,18 +162,25 @@ def test_shift_by_hand_without_gradient_to_the_targets():
 
 
 def test_shape_by_hand():
-    """q = 1, 5, 6, 8: mean 5, S_low = 5 - 1, S_up = 8 - 5 at share 1/4: 4 - 0.5 * 3 = 2.5; at ratio 2 the hinge is shut."""
+    """q = 1, 5, 6, 8: mean 5, S_low = 5 - 1, S_up = 8 - 5 at share 1/4: 4 - 0.5 * 3 = 2.5; at
+    ratio 2 the hinge is shut.
+    """
     q = torch.tensor([6.0, 8.0, 1.0, 5.0])
     assert tail_shape_loss(q, 0.25, 0.25, 0.5).item() == 2.5
     assert tail_shape_loss(q, 0.25, 0.25, 2.0).item() == 0.0
 
 
 def test_curvature_by_hand():
-    """q = 0, 4, 6, 7, 7: D2 = -2, -1, -1. Lowest third of them: -2; highest third: -1. Penalty 2 + 1. A convex end costs nothing."""
+    """q = 0, 4, 6, 7, 7: D2 = -2, -1, -1. Lowest third of them: -2; highest third: -1.
+
+    Penalty 2 + 1. A convex end costs nothing.
+    """
     q = torch.tensor([7.0, 0.0, 6.0, 4.0, 7.0])
     assert tail_curvature_loss(q, 1 / 3, 1 / 3).item() == pytest.approx(3.0)
     assert tail_curvature_loss(torch.tensor([0.0, 1.0, 3.0, 6.0]), 0.5, 0.5).item() == 0.0
-    assert tail_curvature_loss(torch.tensor([2.0, 3.0, 0.0]), 0.1, 1.0).item() == 2.0  # M = 3: one D2, -1, at both ends
+    assert (
+        tail_curvature_loss(torch.tensor([2.0, 3.0, 0.0]), 0.1, 1.0).item() == 2.0
+    )  # M = 3: one D2, -1, at both ends
     assert tail_curvature_loss(torch.tensor([1.0, 2.0]), 0.1, 0.1).item() == 0.0
 
 
@@ -145,7 +191,12 @@ def test_terms_are_finite_for_any_number_of_quantiles(m):
     loss.sum().backward()
     assert loss.shape == (5,) and torch.isfinite(loss).all() and torch.isfinite(q.grad).all()
     assert all(value.shape == (5,) and not value.requires_grad for value in parts.values())
-    assert risk_regularizer(torch.full((5, m), 2.5), torch.full((5, 1), 2.5), RiskConfig())[0].abs().max() < 1e-6  # all equal: nothing to do
+    assert (
+        risk_regularizer(torch.full((5, m), 2.5), torch.full((5, 1), 2.5), RiskConfig())[0]
+        .abs()
+        .max()
+        < 1e-6
+    )  # all equal: nothing to do
 
 
 def test_every_term_sorts_its_input():
@@ -153,60 +204,100 @@ def test_every_term_sorts_its_input():
     q, y = torch.randn(4, 30), torch.randn(4, 20)
     shuffled = q[:, torch.randperm(30)]
     for function in (
-        lambda q: lower_tail_mean(q, 0.2), lambda q: upper_tail_mean(q, 0.2), lambda q: tail_calibration_loss(q, y, 0.1, 0.2),
-        lambda q: tail_shape_loss(q, 0.1, 0.2, 0.5), lambda q: tail_curvature_loss(q, 0.1, 0.2), lambda q: risk_regularizer(q, y, RiskConfig())[0],
-    ):  # fmt: skip
+        lambda q: lower_tail_mean(q, 0.2),
+        lambda q: upper_tail_mean(q, 0.2),
+        lambda q: tail_calibration_loss(q, y, 0.1, 0.2),
+        lambda q: tail_shape_loss(q, 0.1, 0.2, 0.5),
+        lambda q: tail_curvature_loss(q, 0.1, 0.2),
+        lambda q: risk_regularizer(q, y, RiskConfig())[0],
+    ):
         torch.testing.assert_close(function(q), function(shuffled))
 
 
 def test_regularizer_is_the_weighted_sum_of_its_terms():
     torch.manual_seed(0)
     q, y = torch.randn(3, 16), torch.randn(3, 4)
-    config = RiskConfig(alpha=0.2, beta=0.3, ratio=0.7, calibration=0.5, shift=2.0, shape=3.0, curvature=5.0)
+    config = RiskConfig(
+        alpha=0.2, beta=0.3, ratio=0.7, calibration=0.5, shift=2.0, shape=3.0, curvature=5.0
+    )
     loss, parts = risk_regularizer(q, y, config)
     expected = {
-        "calibration": tail_calibration_loss(q, y, 0.2, 0.3), "shift": mean_shift_loss(q, y),
-        "shape": tail_shape_loss(q, 0.2, 0.3, 0.7), "curvature": tail_curvature_loss(q, 0.2, 0.3),
-    }  # fmt: skip
+        "calibration": tail_calibration_loss(q, y, 0.2, 0.3),
+        "shift": mean_shift_loss(q, y),
+        "shape": tail_shape_loss(q, 0.2, 0.3, 0.7),
+        "curvature": tail_curvature_loss(q, 0.2, 0.3),
+    }
     assert parts.keys() == expected.keys()
     for name in parts:
         torch.testing.assert_close(parts[name], expected[name])
-    torch.testing.assert_close(loss, sum(getattr(config, name) * value for name, value in expected.items()))
+    torch.testing.assert_close(
+        loss, sum(getattr(config, name) * value for name, value in expected.items())
+    )
 
 
 def test_weight_0_turns_a_term_off_exactly():
-    q, y = torch.randn(3, 16, requires_grad=True), torch.full((3, 4), 1e30)  # (1e30)^2 overflows in fp32
+    q, y = (
+        torch.randn(3, 16, requires_grad=True),
+        torch.full((3, 4), 1e30),
+    )  # (1e30)^2 overflows in fp32
     loss, _ = risk_regularizer(q, y, RiskConfig(**{**OFF, "shape": 0.1}))
     torch.testing.assert_close(loss, 0.1 * tail_shape_loss(q, 0.1, 0.1, 0.5))
     loss, _ = risk_regularizer(q, y, RiskConfig(**OFF))
     assert torch.equal(loss, torch.zeros(3)) and not loss.requires_grad
 
 
-@pytest.mark.parametrize("wrong", [{"alpha": 0}, {"beta": 1.5}, {"ratio": -1}, {"shift": float("nan")}, {"curvature": float("inf")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"alpha": 0},
+        {"beta": 1.5},
+        {"ratio": -1},
+        {"shift": float("nan")},
+        {"curvature": float("inf")},
+    ],
+)
 def test_config_refuses(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         RiskConfig(**wrong)
 
 
 def test_config_takes_its_limits_stays_as_made_and_starts_at_the_documented_weights():
-    config = RiskConfig(alpha=1.0, beta=1, ratio=0, calibration=0, shift=0, shape=0, curvature=0, consistency=0)
+    config = RiskConfig(
+        alpha=1.0, beta=1, ratio=0, calibration=0, shift=0, shape=0, curvature=0, consistency=0
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.shift = -1.0
-    assert dataclasses.astuple(RiskConfig()) == (0.1, 0.1, 0.5, 0.01, 0.1, 0.1, 0.1, 0.1)  # README, "weights" and "shape, curvature"
+    assert dataclasses.astuple(RiskConfig()) == (
+        0.1,
+        0.1,
+        0.5,
+        0.01,
+        0.1,
+        0.1,
+        0.1,
+        0.1,
+    )  # README, "weights" and "shape, curvature"
 
 
-@pytest.mark.parametrize("quantiles,targets", [((3, 8), (8,)), ((3, 3, 8), (3, 8)), ((3, 8), (3, 3, 8))])
+@pytest.mark.parametrize(
+    "quantiles,targets", [((3, 8), (8,)), ((3, 3, 8), (3, 8)), ((3, 8), (3, 3, 8))]
+)
 def test_regularizer_asserts_shapes(quantiles, targets):
     with pytest.raises(AssertionError):
         risk_regularizer(torch.zeros(quantiles), torch.zeros(targets), RiskConfig())
 
 
-# ---- the property: against plain quantile regression the lower tail contracts, the upper one expands, the mean stays
+# ---- the property: against plain quantile regression the lower tail contracts, the upper one
+# expands, the mean stays
 
 
 def target_quantile_form(q, targets, config):
-    """The mutant: the tails of q drawn to the tails of the target's own atoms, which for a sampled return are one number."""
-    tail = (lower_tail_mean(q, 0.1) - lower_tail_mean(targets, 0.1)).square() + (upper_tail_mean(q, 0.1) - upper_tail_mean(targets, 0.1)).square()
+    """The mutant: the tails of q drawn to the tails of the target's own atoms, which for a sampled
+    return are one number.
+    """
+    tail = (lower_tail_mean(q, 0.1) - lower_tail_mean(targets, 0.1)).square() + (
+        upper_tail_mean(q, 0.1) - upper_tail_mean(targets, 0.1)
+    ).square()
     return 0.1 * tail, {}
 
 
@@ -231,5 +322,8 @@ def test_mutant_that_reads_tails_off_the_targets_own_quantiles_fails():
 
 def test_ladder_of_ablations_is_made_of_weights_alone():
     """All weights 0 is plain quantile regression, to the last bit."""
-    assert torch.equal(fitted_quantiles("coin", RiskConfig(**LADDER["core"]), steps=20), fitted_quantiles("coin", None, steps=20))
+    assert torch.equal(
+        fitted_quantiles("coin", RiskConfig(**LADDER["core"]), steps=20),
+        fitted_quantiles("coin", None, steps=20),
+    )
     assert RiskConfig(**LADDER["+ shape, curvature"]) == RiskConfig()

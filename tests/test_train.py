@@ -131,7 +131,7 @@ def test_grpo_samples_groups_and_keeps_the_kl_in_its_loss(warm_start, tmp_path, 
     for args.kl_coef in (0.0, 2.0):
         losses.append(train.update(run, args, experience)["loss/policy_avg"])
     k3 = dvpo.kl_estimate(experience.logprobs, experience.ref_logprobs, "k3")
-    expected = 2 * dvpo.masked_mean(dvpo.sequence_weights(mask) * k3, mask).item()
+    expected = 2 * dvpo.masked_mean(dvpo.token_weights("response", mask, 12) * k3, mask).item()
     assert (losses[1] - losses[0]).item() == pytest.approx(expected, rel=1e-3)
 
 
