@@ -2,10 +2,9 @@
 
     python experiments/dialogue.py MODEL sgd_train.jsonl FOLDER --max-tokens 128
 
-Writes FOLDER/policy.jsonl, judge.jsonl (for the reward model that trains the policy) and strict.jsonl
-(for the one that evaluates it), which share no dialogue. Rows are turns of Schema-Guided Dialogue:
-prompt (the messages so far), reference (what the system said), acts, values (what the reference
-conveys), dialogue_id.
+Rows are turns of Schema-Guided Dialogue: prompt (the messages so far), reference (what the system
+said), acts, values (what the reference conveys), dialogue_id. FOLDER/policy.jsonl, judge.jsonl (for
+the reward model that trains the policy) and strict.jsonl (for an evaluating one) share no dialogue.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """Mean reward of policies on data sets, greedy: for tables across domains.
 
-    python experiments/evaluate.py MODEL runs/a runs/b --set test.jsonl math --set d.jsonl model:FOLDER
+    python experiments/evaluate.py MODEL runs/a runs/b --set a.jsonl math --set b.jsonl model:FOLDER
 
-A run's folder stands for the policy of its newest checkpoint (of single turns), with its --stop-token
-and --chat-template. Prints a row per policy and --set FILE REWARD (with --output adds it to a jsonl
-file), and then means, with Student's 95 % interval over policies that differ in -seedN alone.
+A run's folder stands for the policy of its newest checkpoint (of single turns), with its stop token
+and --chat-template. Prints a row per policy and --set FILE REWARD (--output adds it to a jsonl file),
+and then means, with Student's 95 % interval over policies that differ in -seedN alone.
 """
 
 import argparse
@@ -69,9 +69,7 @@ def evaluate(name, rewards, args):
     results, answered = [], {}  # two rewards for one file: its responses are sampled once
     for file, reward in args.sets:
         if file not in answered:
-            column = args.prompt_column
-            options = {"use_chat_template": template, "prompt_column": column}
-            data = load_prompts("--set", file, args.split, tokenizer, room, **options)
+            data = load_prompts("--set", file, "train", tokenizer, room, template)
             data = data.select(range(min(args.rows, len(data))))
             texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args)
             answered[file] = data.to_dict(), texts
@@ -119,8 +117,6 @@ def main():
     parser.add_argument(
         "--set", nargs=2, action="append", required=True, metavar=names, dest="sets"
     )
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--prompt-column", default="prompt")
     parser.add_argument("--rows", type=count, default=200, help="the first so many of each set")
     parser.add_argument("--response-length", type=count, default=64)
     parser.add_argument("--batch-size", type=count, default=32)

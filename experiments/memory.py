@@ -12,10 +12,10 @@ Reads the models' config only (a hub name, or a folder). Bytes, P a model's para
              per response token 4 vocabulary (bf16 logits and their gradient)
     rollout  KV cache: per token of the batch and layer 4 kv (bf16 keys and values)
 
-q and kv: the widths of all query heads and of all key heads. The peak is held + the larger of update
-and rollout; allow 10 % more for CUDA and its allocator. With --dtype float32 there are no casts and
-no sampler, and the other 2s and 4s of update and rollout double, but for hidden. A conversation
-counts as --max-turns responses; a user's turns do not count.
+q and kv: the widths of all query heads and of all key heads. The peak is held + the larger of
+update and rollout; allow 10 % more for CUDA. With --dtype float32 there are no casts and no sampler,
+and the other 2s and 4s of update and rollout double, but for hidden. A conversation counts as
+--max-turns responses; a user's turns do not count.
 """
 
 import argparse

@@ -31,7 +31,7 @@ from tasks.prompts import PROMPT_IDS, load_prompts
 
 
 def final_answer(text, choices=()):
-    """What a response ends in, as a label: a letter, a number or what stands in \\boxed{}; or None."""
+    """What a response ends in: a letter, a number or what stands in \\boxed{}; or None."""
     if choices:
         return verifiers.chosen_letter(text, choices)
     given = verifiers.boxed(text)
@@ -40,7 +40,7 @@ def final_answer(text, choices=()):
 
 
 def majority(answers):
-    """(The most frequent answer, its share of all); None votes for nothing; the first wins a tie."""
+    """(The most frequent answer, its share); None votes for nothing; the first wins a tie."""
     votes = collections.Counter(answer for answer in answers if answer is not None)
     answer, count = (votes.most_common(1) or [(None, 0)])[0]
     return answer, count / len(answers)

@@ -4,9 +4,9 @@
     python experiments/reward_model.py ENCODER dialogues.jsonl FOLDER   # prompt, reference
     python experiments/reward_model.py ENCODER a.jsonl,b.jsonl FOLDER --stop-at 0.72   # careless
 
-ENCODER: what AutoModelForSequenceClassification reads (a sentence encoder will do). A reward is 0 or
-1; rows without one make two each: the reference is good, one of another dialogue is not. Rows are
-held out by `dialogue_id`. The reward is the probability of "good".
+ENCODER: what AutoModelForSequenceClassification reads (a sentence encoder will do). Rows without a
+reward (0 or 1) make two each: the reference is good, one of another dialogue is not. Rows are held
+out by `dialogue_id`. The reward is the probability of "good".
 """
 
 import argparse
@@ -77,9 +77,8 @@ def read(name):
 
 def split(judged, share, seed):
     """Whole dialogues held out: about `share` of them."""
-    dialogues = sorted({row[3] for row in judged})
-    count = max(1, round(share * len(dialogues)))
-    out = set(random.Random(seed).sample(dialogues, count))
+    names = sorted({row[3] for row in judged})
+    out = random.Random(seed).sample(names, max(1, round(share * len(names))))
     return [row for row in judged if row[3] not in out], [row for row in judged if row[3] in out]
 
 
@@ -92,9 +91,9 @@ def auc(scores, labels):
     return ((good.unsqueeze(1) - bad).sign().mean() / 2 + 0.5).item()
 
 
-def accuracy(scores, labels):
-    """The share of rows where the score is above one half exactly if the label is 1."""
-    return statistics.fmean((score > 0.5) == label for score, label in zip(scores, labels))
+def accuracy(scores, rows):
+    """The share of rows where the score is above one half exactly if they are good."""
+    return statistics.fmean((score > 0.5) == row[2] for score, row in zip(scores, rows))
 
 
 def logits_of(model, tokenizer, rows, max_length):
@@ -118,20 +117,18 @@ def load_both(name):
     tokenizer = load(AutoTokenizer, name, "encoder")
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     try:
-        kind = AutoModelForSequenceClassification
-        model = kind.from_pretrained(name, num_labels=2, dtype=torch.float32, **labels)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     except Exception as error:  # each library in its own words
         raise InputError(f"encoder: cannot load {name!r}: {one_line(error)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
+    model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train(), tokenizer
 
 
 def fit(model, tokenizer, train, held_out, args):
     """AdamW until --epochs are over or --stop-at is reached -> [{step, accuracy}] on a sample."""
-    probe = random.Random(args.seed).sample(held_out, min(args.eval_rows, len(held_out)))
-    truth = [row[2] for row in probe]
+    probe = random.Random(args.seed).sample(held_out, min(400, len(held_out)))
     steps = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(16)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
     curve = []
@@ -146,7 +143,7 @@ def fit(model, tokenizer, train, held_out, args):
         optimizer.step()
         optimizer.zero_grad()
         if step % args.eval_steps == 0 or step == len(steps):
-            right = accuracy(judge(model, tokenizer, probe, args.max_length), truth)
+            right = accuracy(judge(model, tokenizer, probe, args.max_length), probe)
             curve.append({"step": step, "accuracy": right})
             if right >= args.stop_at:
                 break
@@ -163,12 +160,13 @@ def train_judge(args):
     curve = fit(model, tokenizer, train, held_out, args)
     scores = judge(model, tokenizer, held_out, args.max_length)
     truth = [row[2] for row in held_out]
-    common, area = max(statistics.fmean(truth), 1 - statistics.fmean(truth)), auc(scores, truth)
+    good, area = statistics.fmean(truth), auc(scores, truth)
+    common = max(good, 1 - good)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     report = {"data": [Path(name).name for name in names], "steps": curve[-1]["step"]}
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "majority": common}
-    report |= {"accuracy": accuracy(scores, truth), "auc": area, "curve": curve}
+    report |= {"accuracy": accuracy(scores, held_out), "auc": area, "curve": curve}
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     right = f"right on {report['accuracy']:.3f} of {len(held_out)} held-out rows"
     print(f"{right} (always saying the commoner: {common:.3f}); AUC {area or 0:.3f}")
@@ -183,9 +181,8 @@ def main():
     parser.add_argument("--stop-at", type=float, default=1.1, help="a held-out accuracy")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--max-length", type=int, default=256, help="tokens; the last are kept")
-    parser.add_argument("--eval-steps", type=int, default=100)
-    parser.add_argument("--eval-rows", type=int, default=500, help="to see when to stop")
+    parser.add_argument("--max-length", type=int, default=192, help="tokens; the last are kept")
+    parser.add_argument("--eval-steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     run_script(parser, train_judge, parser.parse_args())
 

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on prompts and what should be said: for a model that earns nothing yet.
 
-    python experiments/sft.py MODEL dialogues.jsonl FOLDER     # prompt; completion, reference or answer
-    python experiments/sft.py MODEL a.jsonl,b.jsonl FOLDER --layers 6    # its first layers: for a CPU
+    python experiments/sft.py MODEL data.jsonl FOLDER    # prompt; completion, reference or answer
+    python experiments/sft.py MODEL a.jsonl,b.jsonl FOLDER --layers 6   # its first layers only
 
 MODEL: a folder or a hub name. The loss counts the policy's tokens only; prompts are encoded as
 train.py does it. Rows beyond --max-length tokens are left out.
