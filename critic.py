@@ -147,15 +147,15 @@ class QuantileCritic(nn.Module):
         start = returns.mean(0, keepdim=True) if len(self.levels) == 1 else returns.quantile(self.levels)
         self.heads.bias.copy_(start.repeat(self.settings["num_heads"]))
 
-    def forward(self, input_ids, attention_mask, position_ids, columns=None):
+    def forward(self, input_ids, attention_mask, position_ids, last=None):
         """The quantiles of the return from every position on: ids, mask, positions (B, L) -> (B, L, N, M) fp32.
 
-        columns (B, K) int64: only at these columns of each row (the response's), and so (B, K, N, M).
+        last: only at the last so many positions (the response's), and so (B, last, N, M).
         """
         output = self.trunk(input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
         hidden = output.last_hidden_state
-        if columns is not None:
-            hidden = hidden.gather(1, columns.unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        if last is not None:
+            hidden = hidden[:, -last:]
         with torch.autocast(hidden.device.type, enabled=False):
             quantiles = self.heads(hidden.float())
         return quantiles.unflatten(-1, (self.settings["num_heads"], self.settings["num_quantiles"]))

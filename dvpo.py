@@ -75,11 +75,6 @@ def last_token(mask):
     return mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
 
 
-def at_last_token(values, mask):
-    """What values (B, T, M) hold at each row's last True slot of mask (B, T): -> (B, M), 0 for a row without one."""
-    return torch.where(last_token(mask).unsqueeze(-1), values, 0).sum(dim=1)
-
-
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of every token: -kl_coef * k1 on each, plus the sequence's score on the last True slot of its mask row.
 
@@ -127,23 +122,6 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
 def scalar_advantage(advantages):
     """What the policy sees of a distributional advantage, its mean over quantiles: (B, T, M) -> (B, T). [ours], see the README."""
     return advantages.mean(dim=-1)
-
-
-def winsorized_scores(scores, level, quantiles=None, mask=None):
-    """Scores raised to their level-quantile where they are below it; the upper side is left alone: (B,) -> (B,). [ours]
-
-    quantiles (B, T, M), mask (B, T): the critic's quantile at the last token of each row, which knows the prompt; without them the
-    batch's own. Meant for advantages only: a critic trained on raised scores would raise its quantiles in turn. A row without a
-    True slot keeps its score. Raises ValueError for level outside (0, 1).
-    """
-    if not 0 < level < 1:
-        raise ValueError(f"level: expected a number in (0, 1), found {level}")
-    if quantiles is None:
-        return scores.clamp(min=scores.float().quantile(level).to(scores.dtype))
-    assert scores.shape == mask.shape[:1] and quantiles.shape[:2] == mask.shape, f"scores {tuple(scores.shape)}, quantiles {tuple(quantiles.shape)}"
-    last = at_last_token(quantiles, mask).sort(dim=-1).values
-    floor = last[..., tail_size(last.shape[-1], level) - 1]
-    return torch.where(mask.any(1), torch.maximum(scores, floor), scores)
 
 
 # The baselines' advantages. Whatever a method adds to PPO is here; train.py chooses.

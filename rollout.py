@@ -7,13 +7,9 @@ the reward. And the old log-probs are those of the update's own forward pass, or
 import importlib
 import inspect
 import json
-import math
 import random
 import re
-import signal
 import sys
-import threading
-import time
 import traceback
 from dataclasses import dataclass
 from fractions import Fraction
@@ -183,11 +179,10 @@ def load_data(flag, name, split, config=None, prompt_column="prompt"):
     return data.select_columns([column for column in data.column_names if column != "prompt"]).rename_column(prompt_column, "prompt")
 
 
-def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, config=None, prompt_column="prompt",
-                 drop_overlong=False):  # fmt: skip
+def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, config=None, prompt_column="prompt"):
     """load_data with the prompts' ids in a column of their own; raises InputError naming the flag and the row.
 
-    Prompts of more than max_tokens are refused, or with drop_overlong dropped with a count.
+    Prompts of more than max_tokens are left out, with a count.
     """
     data = load_data(flag, name, split, config, prompt_column)
     try:
@@ -195,23 +190,14 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
     data = data.add_column(PROMPT_IDS, prompt_ids)
-    note_unknown(flag, prompt_ids, tokenizer)
     overlong = [row for row, ids in enumerate(prompt_ids) if len(ids) > max_tokens]
     if not overlong:
         return data
     expected = f"expected at most {max_tokens}, the model's context less --response-length"
-    if not drop_overlong or len(overlong) == len(data):
-        found = f"prompt of {len(prompt_ids[overlong[0]])} tokens"
-        raise InputError(f"{flag}: row {overlong[0]}: {found}, {expected} (--overlong-prompts drop leaves such rows out)")
-    print(f"{flag}: {len(overlong)} of {len(data)} prompts dropped, {expected}")
+    if len(overlong) == len(data):
+        raise InputError(f"{flag}: row 0: prompt of {len(prompt_ids[0])} tokens, and no shorter one: {expected}")
+    print(f"{flag}: {len(overlong)} of {len(data)} prompts left out, {expected}")
     return data.select(sorted({*range(len(data))} - {*overlong}))
-
-
-def note_unknown(flag, prompt_ids, tokenizer):
-    """Says how many tokens of the prompts the tokenizer does not know, if any: a small vocabulary takes whatever it is given."""
-    unknown = [row for row, ids in enumerate(prompt_ids) for token in ids if token == tokenizer.unk_token_id]
-    if unknown:
-        print(f"note: {flag}: the tokenizer does not know {len(unknown)} of the prompts' {sum(map(len, prompt_ids))} tokens, the first in row {unknown[0]}")
 
 
 def broken_line(name):
@@ -275,13 +261,12 @@ def render_chat(prompt, tokenizer, row=0):
 
 @dataclass
 class Rollout:
-    """Sampled sequences, prompts left-padded and responses right-padded: L = prompt width + T. A response may be a conversation.
+    """Sampled sequences, flush right: every row's last token stands in the last column. A response may be a conversation.
 
-    input_ids, attention_mask, position_ids (B, L); mask (B, T) True on the policy's tokens, the stop token it sampled included;
-    truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each prompt and response,
+    input_ids, attention_mask, position_ids (B, L); mask (B, T), of the last T columns, True on the policy's tokens, the stop token included;
+    truncated (B,) True where the response ran out of room before a stop token; lengths (B, 2) tokens of each row and of its response,
     kept on the CPU so that cutting batches never waits for a GPU; logprobs (B, T) as sampled, in nats, if recorded; messages: the turns
-    of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask; finite (B,): whether all logits were
-    that a row was sampled from.
+    of each response, [{role, content}], if it is a conversation, whose user's tokens are gaps in the mask.
     """
 
     input_ids: torch.Tensor
@@ -292,24 +277,30 @@ class Rollout:
     lengths: torch.Tensor | None = None
     logprobs: torch.Tensor | None = None
     messages: list | None = None
-    finite: torch.Tensor | None = None
 
     def __post_init__(self):
         if self.lengths is None:
-            width = self.input_ids.shape[1] - self.mask.shape[1]
-            self.lengths = torch.stack([part.sum(1) for part in self.attention_mask.tensor_split([width], dim=1)], dim=1).cpu()
+            response = self.mask.shape[1] - self.mask.long().argmax(dim=1)  # from the first token that the policy chose
+            self.lengths = torch.stack([self.attention_mask.sum(dim=1), response], dim=1).cpu()
 
     def __getitem__(self, rows):
-        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs, messages and finite."""
-        width, lengths = self.input_ids.shape[1] - self.mask.shape[1], self.lengths[rows]
-        prompt, used = lengths.amax(0).tolist()
+        """The given rows (a slice, or indices on the CPU), without the columns that are padding in all of them, logprobs and messages."""
+        lengths = self.lengths[rows]
+        width, used = lengths.amax(0).tolist()
         rows = rows.to(self.mask.device, non_blocking=True) if isinstance(rows, torch.Tensor) else rows
-        columns = (x[rows, width - prompt : width + used] for x in (self.input_ids, self.attention_mask, self.position_ids))
-        return Rollout(*columns, self.mask[rows, :used], self.truncated[rows], lengths)
+        columns = (x[rows, -width:] for x in (self.input_ids, self.attention_mask, self.position_ids))
+        return Rollout(*columns, self.mask[rows, -used:], self.truncated[rows], lengths)
 
     @property
     def response_ids(self):
         return self.input_ids[:, -self.mask.shape[1] :]
+
+
+def flush_right(lengths, *tensors):
+    """Rolls every row of the tensors (B, L) right, so that its first lengths (B,) columns become its last ones."""
+    length = tensors[0].shape[1]
+    source = (torch.arange(length, device=lengths.device) + lengths.unsqueeze(1)) % length
+    return [tensor.gather(1, source) for tensor in tensors]
 
 
 def padded(rows, fill, device, side="right"):
@@ -319,11 +310,10 @@ def padded(rows, fill, device, side="right"):
 
 def assembled(prompts, responses, masks, truncated, pad_id, device):
     """The Rollout of B prompts and responses (ids) and the responses' masks, lists or 1-D tensors of any lengths."""
-    both = lambda left, right, fill: torch.cat([padded(left, fill, device, "left"), padded(right, fill, device)], dim=1)
-    ones = lambda rows: [[1] * len(row) for row in rows]
-    attention = both(ones(prompts), ones(responses), 0)
+    rows = [torch.cat([torch.as_tensor(prompt), torch.as_tensor(response)]) for prompt, response in zip(prompts, responses)]
+    attention = padded([torch.ones_like(row) for row in rows], 0, device, "left")
     positions, truncated = (attention.cumsum(1) - 1).clamp(min=0), torch.tensor(truncated, device=device)
-    return Rollout(both(prompts, responses, pad_id), attention, positions, padded(masks, False, device), truncated)
+    return Rollout(padded(rows, pad_id, device, "left"), attention, positions, padded(masks, False, device, "left"), truncated)
 
 
 def pad_token_id(tokenizer, stop_ids):
@@ -346,51 +336,51 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 
 @torch.no_grad()
-def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, record_logprobs=False, static_cache=False):
+def sample(model, prompt_ids, pad_id, stop_ids, response_length, temperature, record_logprobs=False):
     """Samples one response per prompt (temperature 0: greedy) with transformers' generate, and says what was sampled.
 
     prompt_ids: list of B lists of int -> Rollout on the model's device. Draws from torch's global generator.
     The model's own generation settings (top-k, penalties, ...) are put aside: they would shape the samples but not the log-probs.
     record_logprobs: keep those that sampling drew from (not for temperature 0), which saves a scoring pass where they can be trusted.
-    static_cache: a KV cache of fixed shape, for which transformers compiles decoding and captures it as a graph on a GPU.
     """
     width = max(map(len, prompt_ids))
-    width += -width % 64 if static_cache else 0  # a new width is a new compilation
-    device, step, chosen, finite = model.device, [], [], [torch.ones(len(prompt_ids), dtype=torch.bool, device=model.device)]
+    device, step, chosen = model.device, [], []
     prompts = torch.tensor([[pad_id] * (width - len(ids)) + ids for ids in prompt_ids], device=device)
     attention = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompt_ids], device=device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id,
-                                cache_implementation="static" if static_cache else None, **sampling)  # fmt: skip
-
-    def watch(input_ids, logits):  # on a GPU, drawing from NaN would end the process
-        finite[0] = finite[0] & logits.amax(dim=-1).isfinite()  # -inf is fine: a token that cannot be
-        return torch.where(finite[0].unsqueeze(1), logits, 0)
+    settings = GenerationConfig(use_cache=True, max_new_tokens=response_length, eos_token_id=stop_ids, pad_token_id=pad_id, **sampling)
 
     def record(input_ids, logits):  # transformers calls it at each step, when the token before has been drawn
         if step:
             chosen.append(step.pop().gather(1, input_ids[:, -1:]))
         step.append((logits / temperature).log_softmax(dim=-1))
-        return logits
+        return drawable(input_ids, logits)
+
+    def drawable(input_ids, logits):  # on a GPU, drawing from NaN would end the process; the recorded log-probs stay NaN and stop the run
+        return torch.where(logits.amax(dim=-1, keepdim=True).isfinite(), logits, 0)
 
     recording = record_logprobs and temperature > 0
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = GenerationConfig()
     model.eval()  # in train mode, gradient checkpointing would switch the KV cache off
     try:
-        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[watch] + [record] * recording)
+        input_ids = model.generate(prompts, attention_mask=attention, generation_config=settings, logits_processor=[record if recording else drawable])
     finally:
         model.generation_config = own_settings
         model.train(was_training)
     # The mask comes from the first stop token, never from `ids != pad`: pad may be the stop token, or be sampled.
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(1) - is_stop.long() == 0
-    attention = torch.cat([attention, mask.long()], dim=1)
-    found = Rollout(input_ids, attention, (attention.cumsum(1) - 1).clamp(min=0), mask, ~is_stop.any(1), finite=finite[0])
+    attention, used, truncated = torch.cat([attention, mask.long()], dim=1), mask.shape[1], ~is_stop.any(1)
+    lengths = width + mask.sum(1)  # columns until each row's end
+    full_mask = torch.nn.functional.pad(mask, (width, 0))
+    input_ids_right, attention, full_mask = flush_right(lengths, input_ids, attention, full_mask)
+    found = Rollout(input_ids_right, attention, (attention.cumsum(1) - 1).clamp(min=0), full_mask[:, -used:], truncated)
     if recording:
         if len(chosen) < mask.shape[1]:  # on a GPU, generate may run a few steps too far and take them back
             chosen.append(step.pop().gather(1, input_ids[:, -1:]))
-        found.logprobs = torch.where(mask, torch.cat(chosen[: mask.shape[1]], dim=1), 0)
+        (recorded,) = flush_right(mask.sum(1), torch.cat(chosen[:used], dim=1))
+        found.logprobs = torch.where(found.mask, recorded, 0)
     return found
 
 
@@ -435,16 +425,14 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
     prompts = batch[PROMPT_IDS]
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "messages", PROMPT_IDS, PSEUDO_LABEL)}
     tokens, messages = [[] for _ in prompts], [[] for _ in prompts]  # tokens: (id, whether the policy chose it, its log-prob)
-    truncated, live, device, recorded, finite = [False] * len(prompts), range(len(prompts)), "cpu", False, [True] * len(prompts)
+    truncated, live, device, recorded = [False] * len(prompts), range(len(prompts)), "cpu", False
     for turn in range(1, max_turns + 1):
         part = take_turn([prompts[row] + [token for token, *_ in tokens[row]] for row in live])
         texts, device, recorded = completion_texts(part, tokenizer, stop_ids), part.mask.device, part.logprobs is not None
         logprobs = part.logprobs if recorded else torch.zeros(part.mask.shape)
-        for row, fine in zip(live, [True] * len(texts) if part.finite is None else part.finite.tolist()):
-            finite[row] &= fine
         sampled, still = zip(live, texts, part.truncated.tolist(), part.lengths[:, 1].tolist(), part.response_ids.tolist(), logprobs.tolist()), []
         for row, text, cut, length, ids, logprobs in sampled:
-            tokens[row] += zip(ids[:length], [True] * length, logprobs)
+            tokens[row] += zip(ids[-length:], [True] * length, logprobs[-length:])
             messages[row].append({"role": "assistant", "content": text})
             truncated[row] = cut
             own = {name: values[row] for name, values in columns.items()}
@@ -461,7 +449,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
             break
     ids, masks, logprobs = ([[token[i] for token in row] for row in tokens] for i in range(3))
     found = assembled(prompts, ids, masks, truncated, pad_id, device)
-    found.messages, found.logprobs, found.finite = messages, padded(logprobs, 0.0, device) if recorded else None, torch.tensor(finite, device=device)
+    found.messages, found.logprobs = messages, padded(logprobs, 0.0, device, "left") if recorded else None
     return found
 
 
@@ -472,47 +460,25 @@ def completion_texts(rollout, tokenizer, stop_ids):
     return tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
-def right_aligned(rollout):
-    """Each row's tokens moved to the right edge, so that a forward pass meets no padding between prompt and response or behind it.
-
-    -> input_ids, attention_mask, position_ids (B, W), W the longest row's tokens; and columns (B, T + 1): the one of these W that
-    sees the state before response token t, for t = T after the last one. Slots behind a row's response point at its last column.
-    """
-    (length, num_tokens), (prompts, responses) = (rollout.input_ids.shape[1], rollout.mask.shape[1]), rollout.lengths.T
-    width, device = max((prompts + responses).tolist()), rollout.input_ids.device
-    shift = (num_tokens - responses).to(device, non_blocking=True).unsqueeze(1)
-    source = torch.arange(length - width, length, device=device) - shift
-    input_ids, attention, positions = (x.gather(1, source.clamp(min=0)) for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
-    columns = torch.arange(width - num_tokens - 1, width, device=device) + shift
-    return input_ids, attention * (source >= 0), positions, columns.clamp(max=width - 1)
-
-
 def response_logprobs(model, rollout, temperature):
     """The log-prob of every response token under the distribution it was sampled from: Rollout -> (B, T) fp32, in nats, 0 off the mask.
 
     The logits one position before a token are the ones that chose it; only as many are computed as the longest response needs.
     """
-    mask, rollout = rollout.mask, rollout[:]
-    input_ids, attention, positions, columns = right_aligned(rollout)
-    used, width = rollout.mask.shape[1], input_ids.shape[1]
-    output = model(input_ids[:, :-1], attention_mask=attention[:, :-1], position_ids=positions[:, :-1], use_cache=False, logits_to_keep=used)
-    logprobs = token_logprobs(output.logits, input_ids[:, width - used :], temperature)
-    logprobs = torch.where(rollout.mask, logprobs.gather(1, columns[:, 1:] - (width - used)), 0)
-    return torch.nn.functional.pad(logprobs, (0, mask.shape[1] - used))
+    used = rollout.mask.shape[1]
+    ids, attention, positions = (x[:, :-1] for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
+    output = model(ids, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=used)
+    return torch.where(rollout.mask, token_logprobs(output.logits, rollout.response_ids, temperature), 0)
 
 
 def response_quantiles(critic, rollout, after_last=False):
     """The critic's quantiles at the state before every response token: Rollout -> (B, T, N, M) fp32.
 
-    after_last: also at the state after each row's last token, in every slot behind it, (B, T + 1, N, M).
+    after_last: also at the state after the last token, in one more column, (B, T + 1, N, M).
     """
-    num_tokens, rollout = rollout.mask.shape[1], rollout[:]
-    input_ids, attention, positions, columns = right_aligned(rollout)
-    if not after_last:
-        input_ids, attention, positions, columns = input_ids[:, :-1], attention[:, :-1], positions[:, :-1], columns[:, :-1]
-    quantiles = critic(input_ids, attention, positions, columns.clamp(max=input_ids.shape[1] - 1))
-    behind = num_tokens - rollout.mask.shape[1]
-    return torch.cat([quantiles, quantiles[:, -1:].expand(-1, behind, -1, -1)], dim=1) if behind else quantiles
+    used, length = rollout.mask.shape[1], rollout.input_ids.shape[1] - (not after_last)
+    inputs = (x[:, :length] for x in (rollout.input_ids, rollout.attention_mask, rollout.position_ids))
+    return critic(*inputs, last=used + after_last)
 
 
 def micro_batches(rollout, rows, max_rows, max_tokens):
@@ -521,7 +487,7 @@ def micro_batches(rollout, rows, max_rows, max_tokens):
     A row of more than max_tokens goes alone. A row shorter than 3/4 of a group's longest begins the next one, unless the group is
     so small (256 tokens) that overhead rules.
     """
-    lengths = rollout.lengths.sum(1)
+    lengths = rollout.lengths[:, 0]
     lengths, order = lengths[rows].sort(descending=True, stable=True)
     groups, width = [], 0
     for row, length in zip(rows[order].tolist(), lengths.tolist()):
@@ -542,7 +508,7 @@ def in_micro_batches(function, rollout, max_rows, max_tokens):
         if result is None:  # some functions give one column more than there are tokens
             width = rollout.mask.shape[1] + part.shape[1] - micro.mask.shape[1]
             result = part.new_zeros(num_rows, width, *part.shape[2:])
-        result[rows.to(part.device, non_blocking=True), : part.shape[1]] = part
+        result[rows.to(part.device, non_blocking=True), -part.shape[1] :] = part
     return result
 
 
@@ -727,49 +693,10 @@ def load_reward(spec, device="cpu"):
         raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
-class TooLong(BaseException):
-    """Raised inside a reward that runs for longer than --reward-timeout; no Exception, so that the reward's own handlers let it through."""
-
-
-def within(seconds, function, /, **arguments):
-    """function(**arguments); raises TooLong inside it after so many seconds, 0: never. An alarm also ends a loop that holds the interpreter."""
-    if not seconds:
-        return function(**arguments)
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
-        raise InputError("--reward-timeout: expected Linux or macOS, and the program's main thread; found another")
-
-    def ring(number, frame):
-        raise TooLong
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        return function(**arguments)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def row_text(row, prompts):
     """A row of a batch so that the user can find it in the file: by the beginning of its prompt, or of the last message of it."""
     prompt = prompts[row] if isinstance(prompts[row], str) else prompts[row][-1]["content"]
     return f"row {row} of the batch, {' '.join(prompt.split())[:60]!r}"
-
-
-def raised_where(error, call_on_row, prompts, seconds=10):
-    """One line on a user's exception: kind, text, file and line, and the first row on which the function fails alone in just that way."""
-    where = lambda error: (type(error), *traceback.extract_tb(error.__traceback__)[-1][:2])
-    (_, file, line), start, found = where(error), time.monotonic(), ""
-    for row in range(len(prompts)):
-        if time.monotonic() - start > seconds:  # it may be a slow or a paid service
-            break
-        try:
-            call_on_row(row)
-        except (Exception, SystemExit, TooLong) as other:
-            if where(other) == where(error):
-                found = f", {row_text(row, prompts)}"
-            break
-    return f"it raised {type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line}{found})"
 
 
 def needed_parameters(function, positional=0):
@@ -778,11 +705,11 @@ def needed_parameters(function, positional=0):
     return [p.name for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
 
 
-def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfinite=False):
+def score(reward, batch, completions, answer="answer"):
     """Calls a reward function on a batch {prompt, other columns: lists} and checks what it gives: (B,) fp32. Raises InputError.
 
     Conversational prompts get conversational completions, [{role, content}], as in TRL (whole conversations are). `answer` names the column that the
-    function sees under that name: pseudo-labels stand in another one. timeout: seconds, 0 for any. allow_nonfinite: infinities become NaN.
+    function sees under that name: pseudo-labels stand in another one.
     """
     columns = {name: values for name, values in batch.items() if name not in ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)}
     columns |= {"answer": batch[answer]} if answer in batch else {}
@@ -792,29 +719,26 @@ def score(reward, batch, completions, answer="answer", timeout=0.0, allow_nonfin
     plain = lambda prompt, completion: isinstance(prompt, str) or not isinstance(completion, str)
     pairs = zip(batch["prompt"], completions)
     shaped = [completion if plain(prompt, completion) else [{"role": "assistant", "content": completion}] for prompt, completion in pairs]
-    call = lambda rows: within(timeout, reward, prompts=batch["prompt"][rows], completions=shaped[rows], **{k: v[rows] for k, v in columns.items()})
     try:
-        scores = call(slice(None))
-    except TooLong as error:
-        raise InputError(f"--reward: expected {len(shaped)} scores within --reward-timeout {timeout:g} s, found none") from error
+        scores = reward(prompts=batch["prompt"], completions=shaped, **columns)
     except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise InputError(f"--reward: {raised_where(error, lambda row: call(slice(row, row + 1)), batch['prompt'])}") from error
+        file, line, *_ = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"--reward: it raised {type(error).__name__}: {one_line(error)} ({Path(file).name}, line {line})") from error
     found = f"{len(scores)} values" if isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1 else type(scores).__name__
     if found != f"{len(shaped)} values":
         raise InputError(f"--reward: expected a list of {len(shaped)} numbers, one per completion, found {found}")
-    return torch.tensor([number_of(value, row, batch["prompt"], allow_nonfinite) for row, value in enumerate(scores)])
+    return torch.tensor([number_of(value, row, batch["prompt"]) for row, value in enumerate(scores)])
 
 
-def number_of(value, row, prompts, allow_nonfinite):
+def number_of(value, row, prompts):
     """A score as a float: a number, a bool, or an array or tensor of one; raises InputError for anything else, and for NaN and infinities."""
     try:
         number = None if isinstance(value, (str, bytes)) else float(value)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = None
-    finite = number is not None and abs(number) < 3e38  # what fp32 holds
-    if number is None or not (finite or allow_nonfinite):
+    if number is None or not abs(number) < 3e38:  # what fp32 holds
         raise InputError(f"--reward: {row_text(row, prompts)}: expected a finite number, found {str(value)[:80]!r}")
-    return number if finite else math.nan
+    return number
 
 
 def noisy_scores(scores, fp, fn, outlier, generator):
@@ -826,7 +750,7 @@ def noisy_scores(scores, fp, fn, outlier, generator):
     """
     flip, hit, size = torch.rand(3, len(scores), generator=generator)
     if fp or fn:
-        odd = ((scores != 0) & (scores != 1) & scores.isfinite()).nonzero().flatten().tolist()
+        odd = ((scores != 0) & (scores != 1)).nonzero().flatten().tolist()
         if odd:
             found = f"found {scores[odd[0]]:g} in row {odd[0]} of the batch"
             raise InputError(f"--reward-noise-fp, --reward-noise-fn: they flip 0/1 scores, {found}; expected both at 0 for such a reward")

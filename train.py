@@ -12,7 +12,6 @@ import argparse
 import collections
 import contextlib
 import copy
-import difflib
 import importlib.util
 import itertools
 import json
@@ -26,7 +25,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import datasets
@@ -50,8 +48,7 @@ GROUPED = ("grpo", "dr_grpo")  # several responses per prompt, no critic, the KL
 RESTING = {"loss/policy_avg": 0.0, "policy/approxkl_avg": 0.0, "policy/clipfrac_avg": 0.0, "val/ratio": 1.0}  # during the critic's warm-up
 SHOWN = {"tok/s": "tps", "score": "objective/scores", "true": "objective/true_scores", "kl": "objective/kl", "ev": "val/explained_var",
          "clip": "policy/clipfrac_avg"}  # beside the bar's own iteration and time left
-CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "save_total_limit", "eval_steps", "report_to", "device", "skip_nonfinite",
-              "reward_timeout")  # in a resumed run
+CHANGEABLE = ("resume", "output_dir", "total_episodes", "save_steps", "eval_steps", "report_to", "device")  # in a resumed run
 FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, None for text and switches; help)
     # A default in a tuple is (built-in model, pretrained model).
     "model and data": [
@@ -63,14 +60,10 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("dataset-split", "train", None, "split of --dataset-name"),
         ("prompt-column", "prompt", None, "the column with the prompts, in both data sets"),
         ("eval-dataset-name", None, None, "prompts for evaluation; without it some of the training rows are held out"),
-        ("eval-dataset-config", None, None, "config of --eval-dataset-name"),
         ("eval-dataset-split", "train", None, "split of --eval-dataset-name"),
-        ("overlong-prompts", "error", ["error", "drop"], "what to do about prompts that leave no room for --response-length in the model's context"),
         ("reward", None, None, "math, choice, exact, model:NAME or module:function; --task has its own"),
-        ("reward-timeout", 0.0, "[0, 1000000]", "seconds that one call of the reward may take; 0: any"),
         ("user", None, None, "module:function that answers the policy's turns: a whole conversation is one response; --task booking has its own"),
         ("chat-template", "auto", ["auto", "never"], "auto: string prompts become a user's message if the model has a template"),
-        ("trust-remote-code", False, None, "run Python code that comes with a model from the hub"),
         ("stop-token", None, None, "one more token that ends a response, beside the model's own"),
     ],
     "budget": [
@@ -98,9 +91,6 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a response without a stop token, or of a conversation without room for more"),
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
-        ("score-floor", "none", ["none", "critic", "batch", "residual"], "in advantages, raise scores to a quantile: the critic's at the last token, "
-         "the batch's, or the batch's of score - V"),
-        ("score-floor-level", 0.3, "(0, 1)", "the level of that quantile"),
     ],
     "distributional critic (dvpo)": [
         ("num-quantiles", 200, "[1, inf)", "M"),
@@ -124,16 +114,13 @@ FLAGS = {  # group: (name, default, allowed: an interval, a list of choices, Non
         ("seed", 0, "[0, 2147483647]", "of everything else"),
         ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED"),
         ("save-steps", (0, 50), "[0, inf)", "iterations between checkpoints; 0: at the end, or at Ctrl-C, only"),
-        ("save-total-limit", 2, "[1, inf)", "checkpoints to keep, the newest"),
-        ("skip-nonfinite", False, None, "leave out, and count, rows and minibatches with numbers that are not finite, instead of stopping there"),
         ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
         ("eval-samples", (512, 128), "[1, inf)", "held-out prompts per evaluation"),
-        ("resume", None, None, "go on from a checkpoint or run folder, or without a value from --output-dir"),
+        ("resume", None, None, "go on from a run's folder, or without a value from --output-dir"),
         ("report-to", "none", ["none", "tensorboard", "wandb", "trackio"], "also log to"),
         ("device", "auto", None, "auto, cpu or cuda"),
         ("dtype", "auto", ["auto", "float32", "bfloat16"], "of matrix products; auto: bfloat16 (autocast) on cuda, else float32"),
         ("gradient-checkpointing", False, None, "trade time for memory in the update"),
-        ("kv-cache", "dynamic", ["dynamic", "static"], "of sampling; static: of fixed shape, decoding compiled and captured as a graph on cuda"),
     ],
 }
 
@@ -152,19 +139,9 @@ def number_in(interval, cast):
     return parse
 
 
-def with_nearest(message):
-    """argparse's message, and for unknown flags the nearest known ones: those that begin alike (--kl), by initials (--lr), or by spelling."""
-    unknown = re.findall(r"--([\w-]+)", message) if "unrecognized" in message else []
-    known, nearest = [name for flags in FLAGS.values() for name, *_ in flags], []
-    for flag in unknown:
-        short = [name for name in known if name.startswith(flag) or "".join(word[0] for word in name.split("-")) == flag]
-        nearest += (short or difflib.get_close_matches(flag, known, n=1))[:1]
-    return message + (f"; did you mean {', '.join('--' + name for name in nearest)}?" if nearest else "")
-
-
 def make_parser():
     parser = argparse.ArgumentParser(usage="python train.py [flags]", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"train.py: error: {with_nearest(message)}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"train.py: error: {message}\n")  # one line, without the usage
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, default, allowed, text in flags:
@@ -215,10 +192,6 @@ def parse_args(argv=None):
         (args.batch_size % args.num_mini_batches, f"--num-mini-batches: expected a divisor of --batch-size {args.batch_size}, found {args.num_mini_batches}"),
         (args.batch_size % args.group_size, f"--group-size: expected a divisor of --batch-size {args.batch_size}, found {args.group_size}"),
         (args.algo in GROUPED and args.group_size == 1, f"--group-size: expected at least 2 for {args.algo}, found 1: alone, a response has no advantage"),
-        (args.score_floor == "critic" and args.algo != "dvpo", f"--score-floor: critic needs the quantiles of --algo dvpo, found {args.algo}"),
-        (args.score_floor == "residual" and args.algo not in CRITICS, f"--score-floor: residual needs a critic, found --algo {args.algo}"),
-        (args.whiten_rewards and args.score_floor in ("critic", "residual"),
-         f"--whiten-rewards: expected none with --score-floor {args.score_floor}, whose values are in the scores' units, found it"),
         (args.dataset_name and not args.model_name_or_path, "--model-name-or-path: expected one with --dataset-name, found none"),
         (args.dataset_name and not args.reward, "--reward: expected one with --dataset-name, found none"),
         (args.reward_noise_outlier[0] > 1, f"--reward-noise-outlier: expected P in [0, 1], found {args.reward_noise_outlier[0]}"),
@@ -228,7 +201,6 @@ def parse_args(argv=None):
         (args.bootstrap_truncated and args.algo not in CRITICS, f"--bootstrap-truncated: expected a method with a critic, found --algo {args.algo}"),
         ((args.reward_noise_fp or args.reward_noise_fn) and str(args.reward).startswith("model:"),
          "--reward-noise-fp, --reward-noise-fn: expected both at 0 with --reward model:NAME, whose scores are not 0 or 1"),
-        (args.eval_dataset_config and not args.eval_dataset_name, "--eval-dataset-name: expected one with --eval-dataset-config, found none"),
         (args.user and args.chat_template == "never", "--chat-template: expected auto with --user, whose turns the template writes; found never"),
         (missing, f"--report-to: expected {args.report_to} to be installed, found no such package"),
         (not re.fullmatch(devices, args.device), f"--device: expected {devices.replace('|', ', ')}, found {args.device}"),
@@ -239,7 +211,7 @@ def parse_args(argv=None):
     return args
 
 
-def load(auto_class, name, flag, trust_remote_code=False, trunk_class=AutoModel):
+def load(auto_class, name, flag, trunk_class=AutoModel):
     """A pretrained model in fp32 with every dropout at 0 (so that two forwards agree), a tokenizer or a critic; raises InputError."""
     try:
         if (os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")) and not Path(name).is_dir():
@@ -247,13 +219,12 @@ def load(auto_class, name, flag, trust_remote_code=False, trunk_class=AutoModel)
         if auto_class is QuantileCritic:
             return auto_class.from_pretrained(name, trunk_class)
         if auto_class is AutoTokenizer:
-            return auto_class.from_pretrained(name, trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+            return auto_class.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
         for key, value in config.to_dict().items():
             if "drop" in key and type(value) in (int, float):
                 setattr(config, key, 0.0)
-        options = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": trust_remote_code}  # nothing is unpickled
-        return auto_class.from_pretrained(name, config=config, **options)
+        return auto_class.from_pretrained(name, config=config, dtype=torch.float32, use_safetensors=True)  # nothing is unpickled
     except Exception as error:  # a broken file or a missing one, each library in its own words
         raise InputError(f"{flag}: cannot load {str(name)!r}: {ro.one_line(error)}") from error
 
@@ -266,8 +237,7 @@ def load_data(args, tokenizer, context):
     """-> training data, {name: evaluation data}; held-out prompts do not stand in the training data."""
 
     def prompts(flag, name, split, config=None, column="prompt"):
-        room, drop = context - args.response_length, args.overlong_prompts == "drop"
-        return ro.load_prompts(flag, name, split, tokenizer, room, args.chat_template == "auto", config, column, drop)
+        return ro.load_prompts(flag, name, split, tokenizer, context - args.response_length, args.chat_template == "auto", config, column)
 
     if args.dataset_name is None:
         splits = {"in domain": "test", "out of domain": "ood"}
@@ -276,7 +246,7 @@ def load_data(args, tokenizer, context):
     else:
         train, evals = prompts("--dataset-name", args.dataset_name, args.dataset_split, args.dataset_config, args.prompt_column), {}
         if args.eval_dataset_name:
-            where = args.eval_dataset_name, args.eval_dataset_split, args.eval_dataset_config, args.prompt_column
+            where = args.eval_dataset_name, args.eval_dataset_split, None, args.prompt_column
             held_out = prompts("--eval-dataset-name", *where)
             evals = {"held out": held_out.select(range(min(args.eval_samples, len(held_out))))}
         elif len(train) > 1:
@@ -308,8 +278,8 @@ def sample_batch(state, args, batch, temperature, record_logprobs=False):
     """Responses from the policy, or in half precision from its bf16 copy, brought up to date: decoding reads every weight per token."""
     if state.sampler is not state.policy:
         torch._foreach_copy_([*state.sampler.parameters()], [*state.policy.parameters()])
-    pad_id, stop_ids, static = state.pad_id, state.stop_ids, args.kv_cache == "static"
-    take_turn = lambda prompt_ids: ro.sample(state.sampler, prompt_ids, pad_id, stop_ids, args.response_length, temperature, record_logprobs, static)
+    pad_id, stop_ids = state.pad_id, state.stop_ids
+    take_turn = lambda prompt_ids: ro.sample(state.sampler, prompt_ids, pad_id, stop_ids, args.response_length, temperature, record_logprobs)
     if state.user is None:
         return take_turn(batch[ro.PROMPT_IDS])
     max_tokens = context_of(state.policy) - args.response_length
@@ -319,11 +289,11 @@ def sample_batch(state, args, batch, temperature, record_logprobs=False):
 def recorded_as_scored(state, args, rollout):
     """Whether sampling drew from the numbers that training computes, so that its log-probs need no scoring pass: asked once a run.
 
-    A few architectures decode otherwise than they read (or with --kv-cache static); where sampling is bf16 nobody asks.
+    A few architectures decode otherwise than they read; where sampling is bf16 nobody asks.
     """
     rows = torch.arange(min(8, args.batch_size))
     part = rollout[rows]
-    difference = ro.response_logprobs(state.policy, part, args.temperature) - rollout.logprobs[rows, : part.mask.shape[1]]
+    difference = ro.response_logprobs(state.policy, part, args.temperature) - rollout.logprobs[rows, -part.mask.shape[1] :]
     return bool(difference.abs().max() < 1e-3)
 
 
@@ -333,8 +303,8 @@ def completions_of(state, rollout):
 
 
 def scores_of(state, args, batch, completions, answer="answer"):
-    """The reward of completions by the column `answer`, before noise, under the run's flags for rewards that hang or are not finite -> (B,)."""
-    return ro.score(state.reward, batch, completions, answer, args.reward_timeout, args.skip_nonfinite)
+    """The reward of completions by the column `answer`, before noise -> (B,)."""
+    return ro.score(state.reward, batch, completions, answer)
 
 
 @torch.no_grad()
@@ -357,76 +327,48 @@ def rewards_of(args, scores, logprobs, ref_logprobs, mask):
 
 def after_truncated(values, rollout):
     """What values (B, T + 1, ...) hold after the last token of rows that were cut off, 0 for the others: -> (B, ...)."""
-    return where_fine(rollout.truncated, values[torch.arange(len(values)), rollout.lengths[:, 1]])  # not [:, -1]: conversations may end early
+    after = values[:, -1]
+    return torch.where(rollout.truncated.view(-1, *[1] * (after.dim() - 1)), after, 0)
 
 
 @torch.no_grad()
-def estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout):
+def estimate(args, scores, rewards, head_quantiles, rollout):
     """Advantages (B, T) and the critic's targets (B, T, K) or None, each method its own way."""
-    mask, floored, quantiles = rollout.mask, scores, None
+    mask = rollout.mask
     if head_quantiles is not None:
         after = after_truncated(head_quantiles, rollout) if args.bootstrap_truncated else None
         head_quantiles = head_quantiles[:, : mask.shape[1]]
         quantiles = head_quantiles.mean(dim=2)
-    if args.score_floor == "residual":
-        values = dvpo.at_last_token(quantiles, mask).mean(dim=-1)
-        floored = values + dvpo.winsorized_scores(scores - values, args.score_floor_level)
-    elif args.score_floor != "none":
-        floored = dvpo.winsorized_scores(scores, args.score_floor_level, *((quantiles, mask) if args.score_floor == "critic" else ()))
     if args.algo in GROUPED:
-        return dvpo.group_advantages(floored, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
-    floored_rewards = rewards if args.score_floor == "none" else rewards_of(args, floored, logprobs, ref_logprobs, mask)
+        return dvpo.group_advantages(scores, args.group_size, args.algo == "grpo").unsqueeze(1).expand(mask.shape), None
     if args.algo == "reinforce++":
-        return dvpo.masked_whiten(dvpo.discounted_returns(floored_rewards, mask, args.gamma), mask), None
+        return dvpo.masked_whiten(dvpo.discounted_returns(rewards, mask, args.gamma), mask), None
 
-    def gae(rewards):
-        robust = args.algo == "robust"
-        if robust:
-            return dvpo.robust_gae(rewards, head_quantiles[..., 0], mask, args.gamma, args.lam, None if after is None else after[..., 0])
-        return dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, None if after is None else after.mean(dim=1))
-
-    advantages, targets = gae(rewards)
-    if args.score_floor != "none":
-        advantages, _ = gae(floored_rewards)  # the targets stay those of the scores as they are
+    if args.algo == "robust":
+        after = None if after is None else after[..., 0]
+        advantages, targets = dvpo.robust_gae(rewards, head_quantiles[..., 0], mask, args.gamma, args.lam, after)
+    else:
+        after = None if after is None else after.mean(dim=1)
+        advantages, targets = dvpo.distributional_gae(rewards, quantiles, mask, args.gamma, args.lam, after)
     return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
-
-
-def finite_rows(state, args, mask, tensors):
-    """Which rows (B,) are finite in all of {name: (B, ...) or None}, a bool tensor saying so itself; raises InputError naming the term and the
-    rows, unless --skip-nonfinite."""
-    known = {name: tensor if tensor.dtype == torch.bool else tensor.isfinite() for name, tensor in tensors.items() if tensor is not None}
-    fine = {name: finite.reshape(len(finite), -1).all(dim=1) for name, finite in known.items()}
-    all_fine = torch.stack([*fine.values()]).all(dim=0)
-    if not (args.skip_nonfinite or all_fine.all()):
-        name, rows = next((name, (~rows).nonzero().flatten().tolist()) for name, rows in fine.items() if not rows.all())
-        raise InputError(f"iteration {state.iteration + 1}: expected finite {name}, found others in {rows_text(rows)} of the batch; see --skip-nonfinite")
-    if args.skip_nonfinite:
-        state.num_skipped["val/skipped_rows"] += int((mask.any(dim=1) & ~all_fine).sum())
-    return all_fine
-
-
-def where_fine(fine, tensor):
-    """tensor (B, ...) or None, with 0 in the rows that are left out."""
-    return tensor if tensor is None else torch.where(fine.view(-1, *[1] * (tensor.dim() - 1)), tensor, 0)
-
-
-def filled_scores(scores, fine, group_size):
-    """scores (B,), those of rows that are left out at the mean of the others of their group, where they say nothing about them."""
-    groups, kept = where_fine(fine, scores).view(-1, group_size), fine.view(-1, group_size)
-    means = groups.sum(dim=1, keepdim=True) / kept.sum(dim=1, keepdim=True).clamp(min=1)
-    return torch.where(kept, groups, means).flatten()
 
 
 def rows_text(rows):
     return f"row{'s' * (len(rows) > 1)} {', '.join(map(str, rows[:8]))}" + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
+def assert_finite(iteration, tensors):
+    """Raises InputError naming the first of {name: (B, ...) or None} that holds a number that is not finite, and its rows."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.isfinite().all():
+            rows = (~tensor.isfinite()).reshape(len(tensor), -1).any(dim=1).nonzero().flatten().tolist()
+            raise InputError(f"iteration {iteration}: expected finite {name}, found others in {rows_text(rows)} of the batch")
+
+
 @torch.no_grad()
 def collect(state, args):
     """Samples a batch and computes all that the update needs -> experience {name: tensor}, metrics."""
-    num_prompts, state.num_skipped = args.batch_size // args.group_size, collections.Counter()
-    if args.skip_nonfinite:
-        state.num_skipped["val/skipped_rows"] = 0
+    num_prompts = args.batch_size // args.group_size
     rows = batch_rows(len(state.data), state.iteration * num_prompts, num_prompts, args.seed)
     batch = state.data[[row for row in rows for _ in range(args.group_size)]]
     with state.autocast():
@@ -439,30 +381,22 @@ def collect(state, args):
         with torch.inference_mode():
             ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
     scores, true_scores = judge(state, args, batch, rollout)
-    checked = {"logits in sampling": rollout.finite, "scores": scores, "log-probs": logprobs, "reference log-probs": ref_logprobs}
-    fine = finite_rows(state, args, rollout.mask, checked)
-    if args.skip_nonfinite:
-        rollout.mask, logprobs, ref_logprobs = rollout.mask & fine.unsqueeze(1), where_fine(fine, logprobs), where_fine(fine, ref_logprobs)
-        scores = filled_scores(scores, fine, args.group_size if args.algo in GROUPED else args.batch_size)
     rewards = rewards_of(args, scores, logprobs, ref_logprobs, rollout.mask)
     if state.critic is not None:
         if state.iteration == 0 and rollout.mask.any():
             state.critic.start_at(dvpo.discounted_returns(rewards, rollout.mask, args.gamma)[rollout.mask])
         with state.autocast():
             head_quantiles = forward(lambda part: ro.response_quantiles(state.critic, part, after_last=args.bootstrap_truncated))
-        fine = finite_rows(state, args, rollout.mask, {"quantiles": head_quantiles})
-        if args.skip_nonfinite:
-            rollout.mask, head_quantiles = rollout.mask & fine.unsqueeze(1), where_fine(fine, head_quantiles)
     mask = rollout.mask
-    advantages, targets = estimate(args, scores, rewards, logprobs, ref_logprobs, head_quantiles, rollout)
+    advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
+    found = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs, "quantiles": head_quantiles, "targets": targets, "advantages": advantages}
+    assert_finite(state.iteration + 1, found)
 
-    kept = mask.any(dim=1) if args.skip_nonfinite else slice(None)
-    ref_kept = None if ref_logprobs is None else ref_logprobs[kept]
-    metrics = dvpo.rollout_metrics(scores[kept], logprobs[kept], ref_kept, mask[kept], args.kl_coef)
+    metrics = dvpo.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     is_eos = torch.isin(rollout.response_ids, torch.tensor(state.stop_ids, device=mask.device)) & mask
     metrics |= {
-        "objective/true_scores": true_scores[true_scores.isfinite()].mean(), "val/num_eos_tokens": is_eos.sum(),
-        "completions/mean_length": mask[kept].sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated[kept].float().mean(),
+        "objective/true_scores": true_scores.mean(), "val/num_eos_tokens": is_eos.sum(),
+        "completions/mean_length": mask.sum(1).float().mean(), "completions/clipped_ratio": rollout.truncated.float().mean(),
     }  # fmt: skip
     if state.critic is not None:
         head_quantiles = head_quantiles[:, : mask.shape[1]]
@@ -495,51 +429,28 @@ def critic_backward(state, args, part, targets, num_tokens):
     return {"loss/value_avg": loss.detach(), **{f"loss/critic_{name}": value for name, value in metrics.items()}}
 
 
-@torch.no_grad()
-def what_is_not_finite(state, args, experience, minibatch):
-    """The first number of a minibatch that is not finite, by name, and the rows of the batch it stands in: looked up row by row, as text."""
-    rollout = experience["rollout"]
-    logprobs = lambda row: ro.response_logprobs(state.policy, rollout[row], args.temperature)
-    values = {"advantages": lambda row: experience["advantages"][row], "log-probs": logprobs}
-    if state.critic is not None:
-        values |= {"targets": lambda row: experience["targets"][row], "quantiles": lambda row: ro.response_quantiles(state.critic, rollout[row])}
-    for name, of_row in values.items():
-        with state.autocast():
-            rows = [row for row in sorted(minibatch.tolist()) if not of_row(slice(row, row + 1)).isfinite().all()]
-        if rows:
-            return f"{name} that are not, in {rows_text(rows)} of the batch"
-    return "them not, while all that goes in is: is a learning rate too high?"
-
-
 def update(state, args, experience):
     """Epochs of minibatch steps on one batch of experience; the policy rests during the critic's warm-up -> metrics.
 
     Nothing in the loop waits for a GPU but the question, once a minibatch, whether its losses and gradients are finite: Adam never
-    forgets a NaN. If not, raises InputError naming step, term and rows, or with --skip-nonfinite goes on to the next one.
+    forgets a NaN. If not, raises InputError naming the minibatch.
     """
     train_policy = state.critic is None or state.iteration >= args.critic_warmup_steps
-    totals, num_steps, done = collections.Counter(), args.num_ppo_epochs * args.num_mini_batches, 0
+    totals, num_steps = collections.Counter(), args.num_ppo_epochs * args.num_mini_batches
     models = [(state.critic, state.critic_optimizer)] * (state.critic is not None) + [(state.policy, state.optimizer)] * train_policy
     minibatches = [rows for _ in range(args.num_ppo_epochs) for rows in torch.randperm(args.batch_size).chunk(args.num_mini_batches)]
     for step, minibatch in enumerate(minibatches):
         sums = minibatch_backward(state, args, experience, minibatch, train_policy)
         norms = [torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm) for model, _ in models]
         finite = torch.stack([*norms, *(value for name, value in sums.items() if name.startswith("loss/"))]).isfinite().all().item()
-        if args.skip_nonfinite and not experience["rollout"].mask[minibatch].any():
-            finite = False  # all rows left out: Adam would still move by its momentum
-        if not finite and not args.skip_nonfinite:
-            found = what_is_not_finite(state, args, experience, minibatch)
-            raise InputError(f"iteration {state.iteration + 1}, minibatch {step + 1} of {num_steps}: expected finite losses and gradients, found {found}")
+        if not finite:
+            where = f"iteration {state.iteration + 1}, minibatch {step + 1} of {num_steps}"
+            raise InputError(f"{where}: expected finite losses and gradients, found others: is a learning rate too high?")
         for _, optimizer in models:
-            if finite:
-                optimizer.step()
+            optimizer.step()
             optimizer.zero_grad()
-        if finite:
-            totals.update(sums)
-            done += 1
-    if args.skip_nonfinite:
-        state.num_skipped["val/skipped_minibatches"] += num_steps - done
-    return ({} if train_policy else RESTING) | {name: value / done for name, value in totals.items()} | state.num_skipped
+        totals.update(sums)
+    return ({} if train_policy else RESTING) | {name: value / num_steps for name, value in totals.items()}
 
 
 def minibatch_backward(state, args, experience, minibatch, train_policy):
@@ -548,14 +459,14 @@ def minibatch_backward(state, args, experience, minibatch, train_policy):
     mask, token_weights = rollout[minibatch].mask, torch.ones_like(experience["logprobs"])
     num_tokens = mask.sum()
     if args.algo == "grpo":  # every response counts the same, and so its tokens the less the more they are
-        token_weights[minibatch.to(mask.device), : mask.shape[1]] = dvpo.sequence_weights(mask)
+        token_weights[minibatch.to(mask.device), -mask.shape[1] :] = dvpo.sequence_weights(mask)
     elif args.algo == "dr_grpo":  # every token counts the same, whatever the lengths in the minibatch
         token_weights *= num_tokens / (len(minibatch) * args.response_length * (args.max_turns if state.user else 1))
     for rows in ro.micro_batches(rollout, minibatch, args.micro_batch_size, args.micro_batch_tokens):
         part, at = rollout[rows], rows.to(rollout.mask.device, non_blocking=True)  # an index on the CPU would wait for the GPU
-        now = {name: value[at, : part.mask.shape[1]] for name, value in experience.items() if isinstance(value, torch.Tensor)}
+        now = {name: value[at, -part.mask.shape[1] :] for name, value in experience.items() if isinstance(value, torch.Tensor)}
         if train_policy:
-            weights = token_weights[at, : part.mask.shape[1]]
+            weights = token_weights[at, -part.mask.shape[1] :]
             sums.update(policy_backward(state, args, part, now["logprobs"], now.get("ref_logprobs"), now["advantages"], weights, num_tokens))
         if state.critic is not None:
             sums.update(critic_backward(state, args, part, now["targets"], num_tokens))
@@ -593,11 +504,9 @@ def evaluate(state, args):
             for batch in state.evals[name].iter(args.batch_size):
                 with state.autocast():
                     rollout = sample_batch(state, args, batch, args.temperature if mode == "sampled" else 0.0)
-                finite_rows(state, args, rollout.mask, {"logits in sampling": rollout.finite})
                 scores.append(scores_of(state, args, batch, completions_of(state, rollout)))
                 bar.update(len(batch["prompt"]))
-            found = torch.cat(scores)
-            results[f"{name}, {mode}"] = found[found.isfinite()].mean().item()
+            results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
     return results
 
 
@@ -616,27 +525,6 @@ def write_whole(path, text):
     os.replace(aside, path)
 
 
-def checksums(folder):
-    """{path: CRC-32} of every file in a checkpoint but the one that lists them."""
-    found = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"):
-        value = 0
-        with open(path, "rb") as file:
-            while chunk := file.read(2**24):
-                value = zlib.crc32(chunk, value)
-        found[path.relative_to(folder).as_posix()] = value
-    return found
-
-
-def is_whole(folder):
-    """Whether a checkpoint holds what save_checkpoint wrote."""
-    try:
-        listed = json.loads((folder / "checksums.json").read_text())
-        return bool(listed) and listed.items() <= checksums(folder).items()  # what others put beside does no harm
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
 def checkpoints(output_dir):
     """{iteration: folder} of all checkpoints in a run's folder, whole or not, oldest first."""
     found = {int(path.name[11:]): path for path in output_dir.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)}
@@ -653,7 +541,7 @@ def random_states():
 def save_checkpoint(state, args):
     """Writes output_dir/checkpoint-ITERATION: policy/ and tokenizer, critic/, and state.pt to go on from; complete or not at all.
 
-    The position in the data and in metrics.jsonl is the iteration. All but the newest --save-total-limit are deleted. Raises InputError.
+    The position in the data and in metrics.jsonl is the iteration. All but the newest two are deleted. Raises InputError.
     """
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{state.iteration:06d}"
@@ -669,11 +557,9 @@ def save_checkpoint(state, args):
             state.critic.save_pretrained(aside / "critic")
         torch.save({
             "iteration": state.iteration, "before": state.before, "examples": state.examples, "seconds": time.time() - state.start,
-            "trust_recorded": state.trust_recorded, "device": state.policy.device.type,
             "optimizer": state.optimizer.state_dict(), "critic_optimizer": state.critic_optimizer.state_dict() if state.critic is not None else None,
             "random": random_states(), "noise": state.noise.get_state(),
         }, aside / "state.pt")  # fmt: skip
-        write_whole(aside / "checksums.json", json.dumps(checksums(aside), indent=2) + "\n")
         for path in [*aside.rglob("*"), aside, output_dir / "metrics.jsonl"]:
             flushed(path)
     except Exception as error:  # a full disk, in each library's own words
@@ -681,27 +567,23 @@ def save_checkpoint(state, args):
         raise InputError(f"--output-dir: cannot write {folder.name}, earlier ones are kept; found: {ro.one_line(error)}") from error
     os.replace(aside, folder)
     flushed(output_dir)
-    for path in [*checkpoints(output_dir).values()][: -args.save_total_limit]:
+    for path in [*checkpoints(output_dir).values()][:-2]:
         shutil.rmtree(path.rename(path.with_suffix(".old")))
     return folder
 
 
 def find_checkpoint(folder):
-    """The folder itself if it is a checkpoint, else the newest whole one in it, with a line for each that is not; raises InputError."""
-    for path in [folder] if (folder / "state.pt").exists() else reversed(checkpoints(folder).values()):
-        if is_whole(path):
-            return path
-        print(f"{path}: left aside, expected a whole checkpoint, found files that are missing, changed or without checksums.json", file=sys.stderr)
+    """The newest checkpoint in a run's folder; raises InputError."""
+    if found := checkpoints(folder):
+        return [*found.values()][-1]
     found = "none" if folder.is_dir() else "no such folder"
-    raise InputError(f"--resume: expected a whole checkpoint in {str(folder)!r}, found {found}; without --resume the run begins anew")
+    raise InputError(f"--resume: expected a checkpoint in {str(folder)!r}, found {found}; without --resume the run begins anew")
 
 
 def restore(state, args):
     """Puts back what save_checkpoint wrote beside the weights."""
     saved = torch.load(Path(args.resume) / "state.pt", weights_only=True, map_location="cpu")
     state.iteration, state.before, state.examples, state.start = saved["iteration"], saved["before"], saved["examples"], time.time() - saved["seconds"]
-    if saved["device"] == state.policy.device.type and not state.half:
-        state.trust_recorded = saved["trust_recorded"]
     state.optimizer.load_state_dict(saved["optimizer"])
     if state.critic is not None:
         state.critic_optimizer.load_state_dict(saved["critic_optimizer"])
@@ -786,7 +668,7 @@ def build_critic(args, policy, context):
     if args.algo not in CRITICS:
         return None
     own_trunk = args.critic_model_name_or_path
-    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path", args.trust_remote_code) if own_trunk else policy.base_model
+    trunk = load(AutoModel, own_trunk, "--critic-model-name-or-path") if own_trunk else policy.base_model
     if args.resume:  # the trunk's own class: not every model with code of its own has an AutoModel
         return load(QuantileCritic, Path(args.resume) / "critic", "--resume", trunk_class=type(trunk))
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
@@ -796,7 +678,7 @@ def build_critic(args, policy, context):
 
 def build(args):
     """Everything a run needs, as one namespace: models, optimisers, data, reward, noise. State lives here and nowhere else."""
-    state = argparse.Namespace(iteration=0, num_skipped=collections.Counter(), before=None, examples=None, start=time.time(), stop=None)
+    state = argparse.Namespace(iteration=0, before=None, examples=None, start=time.time(), stop=None)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
     state.reward = ro.load_reward(args.reward, device) if args.reward else reward
@@ -804,8 +686,8 @@ def build(args):
     name = args.model_name_or_path or Path(args.output_dir) / "warm_start"
     if args.model_name_or_path is None:
         importlib.import_module("experiments.warm_start").warm_start(args.task, args.seed, name)
-    state.policy = load(AutoModelForCausalLM, name, "--model-name-or-path", args.trust_remote_code)
-    state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path", args.trust_remote_code)
+    state.policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
+    state.tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
     state.tokenizer.pad_token = state.tokenizer.pad_token or state.tokenizer.eos_token
     state.stop_ids = ro.stop_token_ids(state.policy, state.tokenizer, args.stop_token)
     state.pad_id = ro.pad_token_id(state.tokenizer, state.stop_ids)
@@ -823,7 +705,7 @@ def build(args):
     state.reference = copy.deepcopy(state.policy).requires_grad_(False).to(device) if args.kl_coef > 0 else None
     state.critic = build_critic(args, state.policy, context)
     if args.resume:
-        state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume", args.trust_remote_code)
+        state.policy = load(AutoModelForCausalLM, Path(args.resume) / "policy", "--resume")
     for model in filter(None, (state.policy, state.critic)):
         model.to(device).train()
         assert all(parameter.dtype == torch.float32 for parameter in model.parameters()), "bf16 weights lose small Adam steps"

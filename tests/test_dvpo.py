@@ -28,7 +28,6 @@ from dvpo import (
     sequence_weights,
     token_logprobs,
     token_rewards,
-    winsorized_scores,
 )
 from risk import RiskConfig, lower_tail_mean, risk_regularizer, upper_tail_mean
 
@@ -572,24 +571,6 @@ def test_robust_gae_is_at_most_gae_on_the_mean_and_equal_for_one_head(seed, num_
         torch.testing.assert_close(worst, mean)
 
 
-def test_winsorized_scores_by_hand():
-    """Level 0.5 of the critic's 1 to 6, unsorted, at the last token is 3, of twice as much in row 1 it is 6: only scores below rise."""
-    quantiles = torch.full((3, 3, 6), 9.0)
-    quantiles[:, 1] = torch.tensor([5.0, 6.0, 2.0, 1.0, 4.0, 3.0]) * torch.tensor([[1.0], [2.0], [1.0]])
-    mask = ragged_mask([2, 2, 0], 3)
-    scores = torch.tensor([-5.0, 6.5, -7.0])
-    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [3.0, 6.5, -7.0]  # a row without tokens keeps its score
-    quantiles[:, 2] = NAN
-    assert winsorized_scores(scores, 0.5, quantiles, mask).tolist() == [3.0, 6.5, -7.0]
-    for dtype in (torch.float32, torch.bfloat16):  # torch.quantile takes no bfloat16
-        raised = winsorized_scores(torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0], dtype=dtype), 0.25)  # the batch's own
-        assert raised.tolist() == [1.0, 1.0, 2.0, 3.0, 4.0] and raised.dtype == dtype
-    assert torch.equal(winsorized_scores(torch.full((7,), 0.3), 0.1), torch.full((7,), 0.3))
-    for level in (0.0, 1.0):
-        with pytest.raises(ValueError, match="level"):
-            winsorized_scores(scores, level)
-
-
 # ---- metrics
 
 
@@ -669,8 +650,6 @@ def test_quantile_metrics_are_those_of_a_loop_over_tokens(batch, length, seed, h
         lambda: clipped_policy_loss(torch.zeros(2, 4), torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 4, dtype=torch.bool), 0.2),
         lambda: critic_loss(torch.zeros(2, 4, 1, 5), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), quantile_levels(5), 0, None),
         lambda: masked_mean(torch.zeros(2, 4), torch.ones(2, 1, dtype=torch.bool)),
-        lambda: winsorized_scores(torch.zeros(1), 0.5, torch.zeros(2, 4, 5), torch.ones(2, 4, dtype=torch.bool)),
-        lambda: winsorized_scores(torch.zeros(2), 0.5, torch.zeros(2, 1, 5), torch.ones(2, 4, dtype=torch.bool)),
         lambda: robust_gae(torch.zeros(2, 4), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), 1, 1),
         lambda: group_advantages(torch.zeros(4, 2), 2, False),
     ],

@@ -75,7 +75,7 @@ def weights(folder):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, warm_start):
     folder = tmp_path_factory.mktemp("finished")
-    assert run(folder, warm_start, "--save-steps", "8", "--save-total-limit", "3") == 0
+    assert run(folder, warm_start, "--save-steps", "12") == 0
     return folder
 
 
@@ -117,20 +117,20 @@ def test_the_readme_explains_every_metric(finished):
 
 
 def test_same_seed_same_run_bit_for_bit_and_another_seed_another(finished, warm_start, tmp_path):
-    run(tmp_path / "again", warm_start, "--total-episodes", "512")
-    assert log(tmp_path / "again") == log(finished)[:8]
-    assert torch.equal(weights(tmp_path / "again"), weights(finished / "checkpoint-000008"))
+    run(tmp_path / "again", warm_start, "--total-episodes", "768")
+    assert log(tmp_path / "again") == log(finished)[:12]
+    assert torch.equal(weights(tmp_path / "again"), weights(finished / "checkpoint-000012"))
     run(tmp_path / "other", warm_start, "--seed", "1", "--total-episodes", "64")
     assert log(tmp_path / "other")[0] != log(finished)[0]
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
-    """As after a crash in iteration 17 or later: the checkpoint of iteration 16, and a log that had gone on."""
-    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
+    """As after a crash in iteration 13 or later: the checkpoint of iteration 12, and a log that had gone on."""
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
     with open(tmp_path / "metrics.jsonl", "a") as log_file:
         log_file.write('{"iteration": 25, "objec')  # torn by the crash
     assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
-    assert f"going on from {tmp_path / 'checkpoint-000016'}: 16 of 24 iterations are done" in capsys.readouterr().out
+    assert f"going on from {tmp_path / 'checkpoint-000012'}: 12 of 24 iterations are done" in capsys.readouterr().out
     assert log(tmp_path) == log(finished) and torch.equal(weights(tmp_path), weights(finished))
     assert json.loads((tmp_path / "results.json").read_text())["after"] == json.loads((finished / "results.json").read_text())["after"]
 
@@ -196,33 +196,6 @@ def test_dr_grpos_gradient_of_a_token_does_not_depend_on_lengths(warm_start, tmp
             rollout.attention_mask[:7, -rollout.mask.shape[1] + keep :] = 0
             experience["rollout"] = ro.Rollout(rollout.input_ids, rollout.attention_mask, rollout.position_ids, rollout.mask, rollout.truncated)
         assert train.update(state, args, experience)["loss/policy_avg"].item() == pytest.approx(-length / (64 * args.response_length), rel=1e-4)
-
-
-def test_a_score_floor_reaches_advantages_and_not_targets(warm_start, tmp_path):
-    """One judge in two takes up to 50 points off: with a floor the lowest advantages are cut, the critic's targets stay."""
-    for algo, floor in (("dvpo", "critic"), ("ppo", "batch"), ("ppo", "residual"), ("grpo", "batch")):
-        lowest, targets = [], []
-        for flags in ([], ["--score-floor", floor, "--score-floor-level", "0.5"]):
-            state, args = state_of(warm_start, tmp_path, "--algo", algo, "--reward-noise-outlier", "0.3", "50", "--kl-coef", "0", *flags)
-            torch.manual_seed(0)
-            experience, _ = train.collect(state, args)
-            lowest.append(experience["advantages"].min().item())
-            targets.append(experience["targets"])
-        assert lowest[1] > lowest[0] + 0.3, algo
-        assert algo == "grpo" or torch.equal(*targets)
-
-
-def test_a_residual_floor_moves_with_the_value():
-    """V = 0, 0, 0, 5, 5, 5 and scores 1, 0, -9, 6, 5, -4: the residuals' median is 0, so -9 and -4 count as 0 and 5; advantages 1 or 0."""
-    args = train.parse_args(["--algo", "ppo", "--score-floor", "residual", "--score-floor-level", "0.5", "--kl-coef", "0", "--lam", "1"])
-    values, scores, mask = torch.tensor([0.0, 0, 0, 5, 5, 5]), torch.tensor([1.0, 0, -9, 6, 5, -4]), torch.ones(6, 1).bool()
-    rollout = argparse.Namespace(mask=mask, truncated=torch.zeros(6).bool())
-    logprobs = torch.zeros(6, 1)
-    rewards = train.rewards_of(args, scores, logprobs, None, mask)
-    advantages, targets = train.estimate(args, scores, rewards, logprobs, None, values.view(6, 1, 1, 1), rollout)
-    expected = torch.tensor([1.0, 0, 0, 1, 0, 0])
-    torch.testing.assert_close(advantages[:, 0], (expected - expected.mean()) / expected.std())
-    assert torch.equal(targets[:, 0, 0], scores)
 
 
 def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
@@ -399,94 +372,33 @@ def test_losses_and_gradients_that_are_not_finite_stop_the_run_before_a_step(bro
     assert not state.optimizer.state and not state.critic_optimizer.state  # Adam has seen nothing
 
 
-def test_skip_nonfinite_leaves_out_the_minibatch_and_counts_it(warm_start, tmp_path):
-    """A NaN among one row's advantages: its minibatch is skipped in each epoch, the others step, and no weight is touched by it."""
-    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--skip-nonfinite")
-    experience, metrics = train.collect(state, args)
-    assert metrics.keys() >= {"objective/scores"}
-    experience["advantages"][5, 0] = math.nan
-    metrics = train.update(state, args, experience)
-    assert metrics["val/skipped_minibatches"] == args.num_ppo_epochs and metrics["val/skipped_rows"] == 0
-    assert all(p.isfinite().all() for model in (state.policy, state.critic) for p in model.parameters())
-    assert all(math.isfinite(float(value)) for value in metrics.values()) and state.optimizer.state
-    experience["advantages"][:] = math.nan
-    weights = [p.clone() for p in state.policy.parameters()]
-    metrics = train.update(state, args, experience)
-    assert metrics.keys() == {"val/skipped_minibatches", "val/skipped_rows"}  # no mean of nothing
-    assert all(torch.equal(a, b) for a, b in zip(weights, state.policy.parameters()))
-
-
 @pytest.mark.parametrize("term", ["scores", "log-probs", "quantiles"])
-def test_a_rollout_that_is_not_finite_stops_the_run_or_loses_just_those_rows(term, warm_start, tmp_path, monkeypatch):
-    def broken(function, row):
+def test_a_rollout_that_is_not_finite_stops_the_run_and_names_its_row(term, warm_start, tmp_path, monkeypatch):
+    def broken(function):
         def wrapped(*rest, **named):
             value = function(*rest, **named)
-            value[row] = math.nan
+            value[7] = math.nan
             return value
 
         return wrapped
 
     name = {"scores": (ro, "noisy_scores"), "log-probs": (ro, "in_micro_batches"), "quantiles": (ro, "in_micro_batches")}[term]
-    results = []
-    for flags in (["--skip-nonfinite"], []):
-        flags += ["--num-ppo-epochs", "1", "--algo", "reinforce++" if term == "log-probs" else "dvpo", "--critic-warmup-steps", "0", "--kl-coef", "0"]
-        state, args = state_of(warm_start, tmp_path, *flags)
-        state.trust_recorded = term != "log-probs"
-        with monkeypatch.context() as patch:
-            patch.setattr(*name, broken(getattr(*name), 7))
-            if "--skip-nonfinite" in flags:
-                experience, metrics = train.collect(state, args)
-                metrics |= train.update(state, args, experience)
-                results.append(metrics)
-            else:
-                with pytest.raises(ro.InputError, match=f"iteration 1: expected finite {term}, found others in row 7 of the batch; see --skip-nonfinite"):
-                    train.collect(state, args)
-    assert results[0]["val/skipped_rows"] == 1 and results[0]["val/skipped_minibatches"] == 0
-    assert not experience["rollout"].mask[7].any() and experience["rollout"].mask[6].any()
-    assert all(math.isfinite(float(value)) for name, value in results[0].items() if name != "objective/kl")  # no reference, no KL
-
-
-def test_a_row_without_a_score_says_nothing_about_the_others_of_its_group():
-    """Two groups of four, in the second of which all earn 1; a NaN in each: the advantages of the second stay 0."""
-    scores, fine = torch.tensor([0.0, 1, 1, math.nan, 1, math.nan, 1, 1]), torch.tensor([True] * 3 + [False, True, False, True, True])
-    filled = train.filled_scores(scores, fine, 4)
-    torch.testing.assert_close(filled, torch.tensor([0, 1, 1, 2 / 3, 1, 1, 1, 1]))
-    assert train.dvpo.group_advantages(filled, 4, True)[4:].tolist() == [0] * 4
-    assert train.filled_scores(scores, torch.zeros(8, dtype=torch.bool), 8).tolist() == [0] * 8
-
-
-def test_a_minibatch_without_a_row_left_moves_nothing_though_adam_would(warm_start, tmp_path):
-    state, args = state_of(warm_start, tmp_path, "--critic-warmup-steps", "0", "--skip-nonfinite")
-    experience, _ = train.collect(state, args)
-    train.update(state, args, experience)  # Adam has momentum now
-    experience["rollout"].mask[:] = False
-    before = [p.clone() for model in (state.policy, state.critic) for p in model.parameters()]
-    assert train.update(state, args, experience)["val/skipped_minibatches"] == 4
-    assert all(torch.equal(a, b) for a, b in zip(before, [p for m in (state.policy, state.critic) for p in m.parameters()]))
+    flags = ["--algo", "reinforce++" if term == "log-probs" else "dvpo", "--critic-warmup-steps", "0", "--kl-coef", "0"]
+    state, args = state_of(warm_start, tmp_path, *flags)
+    state.trust_recorded = term != "log-probs"
+    monkeypatch.setattr(*name, broken(getattr(*name)))
+    with pytest.raises(ro.InputError, match=f"iteration 1: expected finite {term}, found others in row 7 of the batch"):
+        train.collect(state, args)
 
 
 def test_a_checkpoint_from_another_device_or_precision_asks_anew_whether_to_trust_sampling(finished, tmp_path):
-    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
     for flags, trusted in (([], True), (["--dtype", "bfloat16"], False)):
         args = train.parse_args(["--resume", str(tmp_path)])
         args.dtype = flags[1] if flags else args.dtype
         state = train.build(args)
         train.restore(state, args)
         assert state.trust_recorded is trusted
-
-
-def test_all_scores_not_finite_skips_all_and_changes_nothing(model_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("bad.py").write_text("def nan(prompts, **columns): return [float('nan')] * len(prompts)\n")
-    write_rows(tmp_path / "data.jsonl", rows_of())
-    flags = ["--model-name-or-path", model_folder, "--dataset-name", "data.jsonl", "--reward", "bad:nan", "--output-dir", "run", "--skip-nonfinite"]
-    assert train.main([*MODEL, *flags]) == 0
-    (row,) = log(tmp_path / "run")
-    assert row["val/skipped_rows"] == 8 and row["val/skipped_minibatches"] == 4 and row["objective/true_scores"] is row["completions/mean_length"] is None
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["after"] == {"held out, greedy": None, "held out, sampled": None}
-    policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / "run") / "policy")
-    start = AutoModelForCausalLM.from_pretrained(model_folder)
-    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), start.parameters()))
 
 
 @pytest.mark.parametrize("algo", train.FLAGS["algorithm"][0][2])
@@ -503,15 +415,6 @@ def test_the_smallest_of_everything(flags, algo, model_folder, tmp_path, monkeyp
     assert [name for name, value in row.items() if value is None and not name.startswith("val/explained")] == []
     policy = AutoModelForCausalLM.from_pretrained(train.find_checkpoint(tmp_path / "run") / "policy")
     assert all(p.isfinite().all() for p in policy.parameters())
-
-
-def test_the_static_cache_flag_reaches_sampling(warm_start, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(ro, "sample", lambda *rest: seen.append(rest[-1]))
-    for flags in ([], ["--kv-cache", "static"]):
-        state, args = state_of(warm_start, tmp_path, *flags)
-        train.sample_batch(state, args, {ro.PROMPT_IDS: [[3]]}, 1.0)
-    assert seen == [False, True]
 
 
 def test_half_precision_samples_from_a_bf16_copy_that_follows_the_policy_and_scores_its_tokens_anew(warm_start, tmp_path):
@@ -778,7 +681,7 @@ def test_a_data_set_as_the_hub_has_them_with_a_config_and_a_column_of_another_na
     configs = [{"config_name": config, "data_files": files(config)} for config in ("main", "socratic")]
     (hub / "README.md").write_text("---\nconfigs: " + json.dumps(configs) + "\n---\n")
     flags = [*MODEL, "--model-name-or-path", model_folder, "--dataset-name", str(hub), "--reward", "math", "--output-dir", str(tmp_path / "run")]
-    own = ["--dataset-config", "main", "--prompt-column", "question", "--eval-dataset-name", str(hub), "--eval-dataset-config", "main"]
+    own = ["--dataset-config", "main", "--prompt-column", "question", "--eval-dataset-name", str(hub)]
     args = train.parse_args([*flags, *own, "--eval-dataset-split", "test"])
     data, evals = train.load_data(args, AutoTokenizer.from_pretrained(model_folder), 64)
     assert sorted(data["prompt"]) == sorted(f"area {' '.join(['north'] * i)} main" for i in range(4)) and len(evals["held out"]) == 2
@@ -826,20 +729,17 @@ BAD_FLAGS = [
     ("--cliprange 0", "--cliprange"), ("--device cuda:0", "--device"), ("--eval-samples 0", "--eval-samples"),
     ("--critic-model-name-or-path ./nowhere", "--critic"), ("--device gpu", "--device"), ("--device meta", "--device"), ("--seed 40000000000000", "--seed"),
     ("--temperature 1e-42", "--temperature"), ("--response-length 300", "--response-length"), ("--reward-noise-outlier 1 1e30", "--reward-noise-outlier"),
-    ("--group-size 5", "--group-size"), ("--group-size -1", "--group-size"), ("--algo grpo --group-size 1", "--group-size"), ("--kv-cache paged", "--kv-cache"),
-    ("--algo dr_grpo --group-size 200", "--group-size"), ("--algo ppo --score-floor critic", "--score-floor"),
-    ("--algo grpo --score-floor residual", "--score-floor"), ("--score-floor critic --whiten-rewards", "--whiten-rewards"),
-    ("--score-floor-level 1", "--score-floor-level"),
+    ("--group-size 5", "--group-size"), ("--group-size -1", "--group-size"), ("--algo grpo --group-size 1", "--group-size"),
+    ("--algo dr_grpo --group-size 200", "--group-size"),
     ("--max-turns 0", "--max-turns"), ("--user nonsense", "--user"), ("--user json:nosuch", "--user"), ("--user os:sep", "--user"),
-    ("--dataset-config main", "--dataset-name"), ("--prompt-column question", "--dataset-name"), ("--eval-dataset-config main", "--eval-dataset-name"),
+    ("--dataset-config main", "--dataset-name"), ("--prompt-column question", "--dataset-name"),
     ("--user json:dumps --chat-template never", "--chat-template"), ("--task sums --user json:dumps", "--user"),
-    ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"), ("--score-floor median", "--score-floor"),
-    ("--learning-rte 1", "did you mean --learning-rate?"), ("--lr 1e-4", "did you mean --learning-rate?"), ("--kl 0", "did you mean --kl-coef?"),
-    ("--kl_coeff 0", "did you mean --kl-coef?"), ("--dataset data.jsonl", "did you mean --dataset-"),
+    ("--micro-batch-tokens 0", "--micro-batch-tokens"), ("--reward-offset -1", "--reward-offset"),
+    ("--learning-rte 1", "--learning-rte"), ("--lr 1e-4", "--lr"), ("--kl 0", "--kl"),
     ("--zzzz", "unrecognized arguments: --zzzz"), ("stray", "stray"), ("--learning-rate", "--learning-rate: expected one argument"),
     ("--bootstrap-truncated --algo grpo", "--bootstrap-truncated"), ("--eval-dataset-name data.jsonl", "--dataset-name"),
-    ("--reward model:x --reward-noise-fp 0.1", "--reward-noise-fp"), ("--overlong-prompts keep", "--overlong-prompts"),
-    ("--trust-remote-code yes", "yes"), ("--report-to mlflow", "--report-to"), ("--dtype float16", "--dtype"), ("--tau-grid left", "--tau-grid"),
+    ("--reward model:x --reward-noise-fp 0.1", "--reward-noise-fp"),
+    ("--report-to mlflow", "--report-to"), ("--dtype float16", "--dtype"), ("--tau-grid left", "--tau-grid"),
     ("--stop-token nosuchword", "--stop-token"), ("--algo grpo --batch-size 12", "--group-size"), ("--reward-noise-outlier x 1", "--reward-noise-outlier"),
     ("--reward math:", "--reward"), ("--reward os:sep", "--reward"), ("--user :f", "--user"), ("--model-name-or-path a/b/c", "no such folder"),
     ("--critic-model-name-or-path a/b/c", "--critic-model-name-or-path"), ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
@@ -895,9 +795,7 @@ ONE = [{"prompt": "area", "answer": "x"}]
 BAD_DATA = [
     ([], "", ["--dataset-name"]),
     ([{"question": "x"}], "", ["--dataset-name", "'prompt'", "question"]),
-    (ONE + [{"prompt": LONG[0]["content"], "answer": "x"}], "", ["--dataset-name", "row 1", "82 tokens", "at most 60", "--response-length", "drop"]),
-    ([{"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "row 0", "82 tokens"]),
-    ([{"prompt": LONG, "answer": "x"}], "--overlong-prompts drop", ["--dataset-name", "row 0", "82 tokens"]),
+    ([{"prompt": LONG, "answer": "x"}], "", ["--dataset-name", "82 tokens", "at most 60"]),
     ([{"prompt": "", "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": None, "answer": "x"}], "", ["row 0", "prompt", "None"]),
     (ONE + [{"prompt": None, "answer": "x"}], "", ["row 1", "prompt", "None"]),
@@ -929,7 +827,7 @@ BAD_DATA = [
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
     (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
     (ONE * 4, "", ["--dataset-name", "held-out"]),
-    (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3", "row 0 of the batch"]),
+    (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
     (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
     (ONE, "--reward bad:text", ["--reward", "row 0", "'1'"]),
@@ -938,11 +836,12 @@ BAD_DATA = [
     (ONE, "--reward bad:nested", ["--reward", "row 0", "[1, 2]"]),
     (ONE, "--reward bad:huge", ["--reward", "row 0", "1e+39"]),
     (ONE, "--reward bad:leaves", ["--reward", "SystemExit"]),
-    (ONE, "--reward bad:backtracks --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
-    (ONE, "--reward bad:swallows --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
     (ONE, "--reward bad:late", ["--reward", "TimeoutError", "the service is slow"]),
     (ONE, "--user bad:leaves", ["--user", "SystemExit"]),
-    (ONE, "--reward bad:hangs --reward-timeout 0.2", ["--reward", "8 scores", "--reward-timeout 0.2 s"]),
+    (ONE, "--reward bad:nosuch", ["--reward", "nosuch"]),
+    (ONE, "--user bad:nosuch", ["--user", "nosuch"]),
+    (ONE, "--eval-dataset-name other.jsonl --eval-dataset-split nosuch", ["--eval-dataset-name", "nosuch"]),
+    ("[1, 2]\n", "", ["--dataset-name", "line 1", "object"]),
     (ONE, "--reward bad:needs", ["--reward", "'level'", "answer"]),
     (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
     (ONE, "--user bad:raises", ["--user", "KeyError"]),
@@ -962,14 +861,7 @@ def nothing(prompts, **columns): pass
 def nested(prompts, **columns): return [[1, 2]] * len(prompts)
 def huge(prompts, **columns): return [1e39] * len(prompts)
 def leaves(prompts, **columns): raise SystemExit(0)
-def hangs(prompts, **columns): import time; time.sleep(2)
-def backtracks(prompts, **columns): import re; re.match(r"(a+)+$", "a" * 26 + "b"); return [0.0] * len(prompts)
 def late(prompts, **columns): raise TimeoutError("the service is slow")
-def swallows(prompts, **columns):
-    import time
-    try: time.sleep(2)
-    except Exception: pass
-    return [0.0] * len(prompts)
 def needs(prompts, completions, level): return [level] * len(prompts)
 def three(messages, **columns): return 3
 """
@@ -1002,18 +894,17 @@ def test_the_table_of_bad_inputs_is_long_enough():
     assert len(BAD_FLAGS) + len(BAD_DATA) >= 130 and numbers >= 150
 
 
-def test_overlong_prompts_are_dropped_with_a_count(model_folder, tmp_path, capsys):
+def test_overlong_prompts_are_left_out_with_a_count(model_folder, tmp_path, capsys):
     data = write_rows(tmp_path / "data.jsonl", [*rows_of(4), {"prompt": LONG, "answer": "x"}, *rows_of(6)[4:]])
-    argv = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "exact", "--overlong-prompts", "drop", "--output-dir", str(tmp_path)]
+    argv = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "exact", "--output-dir", str(tmp_path)]
     assert train.main([*MODEL, *argv]) == 0
-    assert "--dataset-name: 1 of 7 prompts dropped, expected at most 60" in capsys.readouterr().out
+    assert re.search("--dataset-name: 1 of 7 prompts .* 60", capsys.readouterr().out)
 
 
-def test_equal_rows_and_ids_are_just_data_and_unknown_words_get_a_note(model_folder, tmp_path, capsys):
+def test_equal_rows_ids_and_unknown_words_are_just_data(model_folder, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", [{"id": 7, **row} for row in rows_of(6) * 2] + [{"id": 7, "prompt": "what is this", "answer": "x"}])
     argv = ["--model-name-or-path", model_folder, "--dataset-name", data, "--reward", "exact", "--output-dir", str(tmp_path)]
     assert train.main([*MODEL, *argv]) == 0
-    assert re.search("note: --dataset-name: the tokenizer does not know 3 of the prompts' [0-9]+ tokens, the first in row 12", capsys.readouterr().out)
 
 
 def saved_model(folder, **changes):
@@ -1042,7 +933,7 @@ def test_tokenizers_without_pad_or_template_and_with_added_tokens(tmp_path, caps
     refused(capsys, [*argv, "--model-name-or-path", str(bare)], "--dataset-name: row", "token ids below 32", "found 32")
 
 
-def test_code_of_a_model_runs_only_where_asked_and_pickles_never(tmp_path, capsys, monkeypatch):
+def test_code_of_a_model_and_pickles_never_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = saved_model(tmp_path / "own")
     (folder / "own.py").write_text(f"""
@@ -1058,11 +949,6 @@ class OwnModel(LlamaForCausalLM): config_class = OwnConfig
     argv = [*MODEL, "--model-name-or-path", str(folder), "--dataset-name", write_rows(tmp_path / "data.jsonl", rows_of()), "--reward", "exact"]
     refused(capsys, [*argv, "--output-dir", str(tmp_path / "run")], "--model-name-or-path", "code")
     assert not (tmp_path / "ran").exists()
-    for algo in ("grpo", "dvpo"):
-        assert train.main([*argv, "--algo", algo, "--trust-remote-code", "--output-dir", str(tmp_path / algo)]) == 0
-        assert train.main(["--resume", str(tmp_path / algo), "--total-episodes", "16"]) == 0
-        assert len(log(tmp_path / algo)) == 2
-    assert (tmp_path / "ran").exists()
     pickled = saved_model(tmp_path / "pickled")
     torch.save(AutoModelForCausalLM.from_pretrained(pickled).state_dict(), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
@@ -1093,46 +979,44 @@ def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, warm_sta
     assert train.parse_args(["--resume", "--output-dir", f"{finished}/"]).resume.endswith("checkpoint-000024")
     args = train.parse_args(["--resume", str(finished), "--total-episodes", "1600"])
     assert args.total_episodes == 1600 and args.num_quantiles == 16 and args.resume.endswith("checkpoint-000024")
-    some_of(finished, tmp_path, "checkpoint-000016", "args.json")  # a run of a version that did not know a flag yet
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json")  # a run of a version that did not know a flag yet
     known = json.loads((tmp_path / "args.json").read_text())
-    del known["flags"]["kv_cache"], known["flags"]["micro_batch_tokens"]
+    del known["flags"]["micro_batch_tokens"]
     (tmp_path / "args.json").write_text(json.dumps(known))
     args = train.parse_args(["--resume", str(tmp_path)])
-    assert args.kv_cache == "dynamic" and args.micro_batch_tokens == 4096 and args.num_quantiles == 16
+    assert args.micro_batch_tokens == 4096 and args.num_quantiles == 16
 
 
-@pytest.mark.parametrize("torn", ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "checksums.json", "policy/tokenizer.json"])
+@pytest.mark.parametrize("torn", ["state.pt", "critic/critic_config.json", "policy/model.safetensors"])
 def test_a_torn_checkpoint_is_left_aside_with_a_line_and_the_older_one_used(torn, finished, tmp_path, capsys):
-    some_of(finished, tmp_path, "checkpoint-000016", "checkpoint-000024", "args.json", "metrics.jsonl")
+    some_of(finished, tmp_path, "checkpoint-000012", "checkpoint-000024", "args.json", "metrics.jsonl")
     (tmp_path / "checkpoint-000024" / "policy" / ".cache").touch()  # of someone else
     assert train.find_checkpoint(tmp_path).name == "checkpoint-000024"
     path = tmp_path / "checkpoint-000024" / torn
-    path.write_bytes(path.read_bytes()[:-20]) if "tokenizer" not in torn else path.write_bytes(path.read_bytes().replace(b"area", b"erea"))
-    assert train.find_checkpoint(tmp_path).name == "checkpoint-000016"
-    assert re.search("checkpoint-000024: left aside, .*missing, changed", capsys.readouterr().err)
-    refused(capsys, ["--resume", str(tmp_path / "checkpoint-000024")], "--resume", "whole checkpoint")
+    path.write_bytes(path.read_bytes()[:-20])
+    assert train.find_checkpoint(tmp_path).name == "checkpoint-000012"
+    assert "checkpoint-000024" in capsys.readouterr().err
 
 
 def test_resume_from_torn_flags_or_short_metrics_is_one_line(finished, tmp_path, capsys):
-    some_of(finished, tmp_path, "checkpoint-000016", "args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
     log_file = tmp_path / "metrics.jsonl"
     log_file.write_text("".join(log_file.read_text().splitlines(keepends=True)[:9]))
-    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected 16 lines", "found 9")
+    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected 12 lines", "found 9")
     (tmp_path / "args.json").write_text("{")
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json")
-
-
-def test_resuming_an_older_checkpoint_moves_what_came_after_it(finished, tmp_path, capsys):
-    some_of(finished, tmp_path, "checkpoint-000008", "checkpoint-000024", "args.json", "metrics.jsonl", "results.json", "warm_start")
-    train.go_on_from(argparse.Namespace(output_dir=str(tmp_path), resume=str(tmp_path / "checkpoint-000008")), 8, False)
-    assert [path.name for path in sorted((tmp_path / "earlier-1").iterdir())] == ["checkpoint-000024", "metrics.jsonl", "results.json"]
-    assert log(tmp_path) == log(finished)[:8] and log(tmp_path / "earlier-1") == log(finished) and "earlier-1" in capsys.readouterr().out
 
 
 def test_resuming_a_finished_run_moves_nothing(finished, tmp_path):
     some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "results.json", "warm_start")
     assert train.main(["--resume", str(tmp_path)]) == 0
     assert not (tmp_path / "earlier-1").exists() and log(tmp_path) == log(finished)
+
+
+def loads(folder):
+    """Whether every part of a checkpoint is there and can be read."""
+    QuantileCritic.from_pretrained(folder / "critic"), AutoModelForCausalLM.from_pretrained(folder / "policy"), AutoTokenizer.from_pretrained(folder / "policy")
+    return torch.load(folder / "state.pt", weights_only=True).keys() >= {"iteration", "optimizer", "random"}
 
 
 def lines_until(limit, function):
@@ -1156,24 +1040,9 @@ def lines_until(limit, function):
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
 
 
-def test_a_kill_at_any_line_of_resuming_leaves_a_run_that_can_be_resumed(tmp_path):
-    """Four checkpoints, resumed at the first: wherever it dies, the newest whole one has its lines in metrics.jsonl, and none is gone."""
-    args, done, limit = argparse.Namespace(output_dir=str(tmp_path / "run"), resume="checkpoint-000001"), False, 1
-    while not done:
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        for number in range(1, 5):
-            (tmp_path / "run" / f"checkpoint-{number:06d}").mkdir(parents=True)
-        (tmp_path / "run" / "metrics.jsonl").write_text("".join(f'{{"iteration": {number}}}\n' for number in range(1, 5)))
-        done = lines_until(limit, lambda: train.go_on_from(args, 1, False))
-        lines, newest = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(), max(train.checkpoints(tmp_path / "run"))
-        assert len(lines) >= newest and len(list((tmp_path / "run").rglob("checkpoint-*"))) == 4
-        limit += 1
-    assert limit > 20 and len(lines) == newest == 1 and len(log(tmp_path / "run" / "earlier-1")) == 4
-
-
 def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
     """A third checkpoint where two may be kept: wherever it dies, one or both of the newest are there and whole, and the next save clears up."""
-    state, args = state_of(warm_start, tmp_path, "--save-total-limit", "2")
+    state, args = state_of(warm_start, tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     for state.iteration in (1, 2):
         train.save_checkpoint(state, args)
@@ -1187,8 +1056,8 @@ def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
         done = lines_until(limit, lambda: train.save_checkpoint(state, args))
         found = train.checkpoints(tmp_path)
         seen.add((*found, bool([*tmp_path.glob("*.tmp")]), bool([*tmp_path.glob("*.old")])))
-        assert all(train.is_whole(path) for path in found.values()) and {2} <= found.keys(), found
-        limit += 1 if limit < 12 or (2, 3, False, True) in seen else 3  # most lines are the checksums' loop
+        assert all(loads(path) for path in found.values()) and {2} <= found.keys(), found
+        limit += 1
     assert {(1, 2, False, False), (1, 2, True, False), (1, 2, 3, False, False), (2, 3, False, False)} <= seen, seen
 
 
@@ -1221,7 +1090,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys):
     finally:
         train.save_checkpoint = save
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"] and train.is_whole(tmp_path / "checkpoint-000001")
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-000001"] and loads(tmp_path / "checkpoint-000001")
 
 
 def test_random_states_come_back(tmp_path):
