@@ -1,10 +1,11 @@
-"""Where an iteration's time and memory go, on train.py's own code, for a random model of some shape.
+"""Where an iteration's time and memory go, on train.py's own code, for a random model.
 
-    OMP_NUM_THREADS=1 python experiments/bench.py --vary algo=dvpo,ppo           # 5 M weights
-    OMP_NUM_THREADS=1 python experiments/bench.py --vary algo=dvpo,ppo --ragged  # responses of 8-112
-    OMP_NUM_THREADS=1 python experiments/bench.py --vary num-quantiles=8,50,200,800
-    OMP_NUM_THREADS=1 python experiments/bench.py --vary response=64,256,1024,4096 --batch 2
-    python experiments/bench.py --shape qwen3-1.7b --prompt 512 --response 2048 --batch 64   # a GPU's
+    export OMP_NUM_THREADS=1
+    python experiments/bench.py --vary algo=dvpo,ppo            # 5 M weights, responses of 64
+    python experiments/bench.py --vary algo=dvpo,ppo --ragged   # responses of 8 to 112
+    python experiments/bench.py --vary num-quantiles=8,50,200,800
+    python experiments/bench.py --vary response=64,256,1024,4096 --batch 2
+    python experiments/bench.py --shape qwen3-1.7b --response 2048 --batch 64    # a GPU's
 
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind --
 goes to train.py too. Every row has a process of its own, and they take turns, iteration by
@@ -44,33 +45,39 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 151936),
 }
-CONFIG = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-CONFIG = (*CONFIG, "num_key_value_heads", "vocab_size")
-# scoring: log-probs; values: the critic's, before the update.
-PHASES = ("rollout", "reward", "scoring", "values", "policy", "critic", "rest")
+# Functions of train.py, and the phase that each is. scoring: log-probs; values: the critic's.
+TIMED = {
+    "respond": "rollout",
+    "score": "reward",
+    "response_logprobs": "scoring",
+    "response_quantiles": "values",
+    "policy_backward": "policy",
+    "critic_backward": "critic",
+}
 
 
 def make_model(args, folder):
-    """Saves a random model, a word tokenizer and prompts of --prompt words, as train.py reads them."""
+    """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
     torch.manual_seed(0)
-    config = dict(zip(CONFIG, SHAPES[args.shape]))
+    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    names = f"{names} num_key_value_heads vocab_size".split()
+    config = dict(zip(names, SHAPES[args.shape]), pad_token_id=0, eos_token_id=1, bos_token_id=None)
     count, context = config["vocab_size"], args.prompt + args.response + 1
     config |= {"max_position_embeddings": context, "tie_word_embeddings": count > 10000}
-    config |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
     llama, qwen = transformers.LlamaConfig, transformers.Qwen3Config
     config = qwen(head_dim=128, **config) if "qwen3" in args.shape else llama(**config)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, count)}}
-    inner = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, count))]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, padding_side="left")
-    fast.pad_token, fast.eos_token = "<pad>", "<eos>"
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     fast.save_pretrained(folder)
-    rng, lines = random.Random(0), []
-    for _ in range(2 * args.batch + 2):
-        prompt = " ".join(f"w{rng.randrange(2, count)}" for _ in range(args.prompt))
-        lines.append(json.dumps({"prompt": prompt}) + "\n")
-    (folder / "prompts.jsonl").write_text("".join(lines))
+    rng = random.Random(0)
+    with open(folder / "prompts.jsonl", "w") as out:
+        for _ in range(2 * args.batch + 2):
+            prompt = " ".join(rng.choices(words[2:], k=args.prompt))
+            out.write(json.dumps({"prompt": prompt}) + "\n")
 
 
 def shape_lengths(model, prompt_length, ragged):
@@ -138,7 +145,8 @@ def told_to_go_on(connection):
 def worker(connection, args, flags):
     """One row's process: a run as train.py builds it, an iteration for each message -> seconds."""
     quiet()
-    held = peak_memory() and peak_memory()  # imports are not an iteration's
+    peak_memory()
+    held = peak_memory()  # imports are not an iteration's
     with tempfile.TemporaryDirectory() as folder:
         make_model(args, Path(folder))
         own = (
@@ -150,21 +158,19 @@ def worker(connection, args, flags):
         run = build(train_args)
     for model in {run.policy, run.sampler, run.reference or run.policy}:
         shape_lengths(model, args.prompt, args.ragged)
-    seconds, running = dict.fromkeys(PHASES, 0.0), []
+    seconds, running = {}, []
     for name, phase in TIMED.items():
         timed(train, name, phase, seconds, running)
     run.iteration = train_args.critic_warmup_steps
     while told_to_go_on(connection):
-        seconds.update(dict.fromkeys(PHASES, 0.0))
+        seconds.update(dict.fromkeys(TIMED.values(), 0.0))
         peak_memory()
         start = now()
         experience, _ = train.collect(run, train_args)
         train.update(run, train_args, experience)
-        total = now() - start
-        seconds["rest"] = total - sum(seconds.values())
-        tokens = int(experience.rollout.mask.sum())
-        memory = (peak_memory() - held) / 2**20
-        found = {"total": total, "tokens/s": tokens / total, "peak MiB": memory}
+        total, memory = now() - start, (peak_memory() - held) / 2**20
+        rest, tokens = total - sum(seconds.values()), int(experience.rollout.mask.sum())
+        found = {"rest": rest, "total": total, "tokens/s": tokens / total, "peak MiB": memory}
         connection.send({**seconds, **found})
 
 
@@ -189,10 +195,9 @@ def measure(rows, iterations):
                 sys.exit(f"bench: {name} failed, see above")
             if turn > 1:
                 found[name].append(result)
-    for connection in rows.values():
-        connection.send(False)
     medians = {}
     for name, results in found.items():
+        rows[name].send(False)
         columns = results[0].keys()
         medians[name] = {c: statistics.median(row[c] for row in results) for c in columns}
     return medians

@@ -1,12 +1,11 @@
-"""An iteration of this repository beside one of TRL's PPOTrainer, on the same model, turn by turn.
+"""An iteration of this repository beside one of TRL's PPOTrainer, on the same model, in turns.
 
-    pip install trl==1.12.0     # the last release with a PPO trainer; no requirement of this repository
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py --ragged
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0    # TRL's reference runs anyway
+    pip install trl==1.12.0     # the last release with a PPO trainer; no requirement of ours
+    OMP_NUM_THREADS=1 python experiments/bench_trl.py               # and with --ragged
+    OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0    # not of TRL's reference
 
-TRL has its scalar critic, KL in the reward, 2 mini-batches, 2 epochs, a reward model of no size; ours
-are dvpo and ppo. TRL's turn includes the metrics that it logs, ours does not include the writing.
+TRL has its scalar critic, KL in the reward, 2 mini-batches, 2 epochs, a reward model of no size;
+ours are dvpo and ppo. TRL's turn includes the metrics that it logs, ours not their writing.
 """
 
 import contextlib
@@ -62,27 +61,14 @@ def trainer_of(args, folder, callback):
     for model in (policy, reference):
         bench.shape_lengths(model, args.prompt, args.ragged)
     gpu = torch.cuda.is_available()
-    config = PPOConfig(
-        output_dir=folder,
-        per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=1,
-        num_mini_batches=2,
-        num_ppo_epochs=2,
-        total_episodes=1000 * args.batch,
-        local_rollout_forward_batch_size=args.batch,
-        response_length=args.response,
-        temperature=1.0,
-        stop_token="eos" if args.ragged else None,
-        num_sample_generations=0,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=not gpu,
-        bf16=gpu,
-        learning_rate=1e-6,
-        logging_steps=10**6,
-        disable_tqdm=True,
-        gradient_checkpointing=False,
-    )
+    options = {"per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1}
+    options |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "total_episodes": 1000 * args.batch}
+    options |= {"local_rollout_forward_batch_size": args.batch, "response_length": args.response}
+    options |= {"temperature": 1.0, "stop_token": "eos" if args.ragged else None}
+    options |= {"num_sample_generations": 0, "save_strategy": "no", "report_to": []}
+    options |= {"use_cpu": not gpu, "bf16": gpu, "gradient_checkpointing": False}
+    options |= {"learning_rate": 1e-6, "logging_steps": 10**6, "disable_tqdm": True}
+    config = PPOConfig(output_dir=folder, **options)
     models = (policy, reference, kind.from_config(no_size))
     return PPOTrainer(config, tokenizer, *models, rows, value_model, callbacks=[callback])
 
@@ -90,7 +76,8 @@ def trainer_of(args, folder, callback):
 def worker(connection, args, flags):
     """TRL's process, as bench.worker."""
     sys.stdout = sys.stderr  # it prints its metrics
-    held = bench.peak_memory() and bench.peak_memory()
+    bench.peak_memory()
+    held = bench.peak_memory()
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         bench.make_model(args, Path(folder))
         trainer_of(args, folder, Turn(connection, held)).train()

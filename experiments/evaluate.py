@@ -3,7 +3,7 @@
     python experiments/evaluate.py MODEL runs/a runs/b --set a.jsonl math --set b.jsonl model:FOLDER
 
 A run's folder stands for the policy of its newest checkpoint (of single turns), with its stop token
-and --chat-template. Prints a row per policy and --set FILE REWARD (--output adds it to a jsonl file),
+and --chat-template. Prints a row per policy and --set FILE REWARD (--output: also to a jsonl file),
 and then means, with Student's 95 % interval over policies that differ in -seedN alone.
 """
 

@@ -3,20 +3,17 @@
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
-The newest checkpoint answers held-out prompts (or --prompt) under the run's own flags, and its reward
-scores the answers, without noise. Per token: quantiles of the return that the critic predicts before
-it, their spread, the advantage, and what a scalar critic says: that of a run with --algo ppo, or one
-fitted here on --samples responses, by train.py's own steps. In a conversation the user's turns stand
-between the tokens. Blue: above what was expected, orange: below; heeds NO_COLOR and FORCE_COLOR.
+The newest checkpoint answers held-out prompts (or --prompt) under the run's own flags, but without
+noise. Per token: quantiles of the return that the critic predicts before it, their spread, the
+advantage, and the same of a scalar critic: that of a run with --algo ppo, or one fitted here on
+--samples responses. On the page blue is above what was expected, orange below.
 """
 
 import argparse
 import copy
-import functools
 import html
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -30,10 +27,10 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
-from harness.checkpoints import newest_checkpoint
+from harness.checkpoints import newest_checkpoint, restore
 from harness.flags import number_in, parse_args
 from harness.reports import run_script
-from harness.setup import build, build_critic, context_of, load, respond
+from harness.setup import adam, autocast, build, build_critic, respond
 from risk import tail_size
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, encode_prompts
@@ -41,22 +38,17 @@ from tasks.rewards import needed_parameters
 from train import collect, judge, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Of 256 terminal colours: white to blue, white to orange.
-PALETTE = {1: (255, 195, 153, 117, 75), -1: (255, 230, 223, 216, 208)}
 # Or two critics predict different things.
-SAME = ("task", "dataset_name", "model_name_or_path", "reward", "user", "max_turns", "seed")
-SAME = (*SAME, "gamma", "kl_coef")
+SAME = "task dataset_name model_name_or_path reward user max_turns seed gamma kl_coef".split()
 
 
 def flags_of(folder, flag, algo):
     """The flags of a run whose critic can be looked at; raises InputError."""
     newest_checkpoint(Path(folder))
     args = parse_args([f"--resume={folder}"])
-    if args.algo != algo:
-        raise InputError(f"{flag}: {folder}: expected a run with --algo {algo}, found {args.algo}")
-    if args.whiten_rewards:
-        expected = "expected a critic in the reward's units, found --whiten-rewards"
-        raise InputError(f"{flag}: {folder}: {expected}")
+    if args.algo != algo or args.whiten_rewards:
+        found = args.algo + " --whiten-rewards" * args.whiten_rewards
+        raise InputError(f"{flag}: {folder}: expected a run with --algo {algo}, found {found}")
     return args
 
 
@@ -70,50 +62,44 @@ def prompts_of(run, args, texts, rows):
         expected = f"expected none, as the run's user needs the data's column {needed[0]!r}"
         raise InputError(f"--prompt: {expected}; found {texts[0][:40]!r}")
     prompt_ids = encode_prompts(texts, run.tokenizer, args.chat_template == "auto")
-    room = context_of(run.policy) - args.response_length
+    room = run.context - args.response_length
     if (longest := max(map(len, prompt_ids))) > room:
         expected = f"expected at most {room} tokens, the context less --response-length"
         raise InputError(f"--prompt: {expected}, found {longest}")
     return Dataset.from_dict({"prompt": texts, PROMPT_IDS: prompt_ids})[:]
 
 
-def forward(run, args, rollout, function, *model, **flags):
-    """function(model, some rows) for all rows, in train.py's micro-batches and precision."""
-    part = functools.partial(function, *model, **flags)
+def forward(run, args, rollout, function, model, *rest):
+    """function(model, some rows, *rest) for all rows, in train.py's micro-batches and precision."""
+    limits = (args.micro_batch_size, args.micro_batch_tokens)
     with autocast(run), torch.no_grad():
-        return ro.in_micro_batches(part, rollout, args.micro_batch_size, args.micro_batch_tokens)
+        return ro.in_micro_batches(function, model, rollout, *limits, *rest)
 
 
 def answer(run, args, batch, greedy):
-    """Responses of the policy, their scores without noise (B,), and token rewards (B, T).
+    """Responses, their scores without noise (B,), and token rewards (B, T).
 
     NaN where the reward needs columns that a prompt lacks.
     """
-    with autocast(run):
-        rollout = respond(run, args, batch, 0.0 if greedy else args.temperature)
+    rollout = respond(run, args, batch, 0.0 if greedy else args.temperature)
     off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
     try:
-        scores, _ = judge(run, argparse.Namespace(**vars(args) | off), batch, rollout)
+        scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
     except InputError as error:
         if "needs the column" not in str(error):
             raise
         scores = torch.full(rollout.mask.shape[:1], math.nan, device=rollout.mask.device)
     logprobs, reference = (
-        model
-        and forward(run, args, rollout, ro.response_logprobs, model, temperature=args.temperature)
+        model and forward(run, args, rollout, ro.response_logprobs, model, args.temperature)
         for model in (run.policy, run.reference)
     )
-    return (
-        rollout,
-        scores,
-        dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef),
-    )
+    rewards = dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef)
+    return rollout, scores, rewards
 
 
 def judged_by(critic, run, args, rollout, rewards):
     """What a critic says: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T)."""
-    heads = forward(run, args, rollout, ro.response_quantiles, critic, after_last=True).mean(dim=2)
-    after = None
+    heads, after = forward(run, args, rollout, ro.response_quantiles, critic, True).mean(2), None
     if args.bootstrap_truncated:
         after = torch.where(rollout.truncated.unsqueeze(1), heads[:, -1], 0)
     quantiles = heads[:, :-1].sort(dim=-1).values
@@ -124,33 +110,30 @@ def judged_by(critic, run, args, rollout, rewards):
 def scalar_critic(run, args, folder, samples):
     """PPO's critic, of the run in a folder or else fitted here, and a few words on which it is."""
     if folder:
-        other, found = flags_of(folder, "--scalar", "ppo"), newest_checkpoint(Path(folder))
+        other = flags_of(folder, "--scalar", "ppo")
         for name in SAME:
             ours, theirs = getattr(args, name), getattr(other, name)
             if ours != theirs:
                 expected = f"expected --{name.replace('_', '-')} {ours}, as in the other run"
                 raise InputError(f"--scalar: {folder}: {expected}, found {theirs}")
-        critic = load(QuantileCritic, found / "critic", "--scalar").to(run.policy.device)
-        return critic, f"PPO's, of {folder} ({found.name}), fitted to its own policy's responses"
-    num_batches = math.ceil(samples / args.batch_size)
-    size = samples // num_batches
-    fit = argparse.Namespace(**vars(args))
-    # The policy rests, and nothing is read from the checkpoint.
-    fit.algo, fit.resume, fit.group_size, fit.critic_warmup_steps = "ppo", None, 1, math.inf
-    fit.batch_size, fit.num_mini_batches = size, min(args.num_mini_batches, size)
-    own, rate = copy.copy(run), fit.critic_learning_rate
-    own.critic = build_critic(fit, own.policy, context_of(own.policy)).to(own.policy.device)
-    adam = torch.optim.AdamW(own.critic.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    own.critic_optimizer = adam
-    for own.iteration in trange(num_batches, desc="fitting a scalar critic"):
+        found = newest_checkpoint(Path(folder)) / "critic"
+        critic = QuantileCritic.from_pretrained(found).to(run.policy.device)
+        return critic, f"PPO's, of {folder}, which learned from its own policy's responses"
+    count = math.ceil(samples / args.batch_size)
+    size = samples // count
+    # The policy rests.
+    fit = {"algo": "ppo", "group_size": 1, "critic_warmup_steps": math.inf, "batch_size": size}
+    fit = argparse.Namespace(**{**vars(args), **fit})
+    fit.num_mini_batches = min(args.num_mini_batches, size)
+    own = copy.copy(run)
+    own.critic = build_critic(fit, own.policy, own.context).to(own.policy.device)
+    own.critic_optimizer = adam(own.critic, fit.critic_learning_rate)
+    for own.iteration in trange(count, desc="fitting a scalar critic"):
         experience, metrics = collect(own, fit)
         update(own, fit, experience)
-    explained = f"explained variance {metrics['val/explained_var']:.3f} on the last {size}"
-    where = f"on {num_batches * size} responses of this run's policy"
-    return (
-        own.critic,
-        f"fitted here, as --algo ppo does it, {where} ({explained}, before their update)",
-    )
+    explained = f"explained variance {metrics['val/explained_var']:.3f} before the last update"
+    where = f"on {count * size} responses of this run's policy"
+    return own.critic, f"fitted here, as --algo ppo does it, {where} ({explained})"
 
 
 def visible(text):
@@ -208,14 +191,6 @@ def largest(shown):
     return max([abs(token[name] or 0) for token in tokens for name in names], default=0) or 1.0
 
 
-def tinted(text, advantage, scale, colour):
-    if not colour or advantage is None:
-        return text
-    shades = PALETTE[1 if advantage >= 0 else -1]
-    shade = shades[round(4 * min(abs(advantage) / scale, 1))]
-    return f"\x1b[38;5;16;48;5;{shade}m{text}\x1b[0m"
-
-
 def number(value):
     return f"{'-':>7}" if value is None else f"{round(value, 3) + 0.0:7.3f}"  # + 0.0: no -0.000
 
@@ -226,39 +201,29 @@ def scored(row):
     return score + ", truncated" * row["truncated"]
 
 
-def table(row, scale=1.0, colour=False):
+def table(row):
     """A line per token: quantiles, spread, mean and advantage, the scalar critic's, the return."""
     names = [*(f"{p:.0%}" for p in SHOWN), "std", "mean", "adv", "scalar", "its adv", "return"]
     lines = [f"{'token':16}" + "".join(f"{name:>8}" for name in names)]
     for token in row["tokens"]:
         lines += [f"({token['before']})"] if token["before"] else []
-        cells = [tinted(f"{token['text'][:16]:16}", token["advantage"], scale, colour)]
-        cells += map(number, token["shown"])
+        cells = [number(value) for value in token["shown"]]
         for name in ("std", "mean", "advantage", "scalar", "scalar_advantage", "return"):
-            tint = token[name] if "advantage" in name else None
-            cells.append(tinted(number(token[name]), tint, scale, colour))
-        lines.append(" ".join(cells))
+            cells.append(number(token[name]))
+        lines.append(" ".join([f"{token['text'][:16]:16}", *cells]))
     return "\n".join(lines)
 
 
-def print_rows(shown, colour):
-    scale, kinds = largest(shown), {"response": "advantage"}
+def print_rows(shown):
     print(
         "Per token: quantiles of the return predicted before it, their std and mean, the advantage"
     )
     print("(what came, minus the mean, by GAE), the scalar critic's two, and the return that came.")
-    if colour:
-        print(f"Blue: better than predicted, orange: worse, in full at {scale:.3f}.")
-        kinds = {"distribution": "advantage", "scalar": "scalar_advantage"}
     for index, row in enumerate(shown, 1):
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
-        for name, key in kinds.items():
-            texts = []
-            for token in row["tokens"]:
-                texts += [f"({token['before']})"] if token["before"] else []
-                texts.append(tinted(token["text"], token[key], scale, colour))
-            print(f"   {name:13}" + "|".join(texts))
-        print(table(row, scale, colour))
+        texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
+        print("   response     " + "|".join(texts))
+        print(table(row))
 
 
 def rounded(value):
@@ -312,6 +277,7 @@ def page(shown, said):
 def inspect(args):
     flags = flags_of(args.run, "run", "dvpo")
     run = build(flags)
+    restore(run, newest_checkpoint(Path(args.run)))
     torch.manual_seed(args.seed)
     batch = prompts_of(run, flags, args.prompt, args.rows)
     scalar, which = scalar_critic(run, flags, args.scalar, args.samples)
@@ -321,8 +287,7 @@ def inspect(args):
     said = f"{args.run}, {mode}, gamma {flags.gamma:g}, lambda {flags.lam:g}"
     said += f", KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
     print(said)
-    colour = os.environ.get("FORCE_COLOR") or sys.stdout.isatty()
-    print_rows(shown, bool(colour) and not os.environ.get("NO_COLOR"))
+    print_rows(shown)
     if args.html:
         args.html.write_text(page(shown, said), encoding="utf-8")
         print(f"\nwritten: {args.html}")

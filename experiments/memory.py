@@ -13,9 +13,9 @@ Reads the models' config only (a hub name, or a folder). Bytes, P a model's para
     rollout  KV cache: per token of the batch and layer 4 kv (bf16 keys and values)
 
 q and kv: the widths of all query heads and of all key heads. The peak is held + the larger of
-update and rollout; allow 10 % more for CUDA. With --dtype float32 there are no casts and no sampler,
-and the other 2s and 4s of update and rollout double, but for hidden. A conversation counts as
---max-turns responses; a user's turns do not count.
+update and rollout; allow 10 % more for CUDA. With --dtype float32 there are no casts and no
+sampler, and the other 2s and 4s of update and rollout double, but for hidden. A conversation
+counts as --max-turns responses without its user's turns.
 """
 
 import argparse
@@ -110,20 +110,15 @@ def show(own):
         raise InputError(f"model: {one_line(error)}") from error
     for name, size in found.items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")
-    print(f"prompts of {own.prompt} tokens; peak: policy, critic, reference and sampler, and the")
-    print("larger of KV cache and casts + activations + logits")
+    print("peak: the first four, and the larger of KV cache and casts + activations + logits")
 
 
 def main():
-    epilog = "train.py's flags stand behind --"
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog=epilog)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--prompt", type=number_in("[1, inf)", int), default=256, help="tokens")
-    words = [*sys.argv[1:], "--"]
-    at = words.index("--")
-    own = parser.parse_args(words[:at])
-    own.flags = words[at + 1 : -1]
-    run_script(parser, show, own)
+    parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
+    run_script(parser, show, parser.parse_args())
 
 
 if __name__ == "__main__":
