@@ -1,17 +1,18 @@
-"""The objective, in the order in which the numbers flow: token rewards, advantages and targets, policy loss, critic loss.
+"""The objective, as the numbers flow: token rewards, advantages and targets, the two losses.
 
-All functions are pure. Response tensors are (B, T), right-padded; `mask` (B, T) bool is True on the tokens that the policy chose,
-and whatever stands where it is False (NaN included) changes nothing. Losses are sums over tokens divided by `num_tokens`: pass
-the whole minibatch's count and micro-batches add up to exactly its gradient.
+All functions are pure. Response tensors are (B, T); `mask` (B, T) bool is True on the tokens that
+the policy chose, and whatever stands where it is False (NaN included) changes nothing. Losses are
+sums over tokens divided by `num_tokens`: pass the whole minibatch's count, and micro-batches add
+up to exactly its gradient.
 """
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from critic import head_consistency, quantile_huber_loss
-from risk import lower_tail_mean, risk_regularizer, tail_size, upper_tail_mean
+from risk import risk_regularizer
 
-LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far inside fp32
+# exp(20) = 5e8: far outside any trust region, far inside fp32
+LOG_RATIO_LIMIT = 20.0
 
 
 def masked_mean(values, mask, num_tokens=None):
@@ -21,13 +22,15 @@ def masked_mean(values, mask, num_tokens=None):
     """
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
     count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=values.device)
+    # where, not *: 0 * NaN is NaN
     return torch.where(mask, values, 0).sum() / count.clamp(min=1)
 
 
 def masked_whiten(values, mask, shift_mean=True):
-    """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots of mask, and 0 in the others.
+    """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
-    shift_mean=False divides only and keeps the mean (used for rewards). Fewer than two valid tokens: centred, not scaled.
+    shift_mean=False divides only and keeps the mean (for rewards). Fewer than two valid tokens:
+    centred, not scaled.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0)
@@ -37,27 +40,12 @@ def masked_whiten(values, mask, shift_mean=True):
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
 
 
-def token_logprobs(logits, ids, temperature, chunk_size=2**24):
-    """log softmax(logits / temperature) at ids: (B, T, V), (B, T) -> (B, T) fp32, in nats; logits stay as they are.
-
-    Tokens go in chunks of about chunk_size fp32 numbers, recomputed in backward: no fp32 copy of (B, T, V) is ever kept.
-    """
-
-    def chunk_logprobs(logits, ids):
-        logits = logits.float() if temperature == 1 else logits.float() / temperature
-        return -torch.nn.functional.cross_entropy(logits, ids, reduction="none")
-
-    tokens = max(1, chunk_size // logits.shape[-1])
-    chunks = zip(logits.flatten(0, 1).split(tokens), ids.flatten().split(tokens))
-    logprobs = torch.cat([checkpoint(chunk_logprobs, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
-    return logprobs.view(ids.shape)
-
-
 def kl_estimate(logprobs, ref_logprobs, kind):
-    """Per-token estimates of KL(policy || ref) from tokens that the policy sampled: same shape as the inputs, in nats.
+    """Estimates of KL(policy || ref) from tokens that the policy sampled: as the inputs, in nats.
 
-    k1 = logp - ref (unbiased, may be negative);  k2 = k1^2 / 2;  k3 = exp(-k1) - 1 + k1 (unbiased, never negative).
-    k1 is clamped to +-20 in k3's exponent. Raises ValueError for another kind. (Schulman, "Approximating KL divergence".)
+    k1 = logp - ref (unbiased, may be negative);  k2 = k1^2 / 2;
+    k3 = exp(-k1) - 1 + k1 (unbiased, never negative), k1 clamped to +-20 in it.
+    Raises ValueError for another kind. (Schulman, "Approximating KL divergence".)
     """
     k1 = logprobs - ref_logprobs
     if kind == "k1":
@@ -72,37 +60,46 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 
 def last_token(mask):
     """(B, T) -> (B, T) bool: of every row only the last True slot."""
-    return mask & (mask.flip(1).cumsum(1).flip(1) == 1)  # True slots left from here on: one
+    left_from_here = mask.flip(1).cumsum(1).flip(1)
+    return mask & (left_from_here == 1)
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """The reward of every token: -kl_coef * k1 on each, plus the sequence's score on the last True slot of its mask row.
+    """The reward of every token: -kl_coef * k1 on each, plus the row's score on its last True slot.
 
-    scores (B,), the rest (B, T) -> (B, T), reward units, without gradient. ref_logprobs may be None if kl_coef is 0.
-    A row without a True slot (an empty completion) gets no reward at all. [ours]: KL in the reward, as in InstructGPT and TRL.
+    scores (B,), the rest (B, T) -> (B, T), reward units, without gradient. ref_logprobs may be
+    None if kl_coef is 0. A row without a True slot (an empty completion) gets no reward at all.
+    [ours]: KL in the reward, as in InstructGPT and TRL.
     """
-    assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
+    shapes = f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
+    assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, shapes
     rewards = torch.zeros_like(logprobs, requires_grad=False)
     if kl_coef != 0:
-        rewards = torch.where(mask, -kl_coef * kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1"), 0)
-    return rewards + torch.where(last_token(mask), scores.detach().to(rewards.dtype).unsqueeze(1), 0)
+        kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
+        rewards = torch.where(mask, -kl_coef * kl, 0)
+    scores = scores.detach().to(rewards.dtype).unsqueeze(1)
+    return rewards + torch.where(last_token(mask), scores, 0)
 
 
 @torch.no_grad()
 def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, successors=None):
-    """Generalised advantage estimation for each quantile index on its own, over the policy's tokens.
+    """Generalised advantage estimation for each quantile index by itself, over the policy's tokens.
 
-    rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0 where mask is False.
-    bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for truncated rows.
-    successors (B, T, M) or None: what a state is worth seen from the one before it; None = its quantiles.
-    [ours], after the [paper]'s token-level value distributions; index j is paired with index j over time, as if returns rose and fell together:
+    rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0
+    where mask is False.
+    bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for cut-off rows.
+    successors (B, T, M) or None: what a state is worth seen from the one before it; None = its
+    quantiles. [ours], after the [paper]'s token-level value distributions; index j is paired with
+    index j over time, as if returns rose and fell together:
 
-        delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t),  A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
+        delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t)
+        A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
 
-    t + 1 means the policy's next token: a gap in the mask (a user's or a tool's turn) is carried across, undiscounted.
-    The mean over j is scalar GAE on the mean value, exactly (tests/test_dvpo.py).
+    t + 1 means the policy's next token: a gap in the mask (a user's or a tool's turn) is carried
+    across, undiscounted. The mean over j is scalar GAE on the mean value, exactly.
     """
-    assert rewards.shape == mask.shape == quantiles.shape[:2], f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
+    shapes = f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
+    assert rewards.shape == mask.shape == quantiles.shape[:2], shapes
     quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
     successors = quantiles if successors is None else successors.sort(dim=-1).values
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
@@ -120,95 +117,56 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
 
 
 def scalar_advantage(advantages):
-    """What the policy sees of a distributional advantage, its mean over quantiles: (B, T, M) -> (B, T). [ours], see the README."""
+    """What the policy sees of a distributional advantage, its mean: (B, T, M) -> (B, T). [ours]"""
     return advantages.mean(dim=-1)
 
 
-# The baselines' advantages. Whatever a method adds to PPO is here; train.py chooses.
-
-
-def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
-    """Robust-Bellman PPO: GAE in which a successor is worth what the most pessimistic of N scalar heads says. [ours in form]
-
-    rewards, mask (B, T), head_values (B, T, N), bootstrap (B, N) or None -> advantages, targets (B, T, 1), as distributional_gae:
-
-        delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
-    """
-    assert rewards.shape == mask.shape == head_values.shape[:2], f"rewards {tuple(rewards.shape)}, head_values {tuple(head_values.shape)}"
-    worst = head_values.amin(dim=-1, keepdim=True)
-    after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
-    return distributional_gae(rewards, head_values.mean(dim=-1, keepdim=True), mask, gamma, lam, after, worst)
-
-
-def discounted_returns(rewards, mask, gamma):
-    """What was sampled from every token on, sum_k gamma^k r_{t+k} over the policy's tokens: (B, T), (B, T) -> (B, T), 0 off the mask.
-
-    Whitened over the batch, it is Reinforce++'s advantage.
-    """
-    return distributional_gae(rewards, torch.zeros_like(rewards).unsqueeze(-1), mask, gamma, 1.0)[0].squeeze(-1)
-
-
-def group_advantages(scores, group_size, divide_by_std):
-    """GRPO's advantage, how much better a response scored than the others to its prompt: scores (B,), groups contiguous -> (B,).
-
-    (r - mean) / std over each group (unbiased std, + 1e-4), 0 where all are equal; divide_by_std=False is Dr. GRPO's.
-    Raises ValueError for a group of 1, or a size that does not divide B. (Shao et al. 2024; Liu et al. 2025.)
-    """
-    assert scores.dim() == 1, f"scores {tuple(scores.shape)}"
-    if group_size < 2 or len(scores) % group_size:
-        raise ValueError(f"group_size: expected at least 2 and a divisor of {len(scores)} scores, found {group_size}")
-    groups = scores.view(-1, group_size)
-    groups = groups - groups[:, :1]  # equal scores are then exactly 0, whatever rounding a mean has
-    centred = groups - groups.mean(dim=1, keepdim=True)
-    return (centred / (groups.std(dim=1, keepdim=True) + 1e-4) if divide_by_std else centred).flatten()
-
-
-def sequence_weights(mask):
-    """Token weights under which every response counts the same, as in GRPO's loss: mask (B, T) -> (B, T), with mean 1 over tokens.
-
-    mean_length / length: a sum over tokens divided by the token count is then the mean over responses of their means.
-    """
-    lengths = mask.sum(dim=1, keepdim=True)
-    return torch.where(mask, mask.sum() / (lengths > 0).sum().clamp(min=1) / lengths.clamp(min=1), 0)
-
-
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
-    """PPO's clipped surrogate, averaged over tokens: -min(ratio A, clip(ratio, 1 - cliprange, 1 + cliprange) A).
+    """PPO's clipped surrogate over tokens: mean of -min(ratio A, clip(ratio, 1 +- cliprange) A).
 
-    All tensors (B, T); gradient reaches logprobs only -> loss, {clipfrac, approx_kl, ratio}, scalars that add up like the loss.
-    ratio = exp(logp - old), log-ratio clamped to +-20. clipfrac: share of tokens where the clip binds. approx_kl: mean k2 (as TRL).
+    All tensors (B, T); gradient reaches logprobs only -> loss, {clipfrac, approx_kl, ratio},
+    scalars that add up like the loss. ratio = exp(logp - old), log-ratio clamped to +-20.
+    clipfrac: share of tokens where the clip binds. approx_kl: mean k2 (as TRL).
     """
-    assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape, f"logprobs {tuple(logprobs.shape)}, mask {tuple(mask.shape)}"
-    log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0)  # where, not *: 0 * NaN is NaN
+    shapes = f"logprobs {tuple(logprobs.shape)}, mask {tuple(mask.shape)}"
+    assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape, shapes
+    log_ratio = torch.where(mask, logprobs - old_logprobs.detach(), 0)
     advantages = torch.where(mask, advantages.detach(), 0)
     ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
+    approx_kl = kl_estimate(log_ratio.detach(), 0.0, "k2")
     metrics = {
         "clipfrac": masked_mean((clipped > unclipped).float(), mask, num_tokens),
-        "approx_kl": masked_mean(kl_estimate(log_ratio.detach(), 0.0, "k2"), mask, num_tokens),
+        "approx_kl": masked_mean(approx_kl, mask, num_tokens),
         "ratio": masked_mean(ratio.detach(), mask, num_tokens),
     }
     return loss, metrics
 
 
 def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=None):
-    """Every head regressed on the targets, plus the tail terms on the heads' mean and their consistency.
+    """Every head regressed on the targets, plus the tail terms on the heads' mean and consistency.
 
-    head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in reward units, risk a RiskConfig or None
-    -> loss, {quantile, calibration, shift, shape, curvature, consistency}, scalars that add up like the loss.
-    kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1 there), and no tail terms.
+    head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in reward
+    units, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
+    consistency}, scalars that add up like the loss.
+    kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1
+    there), and no tail terms.
     """
-    assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
-    # Zeros on padding, not boolean indexing: a NaN there stays out of the gradient, and no GPU has to wait for a count.
+    shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
+    assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
+    # Zeros on padding, not boolean indexing: a NaN there stays out of the gradient, and no GPU
+    # has to wait for a count.
     head_quantiles = torch.where(mask[..., None, None], head_quantiles, 0)
     targets = torch.where(mask[..., None], targets.detach(), 0)
     if kappa is None:
         error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
         return masked_mean(error.square().mean(dim=-1) / 2, mask, num_tokens), {}
-    # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the mean over it is over heads too.
-    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels.repeat(head_quantiles.shape[2]), kappa)
+    # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the
+    # mean over it is over heads too.
+    levels = levels.repeat(head_quantiles.shape[2])
+    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels, kappa)
     terms = {"quantile": token_loss}
     if risk is not None:
         tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=2), targets, risk)
@@ -216,61 +174,80 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
         token_loss = token_loss + tail_loss
         if risk.consistency != 0:
             token_loss = token_loss + risk.consistency * terms["consistency"]
-    return masked_mean(token_loss, mask, num_tokens), {name: masked_mean(term.detach(), mask, num_tokens) for name, term in terms.items()}
+    metrics = {name: masked_mean(term.detach(), mask, num_tokens) for name, term in terms.items()}
+    return masked_mean(token_loss, mask, num_tokens), metrics
+
+
+def masked_variance(values, mask):
+    """The (biased) variance of values (B, T) over the True slots of mask, as a scalar."""
+    return masked_mean((values - masked_mean(values, mask)).square(), mask)
 
 
 def explained_variance(values, targets, mask):
-    """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors: 1 perfect, 0 no better than a constant.
+    """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors, as a scalar.
 
-    A scalar; NaN where the targets do not vary or fewer than two tokens are valid. Meant for a whole batch: averages of it mislead.
+    1 perfect, 0 no better than a constant; NaN where the targets do not vary or fewer than two
+    tokens are valid. Meant for a whole batch: averages of it mislead.
     """
-
-    def variance(x):
-        return masked_mean((x - masked_mean(x, mask)).square(), mask)
-
-    spread = variance(targets)
-    return torch.where(spread > 0, 1 - variance(targets - values) / spread, torch.nan)
+    spread = masked_variance(targets, mask)
+    unexplained = masked_variance(targets - values, mask)
+    return torch.where(spread > 0, 1 - unexplained / spread, torch.nan)
 
 
-@torch.no_grad()
-def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
+# ---- The baselines' advantages and weights. What a method adds to PPO is here; train.py chooses.
 
-    objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward = scores - kl_coef * kl.
-    ref_logprobs None (no reference model): the KL is unknown, NaN.
+
+def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
+    """Robust-Bellman PPO: a successor is worth what the most pessimistic of N scalar heads says.
+
+    rewards, mask (B, T), head_values (B, T, N), bootstrap (B, N) or None -> advantages, targets
+    (B, T, 1), as distributional_gae. [ours in form]
+
+        delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
-    kl = scores.new_tensor(torch.nan)
-    if ref_logprobs is not None:
-        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
-    return {
-        "objective/kl": kl,
-        "objective/scores": scores.mean(),
-        "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
-        "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef != 0 else 0),
-    }
+    shapes = f"rewards {tuple(rewards.shape)}, head_values {tuple(head_values.shape)}"
+    assert rewards.shape == mask.shape == head_values.shape[:2], shapes
+    mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
+    after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
+    return distributional_gae(rewards, mean, mask, gamma, lam, after, worst)
 
 
-@torch.no_grad()
-def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
-    """What the critic believes, and whether it is right, as scalars over the True slots of mask.
+def discounted_returns(rewards, mask, gamma):
+    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T).
 
-    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
-    crossing_frac: share of neighbouring quantiles out of order;  std, lower_tail, upper_tail: spread, S_low, S_up (reward units);
-    coverage: share of returns within [Q(alpha), Q(1 - beta)], calibrated at 1 - alpha - beta or more (ties count as inside);
-    head_spread: root mean square distance of a head from the heads' mean (reward units).
+    Over the policy's tokens; 0 off the mask. Whitened over the batch, Reinforce++'s advantage.
     """
-    head_quantiles, returns = head_quantiles[mask], returns[mask]  # (tokens, N, M), (tokens,): no work on padding
-    unsorted = head_quantiles.mean(dim=1)
-    q = unsorted.sort(dim=-1).values
-    mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
-    low, high = q[..., tail_size(num_quantiles, alpha) - 1], q[..., num_quantiles - tail_size(num_quantiles, beta)]
-    crossing = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1) / max(num_quantiles - 1, 1)
-    per_token = {
-        "crossing_frac": crossing,
-        "std": q.std(dim=-1, unbiased=False),
-        "lower_tail": mean - lower_tail_mean(q, alpha),
-        "upper_tail": upper_tail_mean(q, beta) - mean,
-        "coverage": ((returns >= low) & (returns <= high)).float(),
-        "head_spread": head_consistency(head_quantiles).sqrt(),
-    }
-    return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}
+    no_values = torch.zeros_like(rewards).unsqueeze(-1)
+    returns, _ = distributional_gae(rewards, no_values, mask, gamma, 1.0)
+    return returns.squeeze(-1)
+
+
+def group_advantages(scores, group_size, divide_by_std):
+    """GRPO's: how much better a response scored than the others to its prompt, (B,) -> (B,).
+
+    scores: groups stand together. (r - mean) / std over each group (unbiased std, + 1e-4), 0 where
+    all are equal; divide_by_std=False is Dr. GRPO's. Raises ValueError for a group of 1, or a
+    size that does not divide B. (Shao et al. 2024; Liu et al. 2025.)
+    """
+    assert scores.dim() == 1, f"scores {tuple(scores.shape)}"
+    if group_size < 2 or len(scores) % group_size:
+        expected = f"at least 2 and a divisor of {len(scores)} scores"
+        raise ValueError(f"group_size: expected {expected}, found {group_size}")
+    groups = scores.view(-1, group_size)
+    # Equal scores are then exactly 0, whatever rounding a mean has.
+    groups = groups - groups[:, :1]
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        centred = centred / (groups.std(dim=1, keepdim=True) + 1e-4)
+    return centred.flatten()
+
+
+def sequence_weights(mask):
+    """Token weights under which every response counts the same (GRPO): (B, T) -> (B, T), mean 1.
+
+    mean_length / length: a sum over tokens divided by the token count is then the mean over
+    responses of their means.
+    """
+    lengths = mask.sum(dim=1, keepdim=True)
+    mean_length = mask.sum() / (lengths > 0).sum().clamp(min=1)
+    return torch.where(mask, mean_length / lengths.clamp(min=1), 0)

@@ -1,0 +1,217 @@
+"""Saving a run, going on with it, and stopping it: whole checkpoints or none, bit for bit."""
+
+import contextlib
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+
+from critic import QuantileCritic
+from tasks import InputError, one_line
+
+
+def flushed(path):
+    """A file or folder, on the disk and not only on its way there."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_whole(path, text):
+    """Text in a file: all of it, or what stood there before."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    flushed(aside)
+    os.replace(aside, path)
+
+
+def checkpoints(output_dir):
+    """{iteration: folder} of all checkpoints in a run's folder, oldest first."""
+    found = {}
+    for path in output_dir.glob("checkpoint-*"):
+        if re.fullmatch("checkpoint-[0-9]+", path.name):
+            found[int(path.name.removeprefix("checkpoint-"))] = path
+    return dict(sorted(found.items()))
+
+
+def newest_checkpoint(output_dir):
+    """The folder of the newest checkpoint; raises InputError where there is none."""
+    found = [*checkpoints(output_dir).values()]
+    if not found:
+        what = "none" if output_dir.is_dir() else "no such folder"
+        raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {what}")
+    return found[-1]
+
+
+def random_states():
+    """Every generator that is not the run's own, in types that torch.load reads safely."""
+    name, keys, *rest = numpy.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "python": random.getstate(),
+        "numpy": (name, keys.tolist(), *rest),
+    }
+
+
+def set_random_states(states):
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["python"])
+    numpy.random.set_state(states["numpy"])
+    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def write_checkpoint(run, folder):
+    """policy/ with the tokenizer, critic/, and in state.pt all else that going on needs."""
+    run.policy.save_pretrained(folder / "policy")
+    run.tokenizer.save_pretrained(folder / "policy")
+    state = {
+        "iteration": run.iteration,
+        "before": run.before,
+        "examples": run.examples,
+        "seconds": time.time() - run.start,
+        "optimizer": run.optimizer.state_dict(),
+        "critic_optimizer": None,
+        "random": random_states(),
+        "noise": run.noise.get_state(),
+    }
+    if run.critic is not None:
+        run.critic.save_pretrained(folder / "critic")
+        state["critic_optimizer"] = run.critic_optimizer.state_dict()
+    torch.save(state, folder / "state.pt")
+
+
+def save_checkpoint(run, args):
+    """Writes output_dir/checkpoint-ITERATION, complete or not at all, and keeps the newest two.
+
+    The position in the data and in metrics.jsonl is the iteration. Raises InputError.
+    """
+    output_dir = Path(args.output_dir)
+    folder = output_dir / f"checkpoint-{run.iteration:06d}"
+    aside = folder.with_suffix(".tmp")
+    for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:
+        # By a run that was killed.
+        shutil.rmtree(left)
+    if folder.exists():
+        # The run ended here before.
+        return folder
+    try:
+        write_checkpoint(run, aside)
+        for path in [*aside.rglob("*"), aside, output_dir / "metrics.jsonl"]:
+            flushed(path)
+    except Exception as error:
+        # A full disk, in each library's own words.
+        shutil.rmtree(aside, ignore_errors=True)
+        found = f"cannot write {folder.name}, earlier ones are kept; found: {one_line(error)}"
+        raise InputError(f"--output-dir: {found}") from error
+    os.replace(aside, folder)
+    flushed(output_dir)
+    for path in [*checkpoints(output_dir).values()][:-2]:
+        shutil.rmtree(path.rename(path.with_suffix(".old")))
+    return folder
+
+
+def restore(run, folder):
+    """Puts back what write_checkpoint wrote."""
+    state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
+    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    run.policy.load_state_dict(policy.state_dict())
+    run.optimizer.load_state_dict(state["optimizer"])
+    if run.critic is not None:
+        critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
+        run.critic.load_state_dict(critic.state_dict())
+        run.critic_optimizer.load_state_dict(state["critic_optimizer"])
+    run.iteration, run.before, run.examples = state["iteration"], state["before"], state["examples"]
+    run.start = time.time() - state["seconds"]
+    run.noise.set_state(state["noise"])
+    set_random_states(state["random"])
+
+
+def cut_log(path, iteration):
+    """Cuts metrics.jsonl behind an iteration's line; raises InputError where it ends before."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if len(lines) < iteration:
+        expected = f"expected {iteration} lines in {path}, one for each iteration"
+        raise InputError(f"--resume: {expected}, found {len(lines)}")
+    if lines:
+        os.truncate(path, sum(map(len, lines[:iteration])))
+
+
+def resume(run, args):
+    """Goes on from the newest checkpoint that loads; one that does not is renamed, with a line."""
+    output_dir = Path(args.output_dir)
+    while True:
+        folder = newest_checkpoint(output_dir)
+        try:
+            restore(run, folder)
+            break
+        except Exception as error:
+            # A torn file can fail in any way.
+            broken = folder.rename(folder.with_suffix(".broken"))
+            found = f"expected a whole checkpoint, found: {one_line(error)}"
+            print(f"{folder}: {found}; now {broken.name}", file=sys.stderr)
+    cut_log(output_dir / "metrics.jsonl", run.iteration)
+    print(f"going on from {folder}")
+
+
+def set_aside(output_dir):
+    """Moves an earlier run's files to output_dir/earlier-K; the warm start stays for reuse."""
+    names = ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*")
+    found = [path for name in names for path in output_dir.glob(name)]
+    if not found:
+        return
+    for number in itertools.count(1):
+        earlier = output_dir / f"earlier-{number}"
+        if not earlier.exists():
+            break
+    earlier.mkdir()
+    for path in found:
+        path.rename(earlier / path.name)
+    what = f"{len(found)} files and folders moved to {earlier}"
+    print(f"{output_dir} holds an earlier run: {what}")
+
+
+def write_flags(args):
+    """args.json: what --resume goes on with, and what the run was made with."""
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions["threads"] = torch.get_num_threads()
+    flags = {"flags": {**vars(args), "resume": None}, "versions": versions}
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def stopping_on_signals():
+    """While it lasts, Ctrl-C and SIGTERM are noted in a list; a second one ends the program."""
+    received = []
+
+    def handler(number, frame):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        text = b"\nstopping after this iteration, with a checkpoint; once more: without one\n"
+        os.write(2, text)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, handler)
+    try:
+        yield received
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)

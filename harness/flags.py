@@ -1,0 +1,268 @@
+"""The flags of train.py: what there is, what fits together, and what a resumed run keeps.
+
+Imports neither torch nor transformers, so that --help and a refused flag answer at once.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from tasks import InputError, one_line
+
+
+class Algorithm(NamedTuple):
+    # What predicts returns: quantiles (N heads of M), scalar, scalars (N heads of 1) or none.
+    critic: str
+    # Where the KL to the starting policy goes: into the token rewards, or as k3 into the loss.
+    kl: str
+    # What a token counts in the policy loss: as each other token; so that each response counts
+    # the same; or a constant, whatever the lengths in the minibatch.
+    weights: str
+
+
+ALGORITHMS = {
+    "dvpo": Algorithm(critic="quantiles", kl="reward", weights="token"),
+    "ppo": Algorithm(critic="scalar", kl="reward", weights="token"),
+    "robust": Algorithm(critic="scalars", kl="reward", weights="token"),
+    "grpo": Algorithm(critic="none", kl="loss", weights="response"),
+    "dr_grpo": Algorithm(critic="none", kl="loss", weights="constant"),
+    "reinforce++": Algorithm(critic="none", kl="reward", weights="token"),
+}
+
+RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
+
+# group: (name, default, allowed, help). A default in a tuple is (built-in model, pretrained
+# model). allowed: an interval, a list of choices, or None for text and switches.
+FLAGS = {
+    "model and data": [
+        ("task", "dialogue", ["sums", "dialogue", "booking"], "built-in, without --dataset-name"),
+        ("model-name-or-path", None, None, "policy: hub name or folder; else a tiny model is made"),
+        ("critic-model-name-or-path", None, None, "the critic's trunk; else the policy's"),
+        ("dataset-name", None, None, "prompts: a hub name, or a json, jsonl or parquet file"),
+        ("dataset-config", None, None, "config of --dataset-name, where the hub asks for one"),
+        ("dataset-split", "train", None, "split of --dataset-name"),
+        ("prompt-column", "prompt", None, "the column with the prompts, in both data sets"),
+        ("eval-dataset-name", None, None, "held-out prompts; else training rows"),
+        ("eval-dataset-split", "train", None, "split of --eval-dataset-name"),
+        ("reward", None, None, "math, choice, exact, model:NAME or module:function"),
+        ("user", None, None, "module:function that answers the policy, for conversations"),
+        ("chat-template", "auto", ["auto", "never"], "auto: strings are user messages"),
+        ("stop-token", None, None, "one more token that ends a response, beside the model's own"),
+    ],
+    "budget": [
+        ("total-episodes", (19200, 10000), "[1, inf)", "responses to sample in all"),
+        ("batch-size", (128, 64), "[1, inf)", "responses per iteration"),
+        ("num-mini-batches", 2, "[1, inf)", "optimiser steps per epoch over a batch"),
+        ("micro-batch-size", (128, 64), "[1, inf)", "most responses per forward pass"),
+        ("micro-batch-tokens", 4096, "[1, inf)", "most tokens per forward pass, padding counted"),
+        ("num-ppo-epochs", 2, "[1, inf)", "passes over each batch"),
+        ("response-length", (16, 256), "[1, inf)", "most tokens per response, or per turn"),
+        ("max-turns", 6, "[1, inf)", "most turns of the policy in a conversation"),
+        ("critic-warmup-steps", 5, "[0, inf)", "first iterations that train the critic only"),
+    ],
+    "algorithm": [
+        ("algo", "dvpo", [*ALGORITHMS], "dvpo or a baseline; the last three have no critic"),
+        ("group-size", 0, "[0, inf)", "responses per prompt; 0: 8 for grpo and dr_grpo, else 1"),
+        ("learning-rate", (1e-4, 1e-06), "(0, inf)", "policy, AdamW"),
+        ("critic-learning-rate", (1e-3, 1e-05), "(0, inf)", "critic, AdamW"),
+        ("max-grad-norm", 1.0, "(0, inf)", "gradient norm above which a step is scaled down"),
+        ("cliprange", 0.2, "(0, inf)", "the ratio stays within 1 +- this"),
+        ("gamma", 1.0, "[0, 1]", "discount per token"),
+        ("lam", 0.95, "[0, 1]", "GAE lambda"),
+        ("kl-coef", (0.02, 0.05), "[0, inf)", "per nat to the starting policy; 0: no reference"),
+        ("temperature", 1.0, "[0.01, 100]", "of sampling, and of every log-prob"),
+        ("missing-eos-penalty", 0.0, "[0, inf)", "taken from the score of a truncated response"),
+        ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
+        ("whiten-rewards", False, None, "divide token rewards by their standard deviation"),
+    ],
+    "distributional critic (dvpo)": [
+        ("num-quantiles", 200, "[1, inf)", "M"),
+        ("num-heads", 4, "[1, inf)", "N"),
+        ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in reward units"),
+        ("tau-grid", "midpoint", ["midpoint", "right"], "levels (j - 1/2)/M or j/M"),
+        ("alpha", 0.1, "(0, 1]", "share of the lower tail"),
+        ("beta", 0.1, "(0, 1]", "share of the upper tail"),
+        ("tail-ratio", 0.5, "[0, inf)", "lower tail at most this times the upper one"),
+        ("calibration-weight", 0.01, "[0, inf)", "tail means as in the returns; 0: off"),
+        ("shift-weight", 0.1, "[0, inf)", "the mean stays while tails move; 0: off"),
+        ("shape-weight", 0.1, "[0, inf)", "the --tail-ratio of tails; 0: off"),
+        ("curvature-weight", 0.1, "[0, inf)", "quantiles convex at both ends; 0: off"),
+        ("consistency-weight", 0.1, "[0, inf)", "heads that agree; 0: off"),
+    ],
+    "reward noise (training only, never evaluation)": [
+        ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
+        ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
+        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P, lose to SCALE"),
+        ("reward-offset", 0.0, "[0, 1000000]", "gain up to this, by the prompt: learnable levels"),
+        ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),
+        ("reward-noise-seed", 0, "[0, 2147483647]", "seed of all of these"),
+    ],
+    "run": [
+        ("seed", 0, "[0, 2147483647]", "of everything else"),
+        ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED"),
+        ("save-steps", (0, 50), "[0, inf)", "iterations between checkpoints; 0: at the end only"),
+        ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
+        ("eval-samples", (512, 128), "[1, inf)", "held-out prompts per evaluation"),
+        ("resume", None, None, "go on with the run in this folder; no value: in --output-dir"),
+        ("report-to", "none", ["none", "tensorboard", "wandb", "trackio"], "also log to"),
+        ("device", "auto", None, "auto, cpu or cuda"),
+        ("dtype", "auto", ["auto", "float32", "bfloat16"], "of products; auto: bf16 on cuda"),
+        ("gradient-checkpointing", False, None, "trade time for memory in the update"),
+    ],
+}
+
+# What may differ in a resumed run.
+CHANGEABLE = {"resume", "output_dir", "total_episodes", "save_steps", "eval_steps"}
+CHANGEABLE |= {"report_to", "device"}
+
+
+def number_in(interval, cast):
+    """An argparse type: a number in an interval such as '(0, 1]'."""
+    low, high = [float(end) for end in interval[1:-1].split(",")]
+
+    def parse(text):
+        expected = f"expected a {'whole ' if cast is int else ''}number in {interval}"
+        try:
+            value = cast(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{expected}, found {text!r}") from None
+        above = value > low or (value == low and interval[0] == "[")
+        below = value < high or (value == high and interval[-1] == "]")
+        if not (above and below):
+            raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
+        return value
+
+    return parse
+
+
+def add_flag(group, name, default, allowed, text):
+    """One row of FLAGS as an argparse argument."""
+    first, *pretrained = default if isinstance(default, tuple) else (default,)
+    if first is False:
+        group.add_argument(f"--{name}", action="store_true", help=text)
+        return
+    options, shown = {"metavar": "NAME"}, [f"default {first}"] if first is not None else []
+    shown += [f"{value} for a pretrained model" for value in pretrained]
+    if isinstance(allowed, list):
+        options = {"choices": allowed}
+    elif allowed:
+        shown.append(f"in {allowed}")
+        options = {"metavar": "N", "type": number_in(allowed, int if type(first) is int else float)}
+    if isinstance(first, list):
+        options |= {"nargs": 2, "metavar": ("P", "SCALE")}
+    if name == "resume":
+        options |= {"nargs": "?", "const": ""}
+    text = f"{text} ({', '.join(shown)})" if shown else text
+    group.add_argument(f"--{name}", default=default, help=text, **options)
+
+
+def fail(message):
+    """argparse's way out: one line, without the usage."""
+    print(f"train.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_parser():
+    parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
+    parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
+    parser.error = fail
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, *flag)
+    return parser
+
+
+def with_dashes(word):
+    """--learning_rate=1e-4 as --learning-rate=1e-4."""
+    return re.sub("^--[^=]*", lambda found: found[0].replace("_", "-"), word)
+
+
+def resumed(argv, parser, args):
+    """The flags of the run to resume, and of the new ones those that may change."""
+    folder = Path(args.resume)
+    if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
+        expected = f"expected {folder}, the folder of the run to resume, or none"
+        raise InputError(f"--output-dir: {expected}; found {args.output_dir}")
+    try:
+        saved = json.loads((folder / "args.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = f"expected a run's flags in {folder / 'args.json'}"
+        raise InputError(f"--resume: {expected}, found none: {one_line(error)}") from error
+    # Flags that are newer than the run have their defaults, those that are gone are forgotten.
+    flags = vars(parser.parse_args([]))
+    flags |= {key: value for key, value in saved.items() if key in flags}
+    # None where a flag was not given.
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
+    for key, value in given.items():
+        if value is None:
+            continue
+        if key not in CHANGEABLE and value != flags[key]:
+            found = f"{value} here, {flags[key]} in the run to resume"
+            raise InputError(f"--{key.replace('_', '-')}: {found}; expected the same, or none")
+        flags[key] = value
+    flags |= {"resume": str(folder), "output_dir": str(folder)}
+    return argparse.Namespace(**flags)
+
+
+def require(fine, flag, expected, found="none"):
+    if not fine:
+        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
+
+
+def check(args):
+    """Raises InputError for flags that cannot work together."""
+    algorithm, has_data = ALGORITHMS[args.algo], args.dataset_name is not None
+    for flag in ("num_mini_batches", "group_size"):
+        size, batch = getattr(args, flag), f"a divisor of --batch-size {args.batch_size}"
+        require(args.batch_size % size == 0, flag, batch, size)
+    # Alone, a response has nothing to be compared with.
+    compared = algorithm.kl == "reward" or args.group_size > 1
+    require(compared, "group-size", f"at least 2 for {args.algo}", args.group_size)
+    with_data = "one with --dataset-name"
+    require(args.model_name_or_path or not has_data, "model-name-or-path", with_data)
+    require(args.reward or not has_data, "reward", with_data)
+    usual = {"dataset_config": None, "prompt_column": "prompt", "eval_dataset_name": None}
+    for flag, value in usual.items():
+        needed = getattr(args, flag) != value
+        require(has_data or not needed, "dataset-name", f"one with --{flag.replace('_', '-')}")
+    share = args.reward_noise_outlier[0]
+    require(share <= 1, "reward-noise-outlier", "P in [0, 1]", share)
+    flips = args.reward_noise_fp or args.reward_noise_fn
+    unflippable = flips and str(args.reward).startswith("model:")
+    flag = "reward-noise-fp, --reward-noise-fn"
+    require(not unflippable, flag, "both at 0 with --reward model:NAME", "others")
+    has_value = algorithm.critic != "none" or not args.bootstrap_truncated
+    require(has_value, "bootstrap-truncated", "an --algo with a critic", args.algo)
+    written = args.chat_template == "auto" or not args.user
+    require(written, "chat-template", "auto with --user, whose turns it writes", "never")
+    installed = args.report_to == "none" or importlib.util.find_spec(args.report_to)
+    require(installed, "report-to", f"{args.report_to} to be installed", "no such package")
+    known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)
+    require(known, "device", "auto, cpu, cuda or cuda:N", args.device)
+    is_file = Path(args.output_dir).is_file()
+    require(not is_file, "output-dir", "a folder", f"the file {args.output_dir}")
+
+
+def parse_args(argv=None):
+    """Flags with every default filled in; raises InputError for those that cannot work together."""
+    argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
+    if args.resume is not None:
+        args.resume = args.resume or args.output_dir or default_dir
+        args = resumed(argv, parser, args)
+    args.output_dir = args.output_dir or default_dir
+    for key, value in vars(args).items():
+        if isinstance(value, tuple):
+            setattr(args, key, value[args.model_name_or_path is not None])
+    # These compare responses to the same prompt.
+    grouped = ALGORITHMS[args.algo].kl == "loss"
+    args.group_size = args.group_size or (8 if grouped else 1)
+    check(args)
+    return args

@@ -1,0 +1,271 @@
+"""What a run says: metrics, evaluations, the log of iterations, and the table at its end."""
+
+import contextlib
+import importlib
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
+
+from critic import head_consistency
+from dvpo import explained_variance, kl_estimate
+from harness.checkpoints import write_whole
+from harness.flags import ALGORITHMS
+from harness.setup import completions_of, respond
+from risk import lower_tail_mean, tail_size, upper_tail_mean
+from tasks import InputError
+from tasks.rewards import score
+
+# What the bar shows beside its own iteration and time left.
+SHOWN = {
+    "tok/s": "tps",
+    "score": "objective/scores",
+    "true": "objective/true_scores",
+    "kl": "objective/kl",
+    "ev": "val/explained_var",
+    "clip": "policy/clipfrac_avg",
+}
+
+
+@torch.no_grad()
+def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
+    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
+
+    objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward =
+    scores - kl_coef * kl. ref_logprobs None (no reference model): the KL is unknown, NaN.
+    """
+    kl, rlhf_reward = scores.new_tensor(torch.nan), scores.mean()
+    if ref_logprobs is not None:
+        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
+    if kl_coef != 0:
+        rlhf_reward = rlhf_reward - kl_coef * kl
+    return {
+        "objective/kl": kl,
+        "objective/scores": scores.mean(),
+        "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
+        "objective/rlhf_reward": rlhf_reward,
+    }
+
+
+@torch.no_grad()
+def response_metrics(rollout, true_scores, stop_ids):
+    """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
+    mask = rollout.mask
+    is_eos = torch.isin(rollout.response_ids, torch.tensor(stop_ids, device=mask.device)) & mask
+    return {
+        "objective/true_scores": true_scores.mean(),
+        "val/num_eos_tokens": is_eos.sum(),
+        "completions/mean_length": mask.sum(dim=1).float().mean(),
+        "completions/clipped_ratio": rollout.truncated.float().mean(),
+    }
+
+
+@torch.no_grad()
+def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
+    """What the critic believes, and whether it is right, as scalars over the True slots of mask.
+
+    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
+    crossing_frac: share of neighbouring quantiles out of order; std, lower_tail, upper_tail:
+    spread, S_low, S_up (reward units); coverage: share of returns within [Q(alpha), Q(1 - beta)],
+    calibrated at 1 - alpha - beta or more (ties count as inside); head_spread: root mean square
+    distance of a head from the heads' mean (reward units).
+    """
+    # (tokens, N, M), (tokens,): no work on padding
+    head_quantiles, returns = head_quantiles[mask], returns[mask]
+    unsorted = head_quantiles.mean(dim=1)
+    q = unsorted.sort(dim=-1).values
+    mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
+    low = q[..., tail_size(num_quantiles, alpha) - 1]
+    high = q[..., num_quantiles - tail_size(num_quantiles, beta)]
+    crossings = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1)
+    per_token = {
+        "crossing_frac": crossings / max(num_quantiles - 1, 1),
+        "std": q.std(dim=-1, unbiased=False),
+        "lower_tail": mean - lower_tail_mean(q, alpha),
+        "upper_tail": upper_tail_mean(q, beta) - mean,
+        "coverage": ((returns >= low) & (returns <= high)).float(),
+        "head_spread": head_consistency(head_quantiles).sqrt(),
+    }
+    return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}
+
+
+def critic_metrics(args, head_quantiles, targets, returns, mask):
+    """What the critic foresees (B, T or T + 1, N, M); of a distributional one, what it believes."""
+    head_quantiles = head_quantiles[:, : mask.shape[1]]
+    values = head_quantiles.mean(dim=(2, 3))
+    metrics = {"val/explained_var": explained_variance(values, targets.mean(dim=-1), mask)}
+    if ALGORITHMS[args.algo].critic == "quantiles":
+        found = quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta)
+        metrics |= {f"quantile/{name}": value for name, value in found.items()}
+    return metrics
+
+
+@torch.no_grad()
+def examples(run, args, count=3):
+    """Greedy responses to the first held-out prompts -> [{prompt, completion, score}]."""
+    if not run.evals:
+        return []
+    batch = next(iter(run.evals.values()))[:count]
+    with torch.random.fork_rng():
+        completions = completions_of(run, respond(run, args, batch, 0.0))
+    found = []
+    for prompt, completion, value in zip(
+        batch["prompt"], completions, score(run.reward, batch, completions).tolist()
+    ):
+        found.append({"prompt": text_of(prompt), "completion": text_of(completion), "score": value})
+    return found
+
+
+def text_of(turns):
+    """A text, or the turns of a conversation, as a text."""
+    return turns if isinstance(turns, str) else " / ".join(turn["content"] for turn in turns)
+
+
+@torch.no_grad()
+def evaluate(run, args):
+    """Mean noise-free score of greedy and sampled responses -> {"NAME, greedy": score, ...}."""
+    results, total = {}, 2 * sum(map(len, run.evals.values()))
+    bar = tqdm(total=total, desc="evaluating", leave=False)
+    with torch.random.fork_rng(), bar:
+        torch.manual_seed(args.seed + 1)
+        for name, data in run.evals.items():
+            for mode, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
+                scores = []
+                for batch in data.iter(args.batch_size):
+                    completions = completions_of(run, respond(run, args, batch, temperature))
+                    scores.append(score(run.reward, batch, completions))
+                    bar.update(len(batch["prompt"]))
+                results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
+    return results
+
+
+def for_json(numbers):
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+
+
+@dataclass
+class Log:
+    """Where an iteration's numbers go: metrics.jsonl, the bar, and --report-to or None."""
+
+    file: Any
+    bar: Any
+    tracker: Any
+
+
+@contextlib.contextmanager
+def open_log(run, args, num_iterations):
+    """A Log; a resumed run goes on behind its last iteration."""
+    episode, tracker = run.iteration * args.batch_size, None
+    if args.report_to == "tensorboard":
+        tensorboard = importlib.import_module("torch.utils.tensorboard")
+        tracker = tensorboard.SummaryWriter(args.output_dir, purge_step=episode + 1)
+    elif args.report_to != "none":
+        # wandb, and trackio in its image
+        module = importlib.import_module(args.report_to)
+        tracker = module.init(project="dvpo", config=vars(args))
+    bar = tqdm(total=num_iterations, initial=run.iteration, desc=args.algo)
+    with open(Path(args.output_dir) / "metrics.jsonl", "a") as file, bar:
+        yield Log(file, bar, tracker)
+    if args.report_to == "tensorboard":
+        tracker.close()
+    elif args.report_to != "none":
+        tracker.finish()
+
+
+def evaluation_metrics(run, args):
+    """evaluate, under names as metrics have them."""
+    found = evaluate(run, args).items()
+    return {f"eval/{name.replace(', ', '/').replace(' ', '_')}": value for name, value in found}
+
+
+def log_iteration(log, run, args, metrics):
+    """One line of metrics.jsonl, and the same numbers wherever else they go."""
+    episode = run.iteration * args.batch_size
+    speed = {"episode": episode, "eps": episode / (time.time() - run.start)}
+    metrics = {"iteration": run.iteration, **metrics, "lr": args.learning_rate, **speed}
+    numbers = for_json({name: float(value) for name, value in metrics.items()})
+    numbers["iteration"] = run.iteration
+    log.file.write(json.dumps(numbers) + "\n")
+    log.file.flush()
+    if hasattr(log.tracker, "add_scalar"):
+        for name, value in numbers.items():
+            if value is not None:
+                log.tracker.add_scalar(name, value, episode)
+    elif log.tracker is not None:
+        log.tracker.log(numbers, step=episode)
+    shown = {}
+    for name, key in SHOWN.items():
+        value = numbers.get(key)
+        shown[name] = "-" if value is None else f"{value:.2f}"
+    log.bar.set_postfix(shown)
+    log.bar.update()
+
+
+def announce(run, args, num_iterations):
+    """What is about to happen, in a line or two."""
+    sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items())
+    print(f"{len(run.data)} prompts to train on; held out: {sizes or 'none'}")
+    warmup = args.critic_warmup_steps
+    if run.critic is not None and warmup >= num_iterations:
+        what = f"--critic-warmup-steps {warmup} covers all {num_iterations} iterations"
+        print(f"note: {what}: the policy will not change")
+    if run.iteration:
+        print(f"{run.iteration} of {num_iterations} iterations are done")
+
+
+def shortened(text, width=90):
+    """One line of at most so many characters: the end of a prompt, where the question stands."""
+    text = " ".join(text.split())
+    return text if len(text) <= width else "..." + text[3 - width :]
+
+
+def report(run, args, folder):
+    """The last evaluation, as results.json and as a table of what changed, and where all is."""
+    output_dir, after, pairs = Path(args.output_dir), evaluate(run, args), []
+    for old, new in zip(run.examples, examples(run, args)):
+        pair = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
+        pairs.append(pair | {"scores": [old["score"], new["score"]]})
+    seconds = round(time.time() - run.start, 1)
+    results = {"before": for_json(run.before), "after": for_json(after), "seconds": seconds}
+    text = json.dumps(results | {"examples": pairs}, indent=2) + "\n"
+    write_whole(output_dir / "results.json", text)
+    print(f"\n{'mean score':24} before    after   change")
+    for name, value in run.before.items():
+        print(f"{name:24} {value:6.3f}   {after[name]:6.3f}   {after[name] - value:+6.3f}")
+    for pair in pairs:
+        print(f"\nprompt  {shortened(pair['prompt'])}")
+        for when, value in zip(("before", "after"), pair["scores"]):
+            print(f"{when:7} {shortened(pair[when])}  ({value:g})")
+    print(f"\npolicy and tokenizer: {folder / 'policy'}")
+    if run.critic is not None:
+        print(f"critic: {folder / 'critic'}")
+    names = sorted(path.name for path in output_dir.iterdir() if path != folder)
+    print(f"also in {output_dir}: {', '.join(names)}\n{seconds:.0f} s in all")
+
+
+def quiet():
+    """The libraries' own messages and bars off."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    # It logs what it then raises.
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def run_script(parser, function, args):
+    """function(args), for the scripts in experiments/; what cannot work ends them with one line."""
+    quiet()
+    try:
+        function(args)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
