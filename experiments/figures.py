@@ -2,8 +2,6 @@
 
     python experiments/figures.py first         # training over seeds, and two fits; half a minute
     python experiments/figures.py terms         # what each risk term does to a fit; 2 minutes
-    python experiments/figures.py kappa         # a coin flip fitted at kappa 1 and 0.01
-    python experiments/figures.py levels        # levels (j - 1/2)/M against j/M on N(0, 1)
     python experiments/figures.py calibration   # a run, then held-out reliability; 4 minutes
     python experiments/figures.py terms --redraw    # from the stored data alone
 
@@ -27,7 +25,7 @@ from tqdm import tqdm, trange
 import dvpo
 import rollout as ro
 import train
-from critic import quantile_huber_loss, quantile_levels
+from critic import quantile_levels
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
 from experiments.seeds import RESULTS, ROOT, current_commit, interval, json_lines
 from harness.flags import RISK_TERMS, parse_args
@@ -61,8 +59,7 @@ def terms_data(steps=700, m=64):
     for kind, name in tqdm([(kind, name) for kind in RETURNS for name in configs], desc="fits"):
         q = fitted_quantiles(kind, RiskConfig(**configs[name]), m=m, steps=steps)
         mean, low, up = tails(q)
-        ends = {"worst": mean - low, "mean": mean, "best": mean + up}
-        ends = {name: round(value, 4) for name, value in ends.items()}
+        ends = {"worst": round(mean - low, 4), "mean": round(mean, 4), "best": round(mean + up, 4)}
         fits[kind][name] = {"quantiles": rounded(q), **ends}
     return {"levels": rounded(quantile_levels(m)), "fits": fits}
 
@@ -91,99 +88,16 @@ def draw_terms(figure, data):
     for (kind, fits), above, below in zip(data["fits"].items(), *axes):
         for row, (name, fit) in enumerate(fits.items()):
             draw_fit(above, below, data["levels"], row, name, fit)
-        ends = [
-            f"{which} tail "
-            + " -> ".join(
-                f"{abs(fits[name]['mean'] - fits[name][tail]):.2f}" for name in ("core", "all")
-            )
-            for which, tail in (("lower", "worst"), ("upper", "best"))
-        ]
-        label(above, "\n".join([f"returns: {kind}", *ends]), LEVEL, xlim=(0, 1))
+        core, full = fits["core"], fits["all"]
+        lower = [fit["mean"] - fit["worst"] for fit in (core, full)]
+        upper = [fit["best"] - fit["mean"] for fit in (core, full)]
+        title = "returns: {}\nlower tail {:.2f} -> {:.2f}\nupper tail {:.2f} -> {:.2f}"
+        label(above, title.format(kind, *lower, *upper), LEVEL, xlim=(0, 1))
         label(below, "", RETURN, yticks=range(len(fits)), yticklabels=fits)
         below.invert_yaxis()
     axes[0, 0].set_ylabel(f"{RETURN}\nbars: mean of the outer tenth")
     axes[1, 0].set_ylabel("worst tenth, mean,\nbest tenth")
     axes[0, 0].legend(loc="upper left", frameon=False)
-
-
-# ---- kappa and levels: free quantiles on fixed returns
-
-
-def fitted(returns, levels, kappa, start=0.0, steps=400):
-    """Quantiles (M,) on fixed returns (K,), by Adam, and the top one every tenth step."""
-    quantiles, top = torch.full((len(levels),), start, requires_grad=True), []
-    optimizer = torch.optim.Adam([quantiles], lr=0.1)
-    for step in range(steps):
-        if step % 10 == 0:
-            top.append(round(quantiles[-1].item(), 4))
-        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
-        optimizer.zero_grad()
-        quantile_huber_loss(quantiles, returns, levels, kappa).backward()
-        optimizer.step()
-    return quantiles.detach(), top
-
-
-def kappa_data(kappas=(0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)):
-    levels, coin = quantile_levels(32), torch.tensor([0.0, 1.0])
-    fits = {kappa: fitted(coin, levels, kappa)[0] for kappa in tqdm(kappas, desc="fits")}
-    stds = [round(q.std(unbiased=False).item(), 4) for q in fits.values()]
-    quantiles = {str(kappa): rounded(fits[kappa]) for kappa in (1.0, 0.01)}
-    return {"levels": rounded(levels), "kappas": kappas, "stds": stds, "quantiles": quantiles}
-
-
-def draw_kappa(figure, data):
-    stds = dict(zip(data["kappas"], data["stds"]))
-    found = f"std {stds[1.0]:.2f} is fitted at kappa = 1, {stds[0.01]:.2f} at kappa = 0.01"
-    figure.suptitle(f"A coin flip (std 0.5): {found}")
-    left, right = figure.subplots(1, 2)
-    left.plot([0, 0.5, 0.5, 1], [0, 0, 1, 1], color="0.7", linewidth=6, label="the coin's own")
-    right.axhline(0.5, color="0.7", linewidth=6)
-    right.semilogx(data["kappas"], data["stds"], "-", color="0.45")
-    for kappa, colour, style in ((1.0, BLUE, "s--"), (0.01, RED, "o-")):
-        q = data["quantiles"][str(kappa)]
-        left.plot(data["levels"], q, style, color=colour, markersize=4, label=f"kappa = {kappa:g}")
-        right.plot(kappa, stds[kappa], style[0], color=colour, markersize=8)
-    label(left, "at 1 the quantile function is a straight line", LEVEL, RETURN, "upper left")
-    title = "the spread is lost where kappa nears the rewards' scale"
-    label(right, title, "kappa (reward units)", "std of the fit (reward units)", ylim=(0, 0.6))
-
-
-LEVELS = {"midpoint": ("(j - 1/2)/M", RED, "o-"), "right": ("j/M", BLUE, "s--")}
-
-
-def levels_data(m=16, count=4096, steps=3000):
-    returns = torch.special.ndtri(quantile_levels(count).double()).float()
-    data = {"returns": count, "fits": {}}
-    for grid in tqdm(LEVELS, desc="fits"):
-        levels = quantile_levels(m, grid)
-        q, _ = fitted(returns, levels, 0.01, 0.0, steps)
-        _, top = fitted(returns, levels, 0.01, 6.0, 1000)
-        fit = {
-            "levels": rounded(levels),
-            "quantiles": rounded(q),
-            "mean": rounded(q.mean(0, True))[0],
-        }
-        data["fits"][grid] = {**fit, "top": top}
-    return data
-
-
-def draw_levels(figure, data):
-    means = {grid: fit["mean"] for grid, fit in data["fits"].items()}
-    found = f"with levels j/M the mean is {means['right']:+.2f}, with (j - 1/2)/M"
-    figure.suptitle(f"N(0, 1), M = 16: {found} {abs(means['midpoint']):.2f}")
-    left, right = figure.subplots(1, 2)
-    true = quantile_levels(500).double()
-    left.plot(true, torch.special.ndtri(true), color="0.7", linewidth=4, label="N(0, 1)'s own")
-    for grid, (text, colour, style) in LEVELS.items():
-        fit = data["fits"][grid]
-        drawn = {"color": colour, "label": text}
-        left.plot(fit["levels"], fit["quantiles"], style[0], markersize=5, **drawn)
-        left.axhline(fit["mean"], color=colour, linestyle=style[1:], linewidth=1)
-        right.plot(range(0, 10 * len(fit["top"]), 10), fit["top"], style[1:], **drawn)
-    title = f"started at 0, fitted to {data['returns']} returns; lines: the mean"
-    label(left, title, LEVEL, RETURN, "upper left")
-    title, y = "started too high, level 1 never comes down", "top quantile (reward units)"
-    label(right, title, "step of Adam", y, "center right", ylim=(0, 6.5))
 
 
 # ---- calibration: is the critic right on held-out rollouts?
@@ -352,8 +266,6 @@ def draw_first(figure, data):
 FIGURES = {  # name: what computes the data, what draws it, width and height in inches
     "first": (first_data, draw_first, (13, 3.8)),
     "terms": (terms_data, draw_terms, (9, 6.2)),
-    "kappa": (kappa_data, draw_kappa, (9, 3.4)),
-    "levels": (levels_data, draw_levels, (9, 3.4)),
     "calibration": (calibration_data, draw_calibration, (9, 4.4)),
 }
 

@@ -117,8 +117,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
     parser.add_argument("--prompt", type=number_in("[1, inf)", int), default=256, help="tokens")
-    parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
-    run_script(parser, show, parser.parse_args())
+    words = sys.argv[1:]
+    at = words.index("--") if "--" in words else len(words)
+    own = parser.parse_args(words[:at])
+    own.flags = words[at + 1 :]
+    run_script(parser, show, own)
 
 
 if __name__ == "__main__":
