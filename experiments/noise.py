@@ -1,14 +1,13 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --noises outliers --methods grpo --seeds 3   # a part, PPO beside
     python experiments/noise.py --grid tuning --jobs 2     # or ladder, quantiles, risk, lam, flags
     python experiments/noise.py --quick                    # short runs; their numbers mean nothing
     python experiments/noise.py --table                    # print and plot what results/ holds
 
-One thread a run. Finished runs stand in experiments/results/noise-*.jsonl and are skipped: a grid
-may be stopped and gone on with, and grids share what they have in common. Per seed all methods get
-the same warm start, number of completions, and order of prompts and noise.
+Finished runs stand in experiments/results/noise-*.jsonl and are skipped: a grid may be stopped and
+gone on with, and grids share what they have in common. Per seed all methods get the same warm
+start, number of completions, and order of prompts and noise.
 """
 
 import argparse
@@ -119,9 +118,11 @@ def flags_of(grid, method, noise):
 
 def windows(values):
     """Means over every WINDOW values, None left out."""
-    parts = [values[i : i + WINDOW] for i in range(0, len(values) - WINDOW + 1, WINDOW)]
-    known = [[value for value in part if value is not None] for part in parts]
-    return [round(statistics.fmean(part), 4) if part else None for part in known]
+    found = []
+    for i in range(0, len(values) - WINDOW + 1, WINDOW):
+        known = [value for value in values[i : i + WINDOW] if value is not None]
+        found.append(round(statistics.fmean(known), 4) if known else None)
+    return found
 
 
 def warm(seed, scratch):
@@ -152,24 +153,26 @@ def run_grid(name, jobs, methods, noises, seeds):
     """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
     about |= {"commit": current_commit(), "python": platform.python_version()}
-    finished, failed = {(row["flags"], row["seed"]) for row in finished_runs()}, 0
-    keys = [(m, n, seed, flags_of(name, m, n)) for seed in seeds for n in noises for m in methods]
-    todo = [key for key in keys if (key[3], key[2]) not in finished]
+    finished, todo, failed = {(row["flags"], row["seed"]) for row in finished_runs()}, [], 0
+    for seed, noise, method in itertools.product(seeds, noises, methods):
+        flags = flags_of(name, method, noise)
+        if (flags, seed) not in finished:
+            todo.append({"method": method, "noise": noise, "seed": seed, "flags": flags})
     spawn = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
     with tempfile.TemporaryDirectory() as scratch, pool:
         try:
-            list(pool.map(warm, sorted({key[2] for key in todo}), itertools.repeat(scratch)))
-            futures = {pool.submit(run, key[3], key[2], scratch): key for key in todo}
+            warm_seeds = {key["seed"] for key in todo}
+            list(pool.map(warm, warm_seeds, itertools.repeat(scratch)))
+            futures = {pool.submit(run, key["flags"], key["seed"], scratch): key for key in todo}
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(todo), desc=f"{name}, {jobs} at a time"):
                 if future.exception():
                     tqdm.write(f"noise.py: {future.exception()}", file=sys.stderr)
                     failed += 1
                     continue
-                row = dict(zip(("method", "noise", "seed", "flags"), futures[future]))
                 with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
-                    out.write(json.dumps(row | about | future.result()) + "\n")
+                    out.write(json.dumps(futures[future] | about | future.result()) + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -191,20 +194,12 @@ def finished_runs():
 
 def current(name):
     """{(noise, method): {seed: run}} of just the grid's flags now: never two budgets in one row."""
-    runs = {(row["flags"], row["seed"]): row for row in finished_runs()}
     methods, noises, own = GRIDS[name]
-    reported = sorted({seed for _, seed in runs if seed < TRIAL_SEEDS})
-    seeds, found = own if own[0] >= TRIAL_SEEDS else reported, {}
-    for key in itertools.product(noises, methods):
-        flags = flags_of(name, key[1], key[0])
-        found[key] = {seed: runs[flags, seed] for seed in seeds if (flags, seed) in runs}
-    return found
-
-
-def mean_and_interval(values):
-    """(mean, low, high): Student's 95 % interval. A bootstrap of ten values would cover 90 %."""
-    mean, half = interval(values)
-    return mean, mean - half, mean + half
+    runs, keys = {}, itertools.product(noises, methods)
+    for row in finished_runs():
+        if row["seed"] in own or max(own[0], row["seed"]) < TRIAL_SEEDS:
+            runs.setdefault(row["flags"], {})[row["seed"]] = row
+    return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
 def steps_to(rows, target):
@@ -216,7 +211,7 @@ def steps_to(rows, target):
 
 
 def summarise(found, reference):
-    """Rows (noise, method, seeds, {column: (mean, low, high)}, explained variance, steps)."""
+    """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance, steps)."""
     table = []
     for (noise, method), own in found.items():
         base, clean = found[noise, reference], found.get(("none", reference), {})
@@ -229,12 +224,12 @@ def summarise(found, reference):
             same = all(own[seed]["before"][split] == base[seed]["before"][split] for seed in seeds)
             assert same, f"{noise}, {method}: another warm start than {reference}"
             after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
-            columns[split] = mean_and_interval(after)
-            differences = [a - b for a, b in zip(after, other)]  # paired by seed
-            columns[f"{split}, difference"] = mean_and_interval(differences)
-        runs, explained, steps = [own[seed] for seed in seeds], None, ""
+            columns[split] = interval(after)
+            # Paired by seed.
+            columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])
+        runs, explained, steps = [own[seed] for seed in seeds], "", ""
         if "ev" in runs[0]:
-            explained = statistics.fmean(run["ev"][-1] for run in runs)
+            explained = round(statistics.fmean(run["ev"][-1] for run in runs), 2)
         if clean.keys() >= set(seeds):
             goal = 0.9 * statistics.fmean(clean[seed]["true"][-1] for seed in seeds)
             steps = steps_to(runs, goal)
@@ -243,19 +238,14 @@ def summarise(found, reference):
 
 
 def print_table(table, reference):
-    width = max([24, *(len(row[1]) + 1 for row in table)])
-    heads = "".join(f"{split:25}{'minus ' + reference:25}" for split in SPLITS)
-    print(f"\n{'noise':20}{'method':{width}}{'seeds':>6}  {heads}{'ev':>6}{'steps':>7}")
+    heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in SPLITS)
+    print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}{'steps':>7}")
     for noise, method, seeds, columns, explained, steps in table:
-        texts = ["{:6.3f} [{:.3f}, {:.3f}]".format(*column) for column in columns.values()]
-        cells = "".join(f"{text:25}" for text in texts)
-        ev = "" if explained is None else f"{explained:.2f}"
-        print(f"{noise:20}{method:{width}}{len(seeds):6}  {cells}{ev:>6}{steps:>7}")
-    print("mean [Student's 95 % interval over seeds]; differences paired by seed. ev: the critic's")
-    print(
-        "explained variance at the end. steps: iterations until accuracy while training (sampled,"
-    )
-    print(f"noise-free) is 90 % of what {reference} ends with when there is no noise.")
+        cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
+        print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}{steps:>7}")
+    print("mean ± half of Student's 95 % interval over seeds; differences paired by seed. ev: the")
+    print("critic's explained variance at the end. steps: iterations until accuracy while training")
+    print(f"(sampled, noise-free) is 90 % of what {reference} ends with when there is no noise.")
 
 
 def plot(name, table):
@@ -269,8 +259,8 @@ def plot(name, table):
     axes = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
     for noise, method, _, columns, *_ in table:
         ax, row = axes[noises.index(noise)], -methods.index(method)
-        mean, _, high = columns["in domain, greedy"]
-        ax.errorbar(mean, row, xerr=high - mean, fmt="o", color=f"C{-row % 10}")
+        mean, half = columns["in domain, greedy"]
+        ax.errorbar(mean, row, xerr=half, fmt="o", color=f"C{-row % 10}")
         ax.set(title=noise, yticks=range(0, -len(methods), -1), yticklabels=methods)
         ax.grid(axis="x", alpha=0.3)
     figure.supxlabel("held-out accuracy, greedy, after training", fontsize=9)
@@ -284,8 +274,7 @@ def main():
     parser.add_argument("--grid", choices=GRIDS, default="main")
     count = number_in("[1, inf)", int)
     parser.add_argument("--jobs", type=count, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=count, help="how many; default what the grid names")
-    parser.add_argument("--methods", nargs="+", help="only these, and the grid's first")
+    parser.add_argument("--seeds", type=count, help="only so many of the grid's")
     parser.add_argument("--noises", nargs="+", help="only these of the grid's")
     parser.add_argument("--quick", action="store_true", help="--grid quick, into runs/noise-quick/")
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -296,16 +285,14 @@ def main():
         RESULTS, grid = ROOT / "runs" / "noise-quick", "quick"
     RESULTS.mkdir(parents=True, exist_ok=True)
     methods, noises, seeds = GRIDS[grid]
-    for flag, known in (("methods", methods), ("noises", noises)):
-        if unknown := set(getattr(args, flag) or ()) - set(known):
-            expected = f"expected some of {', '.join(known)}; found {', '.join(unknown)}"
-            parser.error(f"--{flag}: {expected}")
+    kinds, seeds = args.noises or noises, seeds[: args.seeds]
+    if unknown := set(kinds) - set(noises):
+        found = f"found {', '.join(unknown)}"
+        parser.error(f"--noises: expected some of {', '.join(noises)}; {found}")
     reference, failed = next(iter(methods)), 0
-    chosen = [name for name in methods if not args.methods or name in (reference, *args.methods)]
-    kinds, seeds = args.noises or noises, range(seeds[0], seeds[0] + (args.seeds or len(seeds)))
     if not args.table:
         try:
-            failed = run_grid(grid, args.jobs, chosen, kinds, seeds)
+            failed = run_grid(grid, args.jobs, methods, kinds, seeds)
         except KeyboardInterrupt:
             sys.exit("noise.py: stopped; finished runs are kept, and the same command goes on")
     found = {key: runs for key, runs in current(grid).items() if key[0] in kinds}
