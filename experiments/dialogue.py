@@ -31,7 +31,7 @@ ASKING = {"REQUEST", "CONFIRM", "OFFER_INTENT", "REQ_MORE"}  # acts that wait fo
 
 def names(value, text):
     """Whether a text says a value, as a word of its own."""
-    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
+    return bool(re.search(rf"(?<!\w){re.escape(value.lower())}(?!\w)", text.lower()))
 
 
 def success(prompts, completions, reference, acts, values, **columns):
@@ -44,32 +44,25 @@ def success(prompts, completions, reference, acts, values, **columns):
     scores = []
     for prompt, completion, *row in zip(prompts, completions, reference, acts, values):
         said, own_acts, own_values = row
-        text, said = text_of(completion).lower(), said.lower()
-        heard = " ".join(message["content"] for message in as_messages(prompt)).lower()
-        lower = map(str.lower, own_values)
-        due = [value for value in lower if names(value, said) and names(value, heard)]
-        asked = ("?" in text) == bool(ASKING & set(own_acts))
-        asks = float(asked and bool(text.strip()))
+        text = text_of(completion).lower()
+        heard = " ".join(message["content"] for message in as_messages(prompt))
+        due = [value for value in own_values if names(value, said) and names(value, heard)]
+        asks = float(("?" in text) == bool(ASKING & set(own_acts)) and bool(text.strip()))
         conveyed = sum(names(value, text) for value in due)
         scores.append((conveyed / len(due) + asks) / 2 if due else asks)
     return scores
 
 
-def part_of(dialogue_id):
-    digest = hashlib.sha256(str(dialogue_id).encode()).hexdigest()
-    return PARTS[int(digest, 16) % len(PARTS)]
-
-
 def write_parts(args):
     tokenizer = load(AutoTokenizer, args.model, "model")
     data = load_prompts("data", args.data, "train", tokenizer, float("inf"))
-    columns = {"reference", "acts", "values", "dialogue_id"}
-    if missing := columns - set(data.column_names):
-        found = f"expected the columns {', '.join(sorted(columns))}, found no"
-        raise InputError(f"data: {args.data}: {found} {', '.join(sorted(missing))}")
+    if missing := {"reference", "acts", "values", "dialogue_id"} - set(data.column_names):
+        expected = "expected the columns reference, acts, values, dialogue_id, found no"
+        raise InputError(f"data: {args.data}: {expected} {', '.join(sorted(missing))}")
     parts = {part: [] for part in PARTS}
     for row in data:
-        part, ids = part_of(row["dialogue_id"]), row.pop(PROMPT_IDS)
+        digest = hashlib.sha256(str(row["dialogue_id"]).encode()).hexdigest()
+        part, ids = PARTS[int(digest, 16) % len(PARTS)], row.pop(PROMPT_IDS)
         if part != "policy" or len(ids) <= args.max_tokens:
             parts[part].append(row)
     args.output.mkdir(parents=True, exist_ok=True)

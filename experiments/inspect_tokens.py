@@ -38,6 +38,8 @@ from tasks.rewards import needed_parameters
 from train import collect, judge, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
+CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
+ADVANTAGES = ("advantage", "scalar_advantage")
 # Or two critics predict different things.
 SAME = "task dataset_name model_name_or_path reward user max_turns seed gamma kl_coef".split()
 
@@ -184,17 +186,6 @@ def look(run, args, batch, greedy, scalar):
     return shown
 
 
-def largest(shown):
-    """The advantage that gets full colour: the largest one, of either critic."""
-    tokens = [token for row in shown for token in row["tokens"]]
-    names = ("advantage", "scalar_advantage")
-    return max([abs(token[name] or 0) for token in tokens for name in names], default=0) or 1.0
-
-
-def number(value):
-    return f"{'-':>7}" if value is None else f"{round(value, 3) + 0.0:7.3f}"  # + 0.0: no -0.000
-
-
 def scored(row):
     score = "no advantage: the reward needs columns that this prompt lacks"
     score = score if row["score"] is None else f"score {row['score']:.3f}"
@@ -207,10 +198,10 @@ def table(row):
     lines = [f"{'token':16}" + "".join(f"{name:>8}" for name in names)]
     for token in row["tokens"]:
         lines += [f"({token['before']})"] if token["before"] else []
-        cells = [number(value) for value in token["shown"]]
-        for name in ("std", "mean", "advantage", "scalar", "scalar_advantage", "return"):
-            cells.append(number(token[name]))
-        lines.append(" ".join([f"{token['text'][:16]:16}", *cells]))
+        values = [*token["shown"], *(token[name] for name in CELLS)]
+        # + 0.0: no -0.000.
+        cells = ["-" if value is None else f"{round(value, 3) + 0.0:.3f}" for value in values]
+        lines.append(f"{token['text'][:16]:16}" + "".join(f"{cell:>8}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -220,10 +211,9 @@ def print_rows(shown):
     )
     print("(what came, minus the mean, by GAE), the scalar critic's two, and the return that came.")
     for index, row in enumerate(shown, 1):
-        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
         texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
-        print("   response     " + "|".join(texts))
-        print(table(row))
+        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
+        print(f"   response     {'|'.join(texts)}\n{table(row)}")
 
 
 def rounded(value):
@@ -246,7 +236,7 @@ def section(index, row, scale):
         if token["before"]:
             buttons += f'<span class="user">{html.escape(token["before"])}</span>'
         place = f'data-row="{index}" data-column="{column}"'
-        both = cell(token, "advantage", scale) + cell(token, "scalar_advantage", scale)
+        both = "".join(cell(token, name, scale) for name in ADVANTAGES)
         buttons += f'<button type="button" class="token" {place}>{both}</button>'
     head = f"<h2>{index + 1}. {html.escape(scored(row))}</h2>"
     head += f'<p class="prompt">{html.escape(row["prompt"])}</p>'
@@ -260,12 +250,13 @@ def section(index, row, scale):
 
 def page(shown, said):
     """The whole HTML page as text. Texts are escaped here; the script gets numbers alone."""
-    scale, numbers = largest(shown), []
-    for row in shown:
-        kept = [token.keys() - {"text", "id", "before"} for token in row["tokens"]]
-        pairs = zip(kept, row["tokens"])
-        numbers.append([{name: rounded(token[name]) for name in names} for names, token in pairs])
+    tokens = [token for row in shown for token in row["tokens"]]
+    found = [abs(token[name] or 0) for token in tokens for name in ADVANTAGES]
+    scale = max(found, default=0) or 1.0  # the advantage that gets full colour
     sections = [section(index, row, scale) for index, row in enumerate(shown)]
+    names, numbers = ("quantiles", "shown", "reward", *CELLS), []
+    for row in shown:
+        numbers.append([{name: rounded(token[name]) for name in names} for token in row["tokens"]])
     parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}"}
     parts |= {"NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
     template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")

@@ -28,50 +28,39 @@ from harness.setup import load
 from tasks import InputError, one_line
 from tasks.rewards import judged_text
 
-KINDS = ({"prompt", "completion", "reward"}, {"prompt", "reference"})
 
-
-def rows_of(name):
-    """A jsonl file's rows, each of one of KINDS; raises InputError naming file and line."""
+def row_of(line, name, number):
+    """A line of a jsonl file as a row; raises InputError naming file and line."""
     try:
-        lines = Path(name).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"data: cannot read {name}: {one_line(error)}") from error
-    rows = []
-    for line, text in enumerate(lines, 1):
-        try:
-            row = json.loads(text)
-            fine = any(kind <= row.keys() for kind in KINDS) and row.get("reward", 0) in (0, 1)
-        except (ValueError, AttributeError) as error:
-            found = f"expected a JSON object, found {text[:60]!r}"
-            raise InputError(f"data: {name}, line {line}: {found}") from error
-        if not fine:
-            expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
-            raise InputError(f"data: {name}, line {line}: {expected}")
-        rows.append({**row, "dialogue_id": f"{name} {row.get('dialogue_id', line)}"})
-    return rows
-
-
-def foreign(row, rows, rng):
-    """Another reference, of another dialogue; None if a hundred draws find none."""
-    for other in rng.choices(rows, k=100):
-        reference = other.get("reference", row["reference"])
-        if other["dialogue_id"] != row["dialogue_id"] and reference != row["reference"]:
-            return reference
-    return None
+        row = json.loads(line)
+        kinds = [{"prompt", "reference"} <= row.keys()]
+        kinds.append({"prompt", "completion", "reward"} <= row.keys() and row["reward"] in (0, 1))
+    except (ValueError, AttributeError) as error:
+        found = f"expected a JSON object, found {line[:60]!r}"
+        raise InputError(f"data: {name}, line {number}: {found}") from error
+    if not any(kinds):
+        expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
+        raise InputError(f"data: {name}, line {number}: {expected}")
+    return {**row, "dialogue_id": f"{name} {row.get('dialogue_id', number)}"}
 
 
 def read(name):
-    """A file's rows with a judgement each: [(prompt, completion, 0 or 1, dialogue)]."""
-    rows, judged, rng = rows_of(name), [], random.Random(0)
+    """A jsonl file's rows with a judgement each: [(prompt, completion, 0 or 1, dialogue)]."""
+    lines = Path(name).read_text().splitlines()
+    rows = [row_of(line, name, number) for number, line in enumerate(lines, 1)]
+    judged, rng = [], random.Random(0)
     for row in rows:
-        pairs = [(row["completion"], int(row["reward"]))] if "reward" in row else []
-        if not pairs:
-            pairs = [(row["reference"], 1), (foreign(row, rows, rng), 0)]
-        if pairs[-1][0] is None:
+        prompt, dialogue = row["prompt"], row["dialogue_id"]
+        if "reward" in row:
+            judged.append((prompt, row["completion"], int(row["reward"]), dialogue))
+            continue
+        others = [other for other in rng.choices(rows, k=100) if other["dialogue_id"] != dialogue]
+        said = [other.get("reference", row["reference"]) for other in others]
+        foreign = [text for text in said if text != row["reference"]]
+        if not foreign:
             expected = "expected different references in different dialogues, found hardly any"
             raise InputError(f"data: {name}: {expected}")
-        judged += [(row["prompt"], said, good, row["dialogue_id"]) for said, good in pairs]
+        judged += [(prompt, row["reference"], 1, dialogue), (prompt, foreign[0], 0, dialogue)]
     return judged
 
 
@@ -167,17 +156,15 @@ def train_judge(args):
     report = {"data": [Path(name).name for name in names], "steps": curve[-1]["step"]}
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "majority": common}
     report |= {"accuracy": accuracy(scores, held_out), "auc": area, "curve": curve}
-    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (Path(args.output) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     right = f"right on {report['accuracy']:.3f} of {len(held_out)} held-out rows"
     print(f"{right} (always saying the commoner: {common:.3f}); AUC {area or 0:.3f}")
-    print(f"python train.py ... --reward model:{args.output}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("encoder")
-    parser.add_argument("data", help="jsonl files, commas between")
-    parser.add_argument("output", type=Path, help="folder of the finished model and tokenizer")
+    for name in ("encoder", "data", "output"):
+        parser.add_argument(name)
     parser.add_argument("--stop-at", type=float, default=1.1, help="a held-out accuracy")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
