@@ -28,7 +28,6 @@ from harness.flags import number_in
 from harness.reports import run_script
 from harness.setup import context_of, load, pad_token_id, stop_token_ids
 from tasks import InputError
-from tasks.builtin import BUILT_IN
 from tasks.prompts import PROMPT_IDS, load_prompts
 from tasks.rewards import load_reward, score
 
@@ -37,12 +36,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def policy_of(name):
     """(the policy's folder, the flags it was trained with) of a run, else (name, {})."""
-    if not (Path(name) / "args.json").exists():
+    file = Path(name) / "args.json"
+    if not file.exists():
         return name, {}
-    flags = json.loads((Path(name) / "args.json").read_text()).get("flags", {})
-    _, user = BUILT_IN.get(flags.get("task"), (None, None))
-    if flags.get("user") or (user and not flags.get("dataset_name")):
-        expected = "expected a policy of single turns, found one trained on conversations"
+    flags = json.loads(file.read_text()).get("flags", {})
+    if flags.get("user") or (flags.get("task") == "booking" and not flags.get("dataset_name")):
+        expected = "expected a policy of single turns, found one of conversations"
         raise InputError(f"policy: {name}: {expected}")
     return str(newest_checkpoint(Path(name)) / "policy"), flags
 
@@ -85,15 +84,15 @@ def print_means(results):
     """A row per set and reward, a column per group of policies that differ in their seed alone."""
     groups = {}
     for result in results:
-        group = groups.setdefault((result["set"], result["reward"]), {})
         name = Path(re.sub(r"-seed[0-9]+/?$", "", result["policy"])).name
+        group = groups.setdefault(f"{Path(result['set']).name}, {result['reward']}: ", {})
         group.setdefault(name, []).append(result["score"])
-    for (file, reward), columns in groups.items():
+    for what, columns in groups.items():
         cells = []
         for name, values in columns.items():
             spread = f" ±{interval(values)[1]:.3f}" if len(values) > 1 else ""
             cells.append(f"{name} {statistics.mean(values):.3f}{spread}")
-        print(f"{Path(file).name}, {reward}: " + ", ".join(cells))
+        print(what + ", ".join(cells))
 
 
 def compare(args):

@@ -2,14 +2,12 @@
 
     python experiments/figures.py first         # training over seeds, and two fits; half a minute
     python experiments/figures.py terms         # what each risk term does to a fit; 2 minutes
-    python experiments/figures.py calibration   # a run, then held-out reliability; 4 minutes
     python experiments/figures.py terms --redraw    # from the stored data alone
 
 Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME.png (figure.png).
 """
 
 import argparse
-import copy
 import importlib.util
 import json
 import sys
@@ -19,17 +17,11 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-import transformers
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
-import dvpo
-import rollout as ro
-import train
 from critic import quantile_levels
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
-from experiments.seeds import RESULTS, ROOT, current_commit, interval, json_lines
-from harness.flags import RISK_TERMS, parse_args
-from harness.setup import build, respond
+from experiments.seeds import RESULTS, current_commit, interval, json_lines
 from risk import RiskConfig
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
@@ -53,7 +45,7 @@ def label(ax, title, x="", y="", legend=None, **more):
 
 
 def terms_data(steps=700, m=64):
-    alone = {f"+ {term}": {**OFF, term: getattr(RiskConfig, term)} for term in RISK_TERMS}
+    alone = {f"+ {term}": {**OFF, term: getattr(RiskConfig, term)} for term in OFF}
     configs = {"core": OFF, **alone, "all": {}}
     fits = {kind: {} for kind in RETURNS}
     for kind, name in tqdm([(kind, name) for kind in RETURNS for name in configs], desc="fits"):
@@ -65,16 +57,12 @@ def terms_data(steps=700, m=64):
 
 
 def draw_fit(above, below, levels, row, name, fit):
-    """One fit: a line of quantiles above if it is of all or no terms, and its tails below."""
+    """One fit: its quantiles above, if it has all or no terms, and its tails below."""
     colour, style = {"core": (BLUE, "--"), "all": (RED, "-")}.get(name, ("0.45", "-"))
     if name in ("core", "all"):
         text = "core: quantile regression" if name == "core" else "all of DVPO's terms"
         above.plot(levels, fit["quantiles"], style, color=colour, label=text)
-        for edge, tail in ((0, "worst"), (0.9, "best")):
-            above.plot([edge, edge + 0.1], [fit[tail]] * 2, color=colour, linewidth=5, alpha=0.6)
-            below.axvline(fit[tail], color=colour, linestyle=":", linewidth=1, zorder=0)
-    below.plot([fit["worst"], fit["best"]], [row, row], "|-", color=colour, markersize=9)
-    below.plot(fit["mean"], row, "o", color=colour, markersize=5)
+    below.plot([fit["worst"], fit["mean"], fit["best"]], [row] * 3, "|-", color=colour)
 
 
 def draw_terms(figure, data):
@@ -95,114 +83,9 @@ def draw_terms(figure, data):
         label(above, title.format(kind, *lower, *upper), LEVEL, xlim=(0, 1))
         label(below, "", RETURN, yticks=range(len(fits)), yticklabels=fits)
         below.invert_yaxis()
-    axes[0, 0].set_ylabel(f"{RETURN}\nbars: mean of the outer tenth")
+    axes[0, 0].set_ylabel(RETURN)
     axes[1, 0].set_ylabel("worst tenth, mean,\nbest tenth")
     axes[0, 0].legend(loc="upper left", frameon=False)
-
-
-# ---- calibration: is the critic right on held-out rollouts?
-
-
-@torch.no_grad()
-def held_out(run, args, rounds):
-    """{domain: returns (tokens,), quantiles (tokens, M)}; every call makes the same draws."""
-    torch.manual_seed(args.seed + 1)
-    run, found = copy.copy(run), {}
-    run.noise = torch.Generator().manual_seed(args.seed + 1)
-    for domain, prompts in run.evals.items():
-        parts = []
-        for batch in [batch for _ in range(rounds) for batch in prompts.iter(args.batch_size)]:
-            rollout = respond(run, args, batch, args.temperature)
-            # With training's noise: it is part of what the critic predicts.
-            scores, _ = train.judge(run, args, batch, rollout)
-            logprobs, reference = (
-                ro.response_logprobs(model, rollout, args.temperature)
-                for model in (run.policy, run.reference)
-            )
-            mask = rollout.mask
-            rewards = dvpo.token_rewards(scores, logprobs, reference, mask, args.kl_coef)
-            returns = dvpo.discounted_returns(rewards, mask, args.gamma)
-            heads = ro.response_quantiles(run.critic, rollout)
-            parts.append((returns[mask], heads.mean(dim=2).sort(dim=-1).values[mask]))
-        found[domain] = [torch.cat(part) for part in zip(*parts)]
-    return found
-
-
-def coverage(returns, quantiles, taus, tie):
-    """The share of returns below Q(tau), for each tau: (R,), (R, M), (T,) -> (T,).
-
-    As the share of randomised PIT values below tau, u = P(q < y - tie) + U P(y - tie <= q <= y +
-    tie), U uniform and seeded: a return within `tie` of a quantile ties with it. With two-valued
-    returns and tie 0 the share is a step even for a critic that is right up to a hair.
-    """
-    y = returns.unsqueeze(1)
-    below = (quantiles < y - tie).double().mean(dim=1)
-    up_to = (quantiles <= y + tie).double().mean(dim=1)
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(len(returns), generator=generator, dtype=torch.float64)
-    u = below + uniform * (up_to - below)
-    return (u.unsqueeze(1) <= taus).double().mean(dim=0)
-
-
-PANELS = {  # held-out prompts, tie
-    "in domain, as they are": ("in domain", 0.0),
-    "in domain, ties broken": ("in domain", 0.25),
-    "out of domain, ties broken": ("out of domain", 0.25),
-}
-
-
-def calibration_data(flags="--total-episodes 9600", every=15, rounds=4):
-    """A run of train.py's iterations, looked at after every so many of them."""
-    args = parse_args([*flags.split(), "--output-dir", str(ROOT / "runs" / "figure-calibration")])
-    run, taus = build(args), torch.arange(1, 40, dtype=torch.float64) / 40
-    data = {"flags": flags, "rounds": rounds, "taus": rounded(taus), "mean": {}}
-    data["curves"] = {panel: {} for panel in PANELS}
-    transformers.set_seed(args.seed)
-    for iteration in trange(1, args.total_episodes // args.batch_size + 1, desc="iterations"):
-        experience, _ = train.collect(run, args)
-        train.update(run, args, experience)
-        run.iteration = iteration
-        if iteration % every:
-            continue
-        with torch.random.fork_rng():
-            found = held_out(run, args, rounds)
-        for panel, (domain, tie) in PANELS.items():
-            data["curves"][panel][str(iteration)] = rounded(coverage(*found[domain], taus, tie))
-        data["mean"][str(iteration)] = {
-            domain: rounded(torch.stack([returns.mean(), quantiles.mean()]))
-            for domain, (returns, quantiles) in found.items()
-        }
-    return data
-
-
-def largest_gap(data, panel):
-    """The largest distance of a panel's curves from the diagonal, at any moment."""
-    curves = data["curves"][panel].values()
-    return max(abs(share - tau) for curve in curves for share, tau in zip(curve, data["taus"]))
-
-
-def draw_calibration(figure, data):
-    from matplotlib import colormaps
-
-    means = [mean["out of domain"] for mean in data["mean"].values()]
-    excess = [predicted - sampled for sampled, predicted in means]
-    gap = largest_gap(data, list(PANELS)[1])
-    figure.suptitle(
-        f"Held-out prompts: the critic's coverage is right within {gap:.2f} in domain;\n"
-        f"out of domain its mean is too optimistic, by {min(excess):.2f} to {max(excess):.2f}"
-    )
-    axes = figure.subplots(1, 3)
-    for ax, (panel, curves) in zip(axes, data["curves"].items()):
-        ax.plot([0, 1], [0, 1], color="0.75", linewidth=5)
-        for i, (iteration, curve) in enumerate(curves.items()):
-            colour = colormaps["viridis_r"](0.15 + 0.85 * i / len(curves))
-            ax.plot(data["taus"], curve, color=colour, label=f"iteration {iteration}")
-        sampled, predicted = list(data["mean"].values())[-1][PANELS[panel][0]]
-        end = f"end: mean {predicted:.2f} predicted, {sampled:.2f} sampled"
-        title = f"{panel}\nat most {largest_gap(data, panel):.2f} off the diagonal\n{end}"
-        label(ax, title, "probability level tau", "share of returns below Q(tau)", aspect="equal")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
 
 
 # ---- first: training over seeds, and two fits
@@ -266,7 +149,6 @@ def draw_first(figure, data):
 FIGURES = {  # name: what computes the data, what draws it, width and height in inches
     "first": (first_data, draw_first, (13, 3.8)),
     "terms": (terms_data, draw_terms, (9, 6.2)),
-    "calibration": (calibration_data, draw_calibration, (9, 4.4)),
 }
 
 

@@ -47,15 +47,12 @@ def widths(config):
     return hidden, heads * head, key_heads * head, mlp
 
 
-def activations(configs, few, checkpointing):
-    """What the larger of some models keeps for backward, in bytes per token: they take turns."""
-    kept = []
-    for config in configs:
-        hidden, q, kv, mlp = widths(config)
-        layer = 16 * hidden + few * (3 * q + 4 * kv + 4 * mlp)
-        each = 4 * hidden if checkpointing else layer
-        kept.append((config.num_hidden_layers * each, layer * checkpointing))
-    return sum(max(kept))
+def kept_for_backward(config, few, checkpointing):
+    """Bytes per token of what a model keeps, and of one layer while it is computed again."""
+    hidden, q, kv, mlp = widths(config)
+    layer = 16 * hidden + few * (3 * q + 4 * kv + 4 * mlp)
+    kept = 4 * hidden if checkpointing else layer
+    return config.num_hidden_layers * kept, layer * checkpointing
 
 
 def needs(policy, critic, args, prompt):
@@ -74,7 +71,8 @@ def needs(policy, critic, args, prompt):
     response = args.response_length * (args.max_turns if args.user else 1)
     length, minibatch = prompt + response, args.batch_size // args.num_mini_batches
     rows = max(1, min(args.micro_batch_size, args.micro_batch_tokens // length, minibatch))
-    per_token, kv = activations(configs, few, args.gradient_checkpointing), widths(policy)[2]
+    # Policy and critic take turns.
+    kept = max(kept_for_backward(each, few, args.gradient_checkpointing) for each in configs)
     held = {
         "policy": 16 * num_policy,
         "critic": 16 * num_critic,
@@ -83,10 +81,11 @@ def needs(policy, critic, args, prompt):
     }
     update = {
         "casts": 2 * max(num_policy, num_critic) if half else 0,
-        "activations": rows * length * per_token,
+        "activations": rows * length * sum(kept),
         "logits": rows * response * 2 * few * policy.vocab_size,
     }
-    cache = args.batch_size * length * policy.num_hidden_layers * 2 * few * kv
+    per_layer = args.batch_size * length * 2 * few * widths(policy)[2]
+    cache = policy.num_hidden_layers * per_layer
     peak = sum(held.values()) + max(cache, sum(update.values()))
     return {**held, **update, "KV cache": cache, "peak": peak}
 
@@ -95,19 +94,18 @@ def read_config(name):
     try:
         config = AutoConfig.from_pretrained(name)
         widths(config)
+        count_parameters(config)
         return config
-    except Exception as error:  # each library in its own words, and some models have no widths
+    except Exception as error:  # each library in its own words; not every model has such widths
         raise InputError(f"model: cannot read the config of {name!r}: {one_line(error)}") from error
 
 
 def show(own):
     args = parse_args(["--model-name-or-path", own.model, *own.flags])
-    policy = read_config(own.model)
-    trunk = args.critic_model_name_or_path
-    try:
-        found = needs(policy, read_config(trunk) if trunk else policy, args, own.prompt)
-    except ValueError as error:  # not a causal language model
-        raise InputError(f"model: {one_line(error)}") from error
+    policy = critic = read_config(own.model)
+    if args.critic_model_name_or_path:
+        critic = read_config(args.critic_model_name_or_path)
+    found = needs(policy, critic, args, own.prompt)
     for name, size in found.items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")
     print("peak: the first four, and the larger of KV cache and casts + activations + logits")

@@ -3,7 +3,7 @@
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
     python experiments/noise.py --grid tuning --jobs 2     # or ladder, quantiles, risk, lam, flags
     python experiments/noise.py --quick                    # short runs; their numbers mean nothing
-    python experiments/noise.py --table                    # print and plot what results/ holds
+    python experiments/noise.py --table                    # print what results/ holds
 
 Finished runs stand in experiments/results/noise-*.jsonl and are skipped: a grid may be stopped and
 gone on with, and grids share what they have in common. Per seed all methods get the same warm
@@ -248,27 +248,6 @@ def print_table(table, reference):
     print(f"(sampled, noise-free) is 90 % of what {reference} ends with when there is no noise.")
 
 
-def plot(name, table):
-    """Final accuracy with intervals, a panel per noise."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return print("no figure: it needs matplotlib, which is in requirements-dev.txt")
-    noises, methods = (list(dict.fromkeys(row[i] for row in table)) for i in (0, 1))
-    figure = Figure((1 + 2.6 * len(noises), 0.8 + 0.3 * len(methods)), layout="tight")
-    axes = figure.subplots(1, len(noises), sharey=True, squeeze=False)[0]
-    for noise, method, _, columns, *_ in table:
-        ax, row = axes[noises.index(noise)], -methods.index(method)
-        mean, half = columns["in domain, greedy"]
-        ax.errorbar(mean, row, xerr=half, fmt="o", color=f"C{-row % 10}")
-        ax.set(title=noise, yticks=range(0, -len(methods), -1), yticklabels=methods)
-        ax.grid(axis="x", alpha=0.3)
-    figure.supxlabel("held-out accuracy, greedy, after training", fontsize=9)
-    target = RESULTS / f"noise-{name}-dots.png"
-    figure.savefig(target, dpi=110)
-    print(f"written: {target.relative_to(ROOT)}")
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--grid", choices=GRIDS, default="main")
@@ -298,8 +277,6 @@ def main():
     found = {key: runs for key, runs in current(grid).items() if key[0] in kinds}
     table = summarise(found, reference)
     print_table(table, reference)
-    if table:
-        plot(grid, table)
     if failed:
         sys.exit(f"noise.py: {failed} runs failed")
 

@@ -10,6 +10,7 @@ out by `dialogue_id`. The reward is the probability of "good".
 """
 
 import argparse
+import functools
 import json
 import random
 import statistics
@@ -20,13 +21,13 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from harness.reports import run_script
 from harness.setup import load
 from tasks import InputError, one_line
 from tasks.rewards import judged_text
+from tasks.warm_start import fine_tune
 
 
 def row_of(line, name, number):
@@ -85,27 +86,45 @@ def accuracy(scores, rows):
     return statistics.fmean((score > 0.5) == row[2] for score, row in zip(scores, rows))
 
 
-def logits_of(model, tokenizer, rows, max_length):
+def logits_of(model, tokenizer, rows):
     texts = [judged_text(prompt, completion, tokenizer) for prompt, completion, *_ in rows]
-    options = {"truncation": True, "max_length": max_length, "padding": True}
-    options |= {"add_special_tokens": not tokenizer.chat_template, "return_tensors": "pt"}
-    return model(**tokenizer(texts, **options).to(model.device)).logits.float()
+    options = {"truncation": True, "padding": True, "return_tensors": "pt"}
+    inputs = tokenizer(texts, add_special_tokens=not tokenizer.chat_template, **options)
+    return model(**inputs.to(model.device)).logits.float()
+
+
+def loss_of(tokenizer, model, rows):
+    labels = torch.tensor([row[2] for row in rows], device=model.device)
+    return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
 
 
 @torch.no_grad()
-def judge(model, tokenizer, rows, max_length):
+def judge(model, tokenizer, rows):
     """The probability of "good" for each row."""
     model.eval()
     parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
-    logits = [logits_of(model, tokenizer, part, max_length) for part in parts]
+    logits = torch.cat([logits_of(model, tokenizer, part) for part in parts])
     model.train()
-    return torch.cat(logits).softmax(-1)[:, 1].tolist()
+    return logits.softmax(-1)[:, 1].tolist()
 
 
-def load_both(name):
+def batches_of(batches, model, tokenizer, probe, args, curve):
+    """The batches, until the accuracy on held-out rows, noted in curve, is --stop-at."""
+    for step, rows in enumerate(batches, 1):
+        yield rows.tolist()
+        if step % args.eval_steps == 0:
+            curve.append(
+                {"step": step, "accuracy": accuracy(judge(model, tokenizer, probe), probe)}
+            )
+            if curve[-1]["accuracy"] >= args.stop_at:
+                return
+
+
+def load_both(name, max_length):
     tokenizer = load(AutoTokenizer, name, "encoder")
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.model_max_length = max_length
     try:
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
     except Exception as error:  # each library in its own words
@@ -115,50 +134,27 @@ def load_both(name):
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train(), tokenizer
 
 
-def fit(model, tokenizer, train, held_out, args):
-    """AdamW until --epochs are over or --stop-at is reached -> [{step, accuracy}] on a sample."""
-    probe = random.Random(args.seed).sample(held_out, min(400, len(held_out)))
-    steps = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(16)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    curve = []
-    for step, rows in enumerate(tqdm(steps, desc="reward model"), 1):
-        rate = min(1, step / 50) * (1 - step / (len(steps) + 1))  # warm-up, then linear decay
-        optimizer.param_groups[0]["lr"] = args.learning_rate * rate
-        batch = [train[row] for row in rows.tolist()]
-        labels = torch.tensor([row[2] for row in batch], device=model.device)
-        logits = logits_of(model, tokenizer, batch, args.max_length)
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if step % args.eval_steps == 0 or step == len(steps):
-            right = accuracy(judge(model, tokenizer, probe, args.max_length), probe)
-            curve.append({"step": step, "accuracy": right})
-            if right >= args.stop_at:
-                break
-    return curve
-
-
 def train_judge(args):
     torch.manual_seed(args.seed)
-    model, tokenizer = load_both(args.encoder)
-    names = args.data.split(",")
-    train, held_out = split([row for name in names for row in read(name)], 0.1, args.seed)
+    (model, tokenizer), files = load_both(args.encoder, args.max_length), args.data.split(",")
+    train, held_out = split([row for name in files for row in read(name)], 0.1, args.seed)
     if not train:
         raise InputError("data: expected rows of at least two dialogues, found one")
-    curve = fit(model, tokenizer, train, held_out, args)
-    scores = judge(model, tokenizer, held_out, args.max_length)
-    truth = [row[2] for row in held_out]
-    good, area = statistics.fmean(truth), auc(scores, truth)
-    common = max(good, 1 - good)
+    probe, curve = random.Random(args.seed).sample(held_out, min(400, len(held_out))), []
+    batches = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(16)]
+    watched = batches_of(batches, model, tokenizer, probe, args, curve)
+    loss, rate = functools.partial(loss_of, tokenizer), args.learning_rate
+    steps = len(fine_tune(model, train, loss, watched, len(batches), rate))
+    scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
+    right, area, good = accuracy(scores, held_out), auc(scores, truth), statistics.fmean(truth)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    report = {"data": [Path(name).name for name in names], "steps": curve[-1]["step"]}
-    report |= {"train_rows": len(train), "held_out_rows": len(held_out), "majority": common}
-    report |= {"accuracy": accuracy(scores, held_out), "auc": area, "curve": curve}
+    report = {"data": [Path(name).name for name in files], "steps": steps, "curve": curve}
+    report |= {"train_rows": len(train), "held_out_rows": len(held_out), "accuracy": right}
+    report |= {"majority": max(good, 1 - good), "auc": area}
     (Path(args.output) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    right = f"right on {report['accuracy']:.3f} of {len(held_out)} held-out rows"
-    print(f"{right} (always saying the commoner: {common:.3f}); AUC {area or 0:.3f}")
+    print(f"right on {right:.3f} of {len(held_out)} held-out rows; AUC {area or 0:.3f}")
+    print(f"always saying the commoner would be right on {report['majority']:.3f}")
 
 
 def main():

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -46,10 +47,9 @@ def current_commit():
 def machine():
     """What ran, and on what: rounding differs between kinds of CPU, and so do runs."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     about = {"commit": current_commit(), "python": platform.python_version()}
-    return about | {"cores": os.cpu_count(), "machine": platform.machine(), "cpu": [*names, ""][0]}
+    return about | {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine()}
 
 
 def run(algo, seed, extra, folder):
@@ -58,9 +58,9 @@ def run(algo, seed, extra, folder):
         # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
         seeds = ["--seed", str(seed), "--reward-noise-seed", str(seed)]
         flags = ["--algo", algo, *seeds, "--eval-steps", "15", "--output-dir", str(folder), *extra]
-        threads = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "train.py", *flags]
-        subprocess.run(command, cwd=ROOT, check=True, env=threads, stdout=subprocess.DEVNULL)
+        options = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
     rows = json_lines(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
     about, results = (
@@ -71,14 +71,13 @@ def run(algo, seed, extra, folder):
 
 def print_table(runs, algos):
     """Scores before and after, and the first algorithm minus the last, paired by seed."""
-    difference = f"{algos[0]} - {algos[-1]}"
-    heads = [f"{name:>16}" for name in ("before", *algos)]
-    print(f"{'mean score, 95 % interval':26}" + "".join(heads) + f"{difference:>18}")
+    heads = ["before", *algos, f"{algos[0]} - {algos[-1]}"]
+    print(f"{'mean score, 95 % interval':26}" + "".join(f"{head:>17}" for head in heads))
     for name in runs[0]["before"]:
         columns = [[run["before"][name] for run in runs if run["algo"] == algos[0]]]
         columns += [[run["after"][name] for run in runs if run["algo"] == algo] for algo in algos]
         columns.append([a - b for a, b in zip(columns[1], columns[-1])])
-        cells = ["{:10.3f} ±{:.3f}".format(*interval(values)) for values in columns]
+        cells = ["{:11.3f} ±{:.3f}".format(*interval(values)) for values in columns]
         print(f"{name:26}" + "".join(cells))
 
 

@@ -74,9 +74,9 @@ def read(name, tokenizer, end_id):
         turns = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
         texts = [isinstance(turn, dict) and isinstance(turn.get("content"), str) for turn in turns]
         if not turns or not all(texts) or turns[-1].get("role") != "assistant":
-            expected = f"a text, or messages with an assistant's at the end, in {', '.join(SAID)}"
-            found = f"expected {expected}, found {str(said)[:60]!r}"
-            raise InputError(f"data: {name}, row {row}: {found}")
+            expected = "a text, or messages with an assistant's at the end"
+            where = f"data: {name}, row {row}: expected {expected}, in {', '.join(SAID)}"
+            raise InputError(f"{where}, found {str(said)[:60]!r}")
         examples.append(example(values[PROMPT_IDS], said, tokenizer, end_id))
     return examples
 
@@ -98,11 +98,13 @@ def tune(args):
         expected = f"expected rows of at most {longest} tokens, found {len(found)} longer ones"
         raise InputError(f"--max-length: {expected}")
     num_steps = max(1, round(args.epochs * len(examples) / args.batch_size))
-    epochs = range(-(-num_steps * args.batch_size // len(examples)))
-    chunks = [torch.randperm(len(examples)).split(args.batch_size) for _ in epochs]
-    batches = [rows.tolist() for chunk in chunks for rows in chunk][:num_steps]
-    rate, half = args.learning_rate, args.bf16
-    losses = fine_tune(model, examples, response_loss, batches, len(batches), rate, half)
+    batches = []
+    while len(batches) < num_steps:
+        order = torch.randperm(len(examples)).tolist()
+        starts = range(0, len(order), args.batch_size)
+        batches += [order[start : start + args.batch_size] for start in starts]
+    fit = (response_loss, batches[:num_steps], num_steps, args.learning_rate, args.bf16)
+    losses = fine_tune(model, examples, *fit)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     early, late = (statistics.fmean(part) for part in (losses[:20], losses[-20:]))
