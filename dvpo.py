@@ -251,3 +251,17 @@ def sequence_weights(mask):
     lengths = mask.sum(dim=1, keepdim=True)
     mean_length = mask.sum() / (lengths > 0).sum().clamp(min=1)
     return torch.where(mask, mean_length / lengths.clamp(min=1), 0)
+
+
+def token_weights(kind, mask, most_tokens):
+    """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
+
+    kind token: 1; response: sequence_weights (GRPO); constant (Dr. GRPO): the same whatever the
+    lengths, 1 where all responses have most_tokens.
+    """
+    if kind == "response":
+        return sequence_weights(mask)
+    weights = torch.ones(mask.shape, device=mask.device)
+    if kind == "constant":
+        weights *= mask.sum() / (len(mask) * most_tokens)
+    return weights

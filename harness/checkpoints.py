@@ -58,20 +58,17 @@ def newest_checkpoint(output_dir):
 def random_states():
     """Every generator that is not the run's own, in types that torch.load reads safely."""
     name, keys, *rest = numpy.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
-    }
+    numbers = (name, keys.tolist(), *rest)
+    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
+    # An empty list where there is no GPU.
+    return states | {"cuda": torch.cuda.get_rng_state_all()}
 
 
 def set_random_states(states):
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     numpy.random.set_state(states["numpy"])
-    if torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+    if len(states["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(states["cuda"])
 
 
@@ -103,11 +100,10 @@ def save_checkpoint(run, args):
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
     aside = folder.with_suffix(".tmp")
+    # By a run that was killed.
     for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:
-        # By a run that was killed.
         shutil.rmtree(left)
     if folder.exists():
-        # The run ended here before.
         return folder
     try:
         write_checkpoint(run, aside)
@@ -154,35 +150,32 @@ def cut_log(path, iteration):
 def resume(run, args):
     """Goes on from the newest checkpoint that loads; one that does not is renamed, with a line."""
     output_dir = Path(args.output_dir)
-    while True:
-        folder = newest_checkpoint(output_dir)
+    for folder in reversed(checkpoints(output_dir).values()):
         try:
             restore(run, folder)
-            break
         except Exception as error:
             # A torn file can fail in any way.
             broken = folder.rename(folder.with_suffix(".broken"))
             found = f"expected a whole checkpoint, found: {one_line(error)}"
             print(f"{folder}: {found}; now {broken.name}", file=sys.stderr)
-    cut_log(output_dir / "metrics.jsonl", run.iteration)
-    print(f"going on from {folder}")
+        else:
+            cut_log(output_dir / "metrics.jsonl", run.iteration)
+            print(f"going on from {folder}")
+            return
+    newest_checkpoint(output_dir)
 
 
 def set_aside(output_dir):
     """Moves an earlier run's files to output_dir/earlier-K; the warm start stays for reuse."""
     names = ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*")
     found = [path for name in names for path in output_dir.glob(name)]
-    if not found:
-        return
-    for number in itertools.count(1):
-        earlier = output_dir / f"earlier-{number}"
-        if not earlier.exists():
-            break
-    earlier.mkdir()
-    for path in found:
-        path.rename(earlier / path.name)
-    what = f"{len(found)} files and folders moved to {earlier}"
-    print(f"{output_dir} holds an earlier run: {what}")
+    if found:
+        folders = (output_dir / f"earlier-{number}" for number in itertools.count(1))
+        earlier = next(folder for folder in folders if not folder.exists())
+        earlier.mkdir()
+        for path in found:
+            path.rename(earlier / path.name)
+        print(f"{output_dir} holds an earlier run: {len(found)} files moved to {earlier}")
 
 
 def write_flags(args):
@@ -197,16 +190,14 @@ def write_flags(args):
 @contextlib.contextmanager
 def stopping_on_signals():
     """While it lasts, Ctrl-C and SIGTERM are noted in a list; a second one ends the program."""
-    received = []
+    received, before = [], {}
 
     def handler(number, frame):
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        text = b"\nstopping after this iteration, with a checkpoint; once more: without one\n"
-        os.write(2, text)
+        os.write(2, b"\nstopping after this iteration, with a checkpoint; once more: at once\n")
 
-    before = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, handler)

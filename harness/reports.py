@@ -6,9 +6,7 @@ import json
 import logging
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import datasets
 import torch
@@ -21,7 +19,6 @@ from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS
 from harness.setup import completions_of, respond
 from risk import lower_tail_mean, tail_size, upper_tail_mean
-from tasks import InputError
 from tasks.rewards import score
 
 # What the bar shows beside its own iteration and time left.
@@ -108,31 +105,19 @@ def critic_metrics(args, head_quantiles, targets, returns, mask):
     return metrics
 
 
-@torch.no_grad()
-def examples(run, args, count=3):
-    """Greedy responses to the first held-out prompts -> [{prompt, completion, score}]."""
-    if not run.evals:
-        return []
-    batch = next(iter(run.evals.values()))[:count]
-    with torch.random.fork_rng():
-        completions = completions_of(run, respond(run, args, batch, 0.0))
-    found = []
-    for prompt, completion, value in zip(
-        batch["prompt"], completions, score(run.reward, batch, completions).tolist()
-    ):
-        found.append({"prompt": text_of(prompt), "completion": text_of(completion), "score": value})
-    return found
-
-
-def text_of(turns):
-    """A text, or the turns of a conversation, as a text."""
-    return turns if isinstance(turns, str) else " / ".join(turn["content"] for turn in turns)
+def plain(turns):
+    """The turns of a conversation as a text; a text, or a score, as it is."""
+    return " / ".join(turn["content"] for turn in turns) if isinstance(turns, list) else turns
 
 
 @torch.no_grad()
-def evaluate(run, args):
-    """Mean noise-free score of greedy and sampled responses -> {"NAME, greedy": score, ...}."""
-    results, total = {}, 2 * sum(map(len, run.evals.values()))
+def evaluate(run, args, num_examples=3):
+    """Noise-free scores of greedy and of sampled responses to the held-out prompts.
+
+    -> {"NAME, greedy": mean score, ...}, and the first greedy responses as
+    [{prompt, completion, score}].
+    """
+    means, examples, total = {}, [], 2 * sum(map(len, run.evals.values()))
     bar = tqdm(total=total, desc="evaluating", leave=False)
     with torch.random.fork_rng(), bar:
         torch.manual_seed(args.seed + 1)
@@ -141,10 +126,15 @@ def evaluate(run, args):
                 scores = []
                 for batch in data.iter(args.batch_size):
                     completions = completions_of(run, respond(run, args, batch, temperature))
-                    scores.append(score(run.reward, batch, completions))
-                    bar.update(len(batch["prompt"]))
-                results[f"{name}, {mode}"] = torch.cat(scores).mean().item()
-    return results
+                    found = score(run.reward, batch, completions).tolist()
+                    if not means:
+                        examples += zip(batch["prompt"], completions, found)
+                    scores += found
+                    bar.update(len(found))
+                means[f"{name}, {mode}"] = torch.tensor(scores).mean().item()
+    keys = ("prompt", "completion", "score")
+    shown = [dict(zip(keys, map(plain, row))) for row in examples[:num_examples]]
+    return means, shown
 
 
 def for_json(numbers):
@@ -152,18 +142,9 @@ def for_json(numbers):
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
-@dataclass
-class Log:
-    """Where an iteration's numbers go: metrics.jsonl, the bar, and --report-to or None."""
-
-    file: Any
-    bar: Any
-    tracker: Any
-
-
 @contextlib.contextmanager
 def open_log(run, args, num_iterations):
-    """A Log; a resumed run goes on behind its last iteration."""
+    """-> metrics.jsonl, the bar, and --report-to's own log or None; a resumed run goes on."""
     episode, tracker = run.iteration * args.batch_size, None
     if args.report_to == "tensorboard":
         tensorboard = importlib.import_module("torch.utils.tensorboard")
@@ -174,40 +155,36 @@ def open_log(run, args, num_iterations):
         tracker = module.init(project="dvpo", config=vars(args))
     bar = tqdm(total=num_iterations, initial=run.iteration, desc=args.algo)
     with open(Path(args.output_dir) / "metrics.jsonl", "a") as file, bar:
-        yield Log(file, bar, tracker)
-    if args.report_to == "tensorboard":
-        tracker.close()
-    elif args.report_to != "none":
-        tracker.finish()
-
-
-def evaluation_metrics(run, args):
-    """evaluate, under names as metrics have them."""
-    found = evaluate(run, args).items()
-    return {f"eval/{name.replace(', ', '/').replace(' ', '_')}": value for name, value in found}
+        yield file, bar, tracker
+    if tracker is not None:
+        (tracker.close if args.report_to == "tensorboard" else tracker.finish)()
 
 
 def log_iteration(log, run, args, metrics):
     """One line of metrics.jsonl, and the same numbers wherever else they go."""
-    episode = run.iteration * args.batch_size
+    (file, bar, tracker), episode = log, run.iteration * args.batch_size
     speed = {"episode": episode, "eps": episode / (time.time() - run.start)}
-    metrics = {"iteration": run.iteration, **metrics, "lr": args.learning_rate, **speed}
+    metrics = metrics | {"lr": args.learning_rate, **speed}
     numbers = for_json({name: float(value) for name, value in metrics.items()})
-    numbers["iteration"] = run.iteration
-    log.file.write(json.dumps(numbers) + "\n")
-    log.file.flush()
-    if hasattr(log.tracker, "add_scalar"):
-        for name, value in numbers.items():
-            if value is not None:
-                log.tracker.add_scalar(name, value, episode)
-    elif log.tracker is not None:
-        log.tracker.log(numbers, step=episode)
-    shown = {}
-    for name, key in SHOWN.items():
-        value = numbers.get(key)
-        shown[name] = "-" if value is None else f"{value:.2f}"
-    log.bar.set_postfix(shown)
-    log.bar.update()
+    numbers = {"iteration": run.iteration} | numbers
+    file.write(json.dumps(numbers) + "\n")
+    file.flush()
+    known = {name: value for name, value in numbers.items() if value is not None}
+    if args.report_to == "tensorboard":
+        for name, value in known.items():
+            tracker.add_scalar(name, value, episode)
+    elif tracker is not None:
+        tracker.log(numbers, step=episode)
+    shown = {name: f"{known[key]:.2f}" if key in known else "-" for name, key in SHOWN.items()}
+    bar.set_postfix(shown)
+    bar.update()
+
+
+def evaluation_metrics(run, args):
+    """evaluate's means, under names as metrics have them."""
+    means, _ = evaluate(run, args)
+    names = {name: name.replace(", ", "/").replace(" ", "_") for name in means}
+    return {f"eval/{names[name]}": value for name, value in means.items()}
 
 
 def announce(run, args, num_iterations):
@@ -230,8 +207,9 @@ def shortened(text, width=90):
 
 def report(run, args, folder):
     """The last evaluation, as results.json and as a table of what changed, and where all is."""
-    output_dir, after, pairs = Path(args.output_dir), evaluate(run, args), []
-    for old, new in zip(run.examples, examples(run, args)):
+    output_dir, pairs = Path(args.output_dir), []
+    after, examples = evaluate(run, args)
+    for old, new in zip(run.examples, examples):
         pair = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
         pairs.append(pair | {"scores": [old["score"], new["score"]]})
     seconds = round(time.time() - run.start, 1)
@@ -260,12 +238,3 @@ def quiet():
     # It logs what it then raises.
     datasets.logging.set_verbosity(logging.CRITICAL)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def run_script(parser, function, args):
-    """function(args), for the scripts in experiments/; what cannot work ends them with one line."""
-    quiet()
-    try:
-        function(args)
-    except (InputError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")

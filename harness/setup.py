@@ -1,4 +1,4 @@
-"""What a run holds, and how it is built: models, optimisers, data, reward, noise."""
+"""What a run holds, how it is built, and what training and evaluation both do with it."""
 
 import copy
 import functools
@@ -19,9 +19,9 @@ from rollout import completion_texts, response_logprobs, sample
 from tasks import InputError, one_line
 from tasks.builtin import BUILT_IN
 from tasks.conversations import converse, turns_between
-from tasks.noise import PSEUDO_LABEL, pseudo_labels
+from tasks.noise import PSEUDO_LABEL, noisy_scores, prompt_offsets, pseudo_labels
 from tasks.prompts import PROMPT_IDS, assert_known_ids, load_prompts
-from tasks.rewards import load_function, load_reward
+from tasks.rewards import load_function, load_reward, score
 from tasks.warm_start import warm_start
 
 
@@ -29,38 +29,31 @@ from tasks.warm_start import warm_start
 class Run:
     """All that a run holds. What changes from iteration to iteration stands last."""
 
-    # The model that is trained, in fp32, and what decodes: itself, or its bf16 copy.
+    # What is trained, in fp32; what decodes (itself, or its bf16 copy); the policy as it was.
     policy: Any
     sampler: Any
-    tokenizer: Any
-    # The frozen policy as it was at first, for the KL; None with --kl-coef 0.
-    reference: Any
-    # None where the algorithm has none.
-    critic: Any
+    reference: Any  # None with --kl-coef 0
+    critic: Any  # None where the algorithm has none
     optimizer: Any
     critic_optimizer: Any
-    # Prompts to train on, and {name: prompts to evaluate on}.
-    data: Any
-    evals: dict
-    # f(prompts, completions, **columns) -> scores, and f(messages, **columns) -> reply, or None.
-    reward: Any
-    user: Any
+    tokenizer: Any
     stop_ids: list
     pad_id: int
-    # Most tokens that the policy takes.
-    context: float
+    context: float  # most tokens that the policy takes
+    data: Any  # prompts to train on
+    evals: dict  # {name: prompts to evaluate on}
+    reward: Any  # f(prompts, completions, **columns) -> scores
+    user: Any  # f(messages, **columns) -> reply, or None
     risk: RiskConfig
-    # Whether matrix products are in bf16.
-    half: bool
-    # Of the reward noise, and of nothing else.
-    noise: torch.Generator
+    half: bool  # whether matrix products are in bf16
+    noise: torch.Generator  # of the rewards' noise alone
+    start: float
     # Whether sampling's log-probs are those of scoring, so that they need no pass of their own.
     trust_recorded: bool = False
     iteration: int = 0
     # The evaluation and the examples before training.
     before: dict | None = None
     examples: list | None = None
-    start: float = 0.0
 
 
 def autocast(run):
@@ -68,29 +61,26 @@ def autocast(run):
     return torch.autocast(run.policy.device.type, torch.bfloat16, enabled=run.half)
 
 
-def from_pretrained(auto_class, name):
-    """A model in fp32 with every dropout at 0, so that two forwards agree; or a tokenizer."""
-    if auto_class is AutoTokenizer:
-        return auto_class.from_pretrained(name)
-    config = AutoConfig.from_pretrained(name)
-    for key, value in config.to_dict().items():
-        if "drop" in key and type(value) in (int, float):
-            setattr(config, key, 0.0)
+def load(auto_class, name, flag):
+    """A model in fp32 with every dropout at 0, so that two forwards agree; or a tokenizer.
+
+    Raises InputError naming the flag, whatever fails.
+    """
+    # A path is not a hub name: there is nothing to ask the network for.
+    is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
     # safetensors only: nothing is unpickled.
     options = {"dtype": torch.float32, "use_safetensors": True}
-    return auto_class.from_pretrained(name, config=config, **options)
-
-
-def load(auto_class, name, flag):
-    """from_pretrained, with one line about whatever fails: raises InputError naming the flag."""
     try:
-        # A path is not a hub name either: there is nothing to ask the network for.
-        is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
         if is_path and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
-        return from_pretrained(auto_class, name)
+        if auto_class is AutoTokenizer:
+            return auto_class.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name)
+        for key, value in config.to_dict().items():
+            if "drop" in key and type(value) in (int, float):
+                setattr(config, key, 0.0)
+        return auto_class.from_pretrained(name, config=config, **options)
     except Exception as error:
-        # A broken file or a missing one, each library in its own words.
         raise InputError(f"{flag}: cannot load {str(name)!r}: {one_line(error)}") from error
 
 
@@ -107,16 +97,14 @@ def stop_token_ids(model, tokenizer, stop_token=None):
     """Every id that ends a response: the tokenizer's EOS, all of the model's, and --stop-token."""
     listed = model.generation_config.eos_token_id
     ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
-    ids -= {None}
     if stop_token is not None:
         stop_id = tokenizer.convert_tokens_to_ids(stop_token)
-        is_unknown = stop_id == tokenizer.unk_token_id and stop_token != tokenizer.unk_token
-        if stop_id is None or is_unknown:
+        if stop_id == tokenizer.unk_token_id and stop_token != tokenizer.unk_token:
             raise InputError(f"--stop-token: {stop_token!r} is not one token of the vocabulary")
         ids.add(stop_id)
-    if not ids:
+    if ids == {None}:
         raise InputError("--stop-token: expected one, as the model names no end-of-sequence token")
-    return sorted(ids)
+    return sorted(ids - {None})
 
 
 def load_splits(args, tokenizer, context):
@@ -134,11 +122,11 @@ def load_splits(args, tokenizer, context):
         for name, split in (("in domain", "test"), ("out of domain", "ood")):
             evals[name] = load("--task", args.task, (split, args.eval_samples, args.seed))
     else:
-        train = load(
-            "--dataset-name", args.dataset_name, args.dataset_split, config=args.dataset_config
-        )
+        where = ("--dataset-name", args.dataset_name, args.dataset_split)
+        train = load(*where, config=args.dataset_config)
         if args.eval_dataset_name:
-            held_out = load("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
+            where = ("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
+            held_out = load(*where)
             evals["held out"] = held_out.select(range(min(args.eval_samples, len(held_out))))
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
@@ -149,11 +137,13 @@ def load_splits(args, tokenizer, context):
     if len(train) == 0:
         expected = "prompts beside the held-out ones (--eval-dataset-name, --eval-samples)"
         raise InputError(f"--dataset-name: expected {expected}, found none")
+    if args.pseudo_label_noise:
+        train = with_pseudo_labels(train, args.pseudo_label_noise, args.reward_noise_seed)
     return train, evals
 
 
 def with_pseudo_labels(data, share, seed):
-    """data with a column of labels beside the answers, a share of them wrong all run long."""
+    """data with one column more: its answers, a share of them wrong all run long."""
     if "answer" not in data.column_names:
         raise InputError("--pseudo-label-noise: expected a column 'answer' in the data, found none")
     labels = pseudo_labels(data["answer"], share, torch.Generator().manual_seed(seed))
@@ -162,15 +152,16 @@ def with_pseudo_labels(data, share, seed):
 
 def build_critic(args, policy, context):
     """The critic that --algo asks for, on its own trunk or on a copy of the policy's; or None."""
-    kind = ALGORITHMS[args.algo].critic
+    kind, flag = ALGORITHMS[args.algo].critic, "--critic-model-name-or-path"
     if kind == "none":
         return None
     trunk = copy.deepcopy(policy.base_model)
     if args.critic_model_name_or_path:
-        trunk = load(AutoModel, args.critic_model_name_or_path, "--critic-model-name-or-path")
+        trunk = load(AutoModel, args.critic_model_name_or_path, flag)
     if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
-        expected = "the policy's vocabulary and context"
-        raise InputError(f"--critic-model-name-or-path: expected {expected}, found a smaller one")
+        raise InputError(
+            f"{flag}: expected the policy's vocabulary and context, found smaller ones"
+        )
     num_heads = 1 if kind == "scalar" else args.num_heads
     num_quantiles = args.num_quantiles if kind == "quantiles" else 1
     return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
@@ -185,26 +176,9 @@ def half_copy(policy):
     return sampler
 
 
-def adam(model, learning_rate):
-    options = {"lr": learning_rate, "weight_decay": 0.0, "fused": True}
-    return None if model is None else torch.optim.AdamW(model.parameters(), **options)
-
-
-def load_policy(args):
-    """The policy to start from and its tokenizer; the built-in one is made first."""
-    name = args.model_name_or_path
-    if name is None:
-        name = Path(args.output_dir) / "warm_start"
-        warm_start(args.task, args.seed, name)
-    policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
-    tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return policy, tokenizer
-
-
 def load_functions(args, device, tokenizer):
-    """-> reward, user or None: the user's, else those of the built-in task."""
-    reward, user = BUILT_IN[args.task] if args.dataset_name is None else (None, None)
+    """-> reward, user or None: what the flags name, else the built-in task's."""
+    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
     if args.reward:
         reward = load_reward(args.reward, device)
     if args.user:
@@ -219,58 +193,62 @@ def load_functions(args, device, tokenizer):
 
 def device_of(args):
     """--device as torch names it; raises InputError for a GPU that is not there."""
-    is_there = torch.cuda.is_available()
-    if args.device == "auto":
-        return "cuda" if is_there else "cpu"
-    if args.device.startswith("cuda") and not is_there:
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {args.device}")
-    return args.device
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    return best if args.device == "auto" else args.device
+
+
+def to_train(model, device, args, learning_rate):
+    """A model on its device in train mode, and its optimiser -> optimiser; or None for None."""
+    if model is None:
+        return None
+    model.to(device).train()
+    is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
+    assert is_fp32, "bf16 weights lose small Adam steps"
+    if args.gradient_checkpointing:
+        getattr(model, "trunk", model).gradient_checkpointing_enable()
+    options = {"lr": learning_rate, "weight_decay": 0.0, "fused": True}
+    return torch.optim.AdamW(model.parameters(), **options)
 
 
 def build(args):
     """A Run before its first iteration; raises InputError for whatever cannot work."""
-    start, device = time.time(), device_of(args)
-    policy, tokenizer = load_policy(args)
-    reward, user = load_functions(args, device, tokenizer)
+    start, device, name = time.time(), device_of(args), args.model_name_or_path
+    if name is None:
+        name = Path(args.output_dir) / "warm_start"
+        warm_start(args.task, args.seed, name)
+    policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
+    tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     stop_ids, context = stop_token_ids(policy, tokenizer, args.stop_token), context_of(policy)
     if args.response_length >= context:
         expected = f"expected less than the model's context of {context} tokens"
         raise InputError(f"--response-length: {expected}, found {args.response_length}")
+    reward, user = load_functions(args, device, tokenizer)
     data, evals = load_splits(args, tokenizer, context)
-    for flag, prompts in [
-        ("--dataset-name", data),
-        *(("--eval-dataset-name", e) for e in evals.values()),
-    ]:
-        assert_known_ids(flag, prompts, policy.config.vocab_size)
-    if args.pseudo_label_noise:
-        data = with_pseudo_labels(data, args.pseudo_label_noise, args.reward_noise_seed)
-    reference = None
-    if args.kl_coef > 0:
-        reference = copy.deepcopy(policy).requires_grad_(False).to(device)
+    for prompts in (data, *evals.values()):
+        assert_known_ids(prompts, policy.config.vocab_size)
     critic = build_critic(args, policy, context)
-    for model in filter(None, (policy, critic)):
-        model.to(device).train()
-        is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-        assert is_fp32, "bf16 weights lose small Adam steps"
-        if args.gradient_checkpointing:
-            getattr(model, "trunk", model).gradient_checkpointing_enable()
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
+    optimizer = to_train(policy, device, args, args.learning_rate)
     run = Run(
         policy=policy,
         sampler=half_copy(policy) if half else policy,
-        tokenizer=tokenizer,
         reference=reference,
         critic=critic,
-        optimizer=adam(policy, args.learning_rate),
-        critic_optimizer=adam(critic, args.critic_learning_rate),
+        optimizer=optimizer,
+        critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
+        tokenizer=tokenizer,
+        stop_ids=stop_ids,
+        pad_id=pad_token_id(tokenizer, stop_ids),
+        context=context,
         data=data,
         evals=evals,
         reward=reward,
         user=user,
-        stop_ids=stop_ids,
-        pad_id=pad_token_id(tokenizer, stop_ids),
-        context=context,
         risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
         half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
@@ -297,9 +275,9 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
-        room = run.context - args.response_length
+        limits = (args.max_turns, run.context - args.response_length)
         ids = (run.tokenizer, run.pad_id, run.stop_ids)
-        return converse(take_turn, batch, run.user, *ids, args.max_turns, room)
+        return converse(take_turn, batch, run.user, *ids, *limits)
 
 
 def completions_of(run, rollout):
@@ -308,16 +286,31 @@ def completions_of(run, rollout):
 
 
 @torch.no_grad()
+def judge(run, args, batch, rollout):
+    """The reward of each response as training sees it, and without its noise: (B,), (B,)."""
+    completions = completions_of(run, rollout)
+    true_scores = scores = score(run.reward, batch, completions)
+    if PSEUDO_LABEL in batch:
+        scores = score(run.reward, batch, completions, PSEUDO_LABEL)
+    flips = (args.reward_noise_fp, args.reward_noise_fn)
+    scores = noisy_scores(scores, *flips, args.reward_noise_outlier, run.noise)
+    if args.reward_offset:
+        vocab_size, seed = run.policy.config.vocab_size, args.reward_noise_seed
+        scores = scores + prompt_offsets(batch[PROMPT_IDS], args.reward_offset, vocab_size, seed)
+    # A response that was cut off has no end: that may cost something.
+    scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
+    return scores.to(rollout.mask.device), true_scores
+
+
+@torch.no_grad()
 def sampling_is_scoring(run, args, count=8):
     """Whether sampling draws from the numbers that training computes, asked on a few prompts.
 
     A few architectures decode otherwise than they read.
     """
-    prompt_ids = run.data[:count][PROMPT_IDS]
-    options = {"response_length": args.response_length, "temperature": args.temperature}
+    prompt_ids, ids = run.data[:count][PROMPT_IDS], (run.pad_id, run.stop_ids)
+    limits = (args.response_length, args.temperature)
     with torch.random.fork_rng():
-        rollout = sample(
-            run.policy, prompt_ids, run.pad_id, run.stop_ids, record_logprobs=True, **options
-        )
-    difference = response_logprobs(run.policy, rollout, args.temperature) - rollout.logprobs
-    return bool(difference.abs().max() < 1e-3)
+        rollout = sample(run.policy, prompt_ids, *ids, *limits, record_logprobs=True)
+    logprobs = response_logprobs(run.policy, rollout, args.temperature)
+    return bool((logprobs - rollout.logprobs).abs().max() < 1e-3)

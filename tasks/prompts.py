@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 
 from tasks import InputError, one_line
@@ -142,9 +143,24 @@ def render_chat(prompt, tokenizer, row=0):
         raise InputError(f"row {row}: prompt: {found}") from error
 
 
-def assert_known_ids(flag, data, vocab_size):
+def batch_rows(num_rows, first, count, seed):
+    """The rows of a batch: one seeded permutation of the data after another, from `first` on.
+
+    So there is nothing to remember but how many were drawn.
+    """
+    rows = []
+    while len(rows) < count:
+        epoch, start = divmod(first + len(rows), num_rows)
+        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
+        order = torch.randperm(num_rows, generator=generator)
+        rows += order[start : start + count - len(rows)].tolist()
+    return rows
+
+
+def assert_known_ids(data, vocab_size):
     """Raises InputError where a prompt holds a token that the model has no embedding for."""
     for row, ids in enumerate(data[PROMPT_IDS]):
         if max(ids) >= vocab_size:
             expected = f"expected token ids below {vocab_size}, the model's vocabulary"
-            raise InputError(f"{flag}: row {row}: {expected}, found {max(ids)}")
+            found = f"found {max(ids)} in the prompt {data['prompt'][row]!r}"
+            raise InputError(f"--model-name-or-path: {expected}, {found[:120]}")
