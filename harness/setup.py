@@ -38,7 +38,6 @@ class Run:
     critic_optimizer: Any
     tokenizer: Any
     stop_ids: list
-    pad_id: int
     context: float  # most tokens that the policy takes
     data: Any  # prompts to train on
     evals: dict  # {name: prompts to evaluate on}
@@ -62,10 +61,7 @@ def autocast(run):
 
 
 def load(auto_class, name, flag):
-    """A model in fp32 with every dropout at 0, so that two forwards agree; or a tokenizer.
-
-    Raises InputError naming the flag, whatever fails.
-    """
+    """A model in fp32 without dropout (two forwards agree), or a tokenizer; raises InputError."""
     # A path is not a hub name: there is nothing to ask the network for.
     is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
     # safetensors only: nothing is unpickled.
@@ -86,11 +82,6 @@ def load(auto_class, name, flag):
 
 def context_of(model):
     return getattr(model.config, "max_position_embeddings", None) or math.inf
-
-
-def pad_token_id(tokenizer, stop_ids):
-    """The tokenizer's pad token, or a stop token where it has none: masks never look at it."""
-    return stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def stop_token_ids(model, tokenizer, stop_token=None):
@@ -138,16 +129,12 @@ def load_splits(args, tokenizer, context):
         expected = "prompts beside the held-out ones (--eval-dataset-name, --eval-samples)"
         raise InputError(f"--dataset-name: expected {expected}, found none")
     if args.pseudo_label_noise:
-        train = with_pseudo_labels(train, args.pseudo_label_noise, args.reward_noise_seed)
+        if "answer" not in train.column_names:
+            raise InputError("--pseudo-label-noise: expected a column 'answer', found none")
+        generator = torch.Generator().manual_seed(args.reward_noise_seed)
+        labels = pseudo_labels(train["answer"], args.pseudo_label_noise, generator)
+        train = train.add_column(PSEUDO_LABEL, labels)
     return train, evals
-
-
-def with_pseudo_labels(data, share, seed):
-    """data with one column more: its answers, a share of them wrong all run long."""
-    if "answer" not in data.column_names:
-        raise InputError("--pseudo-label-noise: expected a column 'answer' in the data, found none")
-    labels = pseudo_labels(data["answer"], share, torch.Generator().manual_seed(seed))
-    return data.add_column(PSEUDO_LABEL, labels)
 
 
 def build_critic(args, policy, context):
@@ -220,7 +207,6 @@ def build(args):
         warm_start(args.task, args.seed, name)
     policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
     tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     stop_ids, context = stop_token_ids(policy, tokenizer, args.stop_token), context_of(policy)
     if args.response_length >= context:
         expected = f"expected less than the model's context of {context} tokens"
@@ -243,7 +229,6 @@ def build(args):
         critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
         tokenizer=tokenizer,
         stop_ids=stop_ids,
-        pad_id=pad_token_id(tokenizer, stop_ids),
         context=context,
         data=data,
         evals=evals,
@@ -263,25 +248,19 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     """A response to each prompt of a batch, or with a user a whole conversation -> Rollout."""
     if run.sampler is not run.policy:
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
-    take_turn = functools.partial(
-        sample,
-        run.sampler,
-        pad_id=run.pad_id,
-        stop_ids=run.stop_ids,
-        response_length=args.response_length,
-        temperature=temperature,
-        record_logprobs=record_logprobs,
-    )
+    ids = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
+    settings = {"response_length": args.response_length, "temperature": temperature}
+    settings |= {"record_logprobs": record_logprobs}
+    take_turn = functools.partial(sample, run.sampler, **ids, **settings)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
         limits = (args.max_turns, run.context - args.response_length)
-        ids = (run.tokenizer, run.pad_id, run.stop_ids)
-        return converse(take_turn, batch, run.user, *ids, *limits)
+        return converse(take_turn, batch, run.user, run.tokenizer, *ids.values(), *limits)
 
 
 def completions_of(run, rollout):
-    """What the reward reads of each response: its text, or a whole conversation's messages."""
+    """What the reward reads of each response: its text, or a conversation's messages."""
     return rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
 
 
@@ -304,13 +283,9 @@ def judge(run, args, batch, rollout):
 
 @torch.no_grad()
 def sampling_is_scoring(run, args, count=8):
-    """Whether sampling draws from the numbers that training computes, asked on a few prompts.
-
-    A few architectures decode otherwise than they read.
-    """
-    prompt_ids, ids = run.data[:count][PROMPT_IDS], (run.pad_id, run.stop_ids)
-    limits = (args.response_length, args.temperature)
+    """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do."""
+    turn = (run.data[:count][PROMPT_IDS], run.stop_ids[0], run.stop_ids, args.response_length)
     with torch.random.fork_rng():
-        rollout = sample(run.policy, prompt_ids, *ids, *limits, record_logprobs=True)
+        rollout = sample(run.policy, *turn, args.temperature, record_logprobs=True)
     logprobs = response_logprobs(run.policy, rollout, args.temperature)
     return bool((logprobs - rollout.logprobs).abs().max() < 1e-3)

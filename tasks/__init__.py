@@ -16,5 +16,5 @@ def one_line(error):
 def raised(error):
     """What a user's code raised and where, in one line: kind, text, file and line."""
     file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
-    text = one_line("".join(traceback.format_exception_only(error)))
+    text = one_line("".join(traceback.format_exception_only(error))).rstrip(":")
     return f"it raised {text} ({Path(file).name}, line {line})"

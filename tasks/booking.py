@@ -69,9 +69,7 @@ def booking_reward(prompts, completions, **columns):
                 values.setdefault(slot)
             elif word not in ("book", "ok"):
                 values[slot] = word
-        expected = ["book"]
-        for slot in SLOTS:
-            if slot in values:
-                expected += [slot, values[slot]]
-        scores.append(float(text_of(completion).split() == expected))
+        expected = "".join(f" {slot} {values[slot]}" for slot in SLOTS if slot in values)
+        right = text_of(completion).split() == ["book", *expected.split()]
+        scores.append(float(right and None not in values.values()))
     return scores

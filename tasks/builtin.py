@@ -86,14 +86,9 @@ def task_tokenizer(task):
         tokenizer.decoder = decoders.Fuse()
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"pad_token": "<pad>", "unk_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        unk_token="<pad>",
-        eos_token="<eos>",
-        bos_token="<bos>",
-        extra_special_tokens=["<user>", "<assistant>"],
-        padding_side="left",
+        tokenizer_object=tokenizer, padding_side="left", extra_special_tokens=special[3:], **names
     )
     if task != "sums":
         fast.chat_template = CHAT_TEMPLATE

@@ -24,9 +24,9 @@ def load_data(flag, name, split, config=None, prompt_column="prompt"):
         text = one_line(error.__cause__ or error)
         raise InputError(f"{flag}: cannot load {name!r}: {text}") from error
     if prompt_column not in data.column_names or len(data) == 0:
-        expected = f"expected a column {prompt_column!r} (--prompt-column) and at least one row"
+        expected = f"{name!r}: expected a column {prompt_column!r} (--prompt-column) and a row"
         found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
-        raise InputError(f"{flag}: {name!r}: {expected}, {found}")
+        raise InputError(f"{flag}: {expected}, {found}")
     if prompt_column == "prompt":
         return data
     others = [column for column in data.column_names if column != "prompt"]
@@ -66,21 +66,12 @@ def broken_line(path):
     return None
 
 
-def load_prompts(
-    flag,
-    name,
-    split,
-    tokenizer,
-    max_tokens,
-    use_chat_template=True,
-    config=None,
-    prompt_column="prompt",
-):
+def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, **source):
     """load_data with the prompts' ids in a column; longer ones than max_tokens are left out.
 
-    Their number is printed. Raises InputError naming the flag, and the row.
+    Their number is printed. source: config, prompt_column. Raises InputError.
     """
-    data = load_data(flag, name, split, config, prompt_column)
+    data = load_data(flag, name, split, **source)
     try:
         prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
     except InputError as error:
@@ -98,18 +89,16 @@ def load_prompts(
 
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True):
-    """Token ids of prompts, str or lists of {role, content} -> list of lists of int.
+    """Token ids of prompts, str or lists of {role, content}; raises InputError naming the row.
 
-    Messages go through the chat template, and so does a text if the model has one. Raises
-    InputError naming the row.
+    Messages go through the chat template, and so does a text if the model has one.
     """
     templated = tokenizer.chat_template and use_chat_template
     encoded = []
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str) and prompt and not templated:
             ids = tokenizer(prompt)["input_ids"]
-        else:
-            # The template writes its own special tokens: no second BOS.
+        else:  # the template writes its own special tokens: no second BOS
             text = render_chat(prompt, tokenizer, row)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:

@@ -31,10 +31,8 @@ def take_out(names):
 @contextlib.contextmanager
 def imports_from(folder):
     """Imports inside look in folder first, also for modules with names of ours."""
-    names = []
-    if Path(folder).resolve() != REPOSITORY:
-        find = importlib.machinery.PathFinder.find_spec
-        names = [name for name in OURS if find(name, [folder])]
+    names = [] if Path(folder).resolve() == REPOSITORY else OURS
+    names = [name for name in names if importlib.machinery.PathFinder.find_spec(name, [folder])]
     ours = take_out(names)
     sys.modules.update(THEIRS.get(folder, {}))
     before = [*sys.path]
@@ -44,8 +42,7 @@ def imports_from(folder):
     try:
         yield
     finally:
-        added = [place for place in sys.path if place not in (folder, *before)]
-        sys.path[:] = before + added
+        sys.path[:] = before + [place for place in sys.path if place not in (folder, *before)]
         THEIRS[folder] = take_out(names)
         sys.modules.update(ours)
 
@@ -59,11 +56,10 @@ def load_function(flag, spec):
     try:
         with imports_from(folder):
             function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the user's own code may fail in any way
+    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise InputError(f"{flag}: cannot load {spec!r}: {one_line(error)}") from error
     if not callable(function):
-        found = type(function).__name__
-        raise InputError(f"{flag}: {spec!r}: expected a function, found {found}")
+        raise InputError(f"{flag}: {spec!r}: expected a function, found {function!r:.80}")
     return imports_from(folder)(function)  # it may import when it is called
 
 
@@ -93,7 +89,7 @@ def judged_text(prompt, completion, tokenizer):
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
-def model_reward(name, device="cpu", batch_size=16):
+def model_reward(name, device="cpu"):
     """A reward that scores with a sequence classifier; raises ValueError for another model."""
     safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
     classify = pipeline("text-classification", name, device=device, dtype=torch.float32, **safe)
@@ -108,23 +104,19 @@ def model_reward(name, device="cpu", batch_size=16):
     config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
     context = getattr(config, "max_position_embeddings", None) or 512
     tokenizer.model_max_length = min(tokenizer.model_max_length, context)
-    return functools.partial(classifier_scores, classify, batch_size)
+    return functools.partial(classifier_scores, classify)
 
 
-def classifier_scores(classify, batch_size, prompts, completions, **columns):
+def classifier_scores(classify, prompts, completions, **columns):
     """A classifier's one logit, or the probability of its last label, for each completion."""
     tokenizer = classify.tokenizer
     labels = classify.model.config.id2label
-    pairs = zip(prompts, completions)
-    found = classify(
-        [judged_text(prompt, completion, tokenizer) for prompt, completion in pairs],
-        batch_size=batch_size,
-        top_k=None,
-        truncation=True,
-        function_to_apply="none" if len(labels) == 1 else "softmax",
-        add_special_tokens=not tokenizer.chat_template,
-    )
     last = labels[len(labels) - 1]
+    options = {"batch_size": 16, "top_k": None, "truncation": True}
+    options["function_to_apply"] = "none" if len(labels) == 1 else "softmax"
+    options["add_special_tokens"] = not tokenizer.chat_template
+    texts = [judged_text(*pair, tokenizer) for pair in zip(prompts, completions)]
+    found = classify(texts, **options)
     return [one["score"] for row in found for one in row if one["label"] == last]
 
 
@@ -138,10 +130,9 @@ def needed_parameters(function, positional=0):
 def score(reward, batch, completions, answer="answer"):
     """The scores of completions, checked: (B,) fp32. Raises InputError.
 
-    batch: {prompt, other columns: lists}. Conversational prompts get conversational completions, as
-    in TRL. answer: the column that the function sees as `answer`; pseudo-labels have their own.
+    batch: {prompt, other columns: lists}; answer: the one that the function sees as `answer`.
+    Conversational prompts get conversational completions, as in TRL.
     """
-    prompts = list(batch["prompt"])
     ours = ("prompt", "prompts", "completions", "answer", PROMPT_IDS, PSEUDO_LABEL)
     columns = {name: list(batch[name]) for name in batch if name not in ours}
     if answer in batch:
@@ -151,21 +142,20 @@ def score(reward, batch, completions, answer="answer"):
             found = f"the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'"
             raise InputError(f"--reward: it needs the column {name!r}; {found}")
     shaped = list(completions)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(batch["prompt"]):
         if isinstance(shaped[row], str) and not isinstance(prompt, str):
             shaped[row] = [{"role": "assistant", "content": shaped[row]}]
     try:
-        scores = reward(prompts=prompts, completions=shaped, **columns)
+        scores = reward(prompts=list(batch["prompt"]), completions=shaped, **columns)
     except (Exception, SystemExit) as error:  # the user's own code may fail in any way
         raise InputError(f"--reward: {raised(error)}") from error
-    expected = len(completions)
     found = type(scores).__name__
     if isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1:
         found = f"{len(scores)} values"
-    if found != f"{expected} values":
-        raise InputError(f"--reward: expected a list of {expected} numbers, found {found}")
-    values = [number_of(value, row, batch["prompt"]) for row, value in enumerate(scores)]
-    return torch.tensor(values)
+    if found != f"{len(completions)} values":
+        raise InputError(f"--reward: expected a list of {len(completions)} numbers, found {found}")
+    rows = range(len(completions))
+    return torch.tensor([number_of(scores[row], row, batch["prompt"]) for row in rows])
 
 
 def number_of(value, row, prompts):

@@ -18,34 +18,47 @@ def test_booking_examples_are_what_the_scripted_user_answers_and_earn_the_reward
             messages += [user] if user else []
         assert booking_reward([row["prompt"]], [row["completion"]]) == [1.0]
         assert booking_reward([row["prompt"]], [row["completion"][:-1]]) == [0.0]  # nothing booked
-        assert booking_reward([row["prompt"]], [row["completion"][-1:]]) == [
-            0.0
-        ]  # booked what nobody has said
+        # Booked what nobody has said.
+        assert booking_reward([row["prompt"]], [row["completion"][-1:]]) == [0.0]
     assert len({m["content"] for m in row["completion"]}) == len(row["completion"])
 
 
-def test_bookings_by_hand():
+def said(*turns):
+    """Messages of the policy and the user in turn."""
+    roles = ("assistant", "user") * len(turns)
+    return [{"role": role, "content": text} for role, text in zip(roles, turns)]
+
+
+TALK = ("area", "area north", "day", "day friday food greek")
+BOOKED = [
+    ((*TALK, "book area north food greek day friday"), 1.0),
+    ((*TALK, "book area north food thai day friday"), 0.0),  # an old value
+    ((*TALK, "book food greek area north day friday"), 0.0),
+    ((*TALK, "area north food greek day friday"), 0.0),
+    ((*TALK, ""), 0.0),
+    (("area", "area north", "book area north food thai"), 0.0),  # the day was never asked for
+    (("hello", "ok", "book area None food thai day None"), 0.0),
+]
+
+
+@pytest.mark.parametrize("turns,right", BOOKED)
+def test_bookings_by_hand(turns, right):
     prompt = [{"role": "user", "content": "book food thai area day"}]
-    say = lambda *turns: [
-        {"role": role, "content": text} for role, text in zip(("assistant", "user") * 4, turns)
-    ]
-    talk = ("area", "area north", "day", "day friday food greek")
-    for last, right in (
-        ("book area north food greek day friday", 1.0),
-        ("book area north food thai day friday", 0.0),  # an old value
-        ("book food greek area north day friday", 0.0),
-        ("area north food greek day friday", 0.0),
-        ("", 0.0),
-    ):
-        assert booking_reward([prompt], [say(*talk, last)]) == [right]
-    assert booking_reward([prompt], [say("area", "area north", "book area north food thai")]) == [
-        0.0
-    ]  # the day was never asked for
-    assert booking_reward([prompt], [say("hello", "ok", "book area None food thai day None")]) == [
-        0.0
-    ]
+    assert booking_reward([prompt], [said(*turns)]) == [right]
+
+
+HEARD = {
+    "area": "area north",
+    " area ": "area north",
+    "day": "ok",
+    "area area": "ok",
+    "": "ok",
+    "book": None,
+    "book area": None,
+}
+
+
+@pytest.mark.parametrize("text", HEARD)
+def test_the_scripted_user_by_hand(text):
     replies = json.dumps({"area": "area north"})
-    assert [
-        scripted_user(say(text), replies)
-        for text in ("area", " area ", "day", "area area", "", "book", "book area")
-    ] == ["area north", "area north", "ok", "ok", "ok", None, None]
+    assert scripted_user(said(text), replies) == HEARD[text]

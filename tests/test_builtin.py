@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tasks.builtin import task_row, task_rows, task_tokenizer
 from tasks.prompts import encode_prompts
-from tasks.verifiers import exact_reward, math_reward
+from tasks.verifiers import exact_reward, math_reward, text_of
 
 
 @pytest.mark.parametrize("task", ["sums", "dialogue"])
@@ -21,12 +21,10 @@ def test_task_rows_are_right_and_their_answers_earn_the_reward(task, split):
         if task == "sums":
             assert eval(row["prompt"][:-1]) == int(row["answer"])  # our own text, not a model's
         else:
-            state = dict(
-                m["content"].split()
-                for m in row["prompt"]
-                if m["role"] == "user" and m["content"] != "book"
-            )
-            assert dict(zip(row["answer"].split()[::2], row["answer"].split()[1::2])) == state
+            said = [m["content"] for m in row["prompt"] if m["role"] == "user"]
+            assert said[-1] == "book"
+            words = row["answer"].split()
+            assert dict(zip(words[::2], words[1::2])) == dict(map(str.split, said[:-1]))
 
 
 @pytest.mark.parametrize("task", ["sums", "dialogue", "booking"])
@@ -38,16 +36,12 @@ def test_tasks_are_seeded_and_prompts_distinct(task):
 
 def test_out_of_domain_is_longer():
     rng = random.Random(0)
-    turns = {
-        split: [len(task_row("dialogue", split, rng)["prompt"]) for _ in range(200)]
-        for split in ("train", "ood")
-    }
-    assert min(turns["ood"]) > max(turns["train"])
-    terms = {
-        split: [task_row("sums", split, rng)["prompt"].count("+") for _ in range(200)]
-        for split in ("train", "ood")
-    }
-    assert min(terms["ood"]) > max(terms["train"])
+    for task, length in (("dialogue", len), ("sums", lambda prompt: prompt.count("+"))):
+        near, far = (
+            [length(task_row(task, split, rng)["prompt"]) for _ in range(200)]
+            for split in ("train", "ood")
+        )
+        assert min(far) > max(near)
 
 
 @pytest.mark.parametrize("task", ["sums", "dialogue", "booking"])
@@ -56,11 +50,7 @@ def test_task_tokenizer_round_trips_through_a_folder(task, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     row = task_row(task, "ood", random.Random(0))
-    said = (
-        row["completion"]
-        if isinstance(row["completion"], str)
-        else row["completion"][-1]["content"]
-    )
+    said = text_of(row["completion"])
     ids = loaded(said)["input_ids"]
     assert ids == tokenizer(said)["input_ids"] and loaded.pad_token_id not in ids
     assert loaded.decode(ids) == said

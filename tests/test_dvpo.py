@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from critic import pairwise_quantile_huber_loss, quantile_levels
 from dvpo import (
@@ -26,7 +25,6 @@ from dvpo import (
     rollout_metrics,
     scalar_advantage,
     sequence_weights,
-    token_logprobs,
     token_rewards,
 )
 from risk import RiskConfig, lower_tail_mean, risk_regularizer, upper_tail_mean
@@ -238,42 +236,6 @@ def test_kl_signs_by_hand_and_overflow():
         assert kl_estimate(torch.tensor([log_ratio]), torch.tensor([0.0]), "k3").item() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="k4"):
         kl_estimate(one, two, "k4")
-
-
-# ---- log-probs
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_token_logprobs_values_gradient_chunks_and_untouched_logits(temperature):
-    torch.manual_seed(0)
-    logits, ids = torch.randn(5, 3, 7, requires_grad=True), torch.randint(7, (5, 3))
-    before = logits.detach().clone()
-    expected = (logits / temperature).log_softmax(-1).gather(-1, ids[..., None]).squeeze(-1)
-    for chunk_size in (1, 42, 10**6):
-        found = token_logprobs(logits, ids, temperature, chunk_size)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(torch.autograd.grad(found.sum(), logits)[0], torch.autograd.grad(expected.sum(), logits, retain_graph=True)[0])
-    assert torch.equal(logits.detach(), before)
-    half = token_logprobs(logits.bfloat16(), ids, temperature)
-    assert half.dtype == torch.float32
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_no_fp32_copy_of_bf16_logits_is_made_forward_or_backward(temperature):
-    class LargestFloat(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            result = function(*args, **(kwargs or {}))
-            if isinstance(result, torch.Tensor) and result.dtype == torch.float32:
-                self.numel = max(self.numel, result.numel())
-            return result
-
-    logits, ids = torch.randn(4, 10, 50).bfloat16().requires_grad_(), torch.randint(50, (4, 10))
-    for chunk_size, largest_numel in ((500, 500), (1, 50)):  # a token at a time at least
-        with LargestFloat() as largest:
-            token_logprobs(logits, ids, temperature, chunk_size).sum().backward()
-        assert largest.numel == largest_numel and logits.grad.dtype == torch.bfloat16
 
 
 # ---- policy loss

@@ -1,6 +1,9 @@
-"""tasks/rewards.py: what a reward gets and may give, where it is found, and whose modules it sees."""
+"""tasks/rewards.py: what a reward gets and may give, where it is found, whose modules it sees."""
 
+import inspect
 import math
+import subprocess
+import sys
 from fractions import Fraction
 
 import numpy
@@ -9,20 +12,37 @@ import torch
 from conftest import tiny_config
 from transformers import AutoModelForSequenceClassification, LlamaConfig
 
+import rollout
+import tasks.prompts
 from tasks import InputError
 from tasks.builtin import task_tokenizer
-from tasks.rewards import load_function, load_reward, needed_parameters, score
+from tasks.noise import PSEUDO_LABEL
+from tasks.prompts import PROMPT_IDS
+from tasks.rewards import OURS, REPOSITORY, load_function, load_reward, needed_parameters, score
 from tasks.verifiers import exact_reward, math_reward
 
 
+def gives(scores):
+    """A reward that gives these, whatever it gets."""
+
+    def reward(prompts, completions, **columns):
+        return scores
+
+    return reward
+
+
+# ---- what a reward gets
+
+
 def test_whole_conversations_reach_the_reward_as_they_are():
-    said = [
-        {"role": "assistant", "content": "a"},
-        {"role": "user", "content": "b"},
-        {"role": "assistant", "content": "c"},
-    ]
+    roles = ("assistant", "user", "assistant")
+    said = [{"role": role, "content": text} for role, text in zip(roles, "abc")]
     seen = []
-    reward = lambda prompts, completions: seen.extend(completions) or [1.0] * len(completions)
+
+    def reward(prompts, completions):
+        seen.extend(completions)
+        return [1.0] * len(completions)
+
     score(reward, {"prompt": [[{"role": "user", "content": "x"}]] * 2}, [said, "c"])
     assert seen == [said, said[-1:]]
     assert exact_reward(["x"], [said], ["c"]) == [1.0]  # the last turn is the answer
@@ -36,87 +56,120 @@ def test_columns_reach_the_reward_and_conversations_stay_conversations():
         return [True, 0]
 
     prompts = ["text", [{"role": "user", "content": "hi"}]]
-    assert score(
-        reward, {"prompt": prompts, "level": [1, 2], "more": ["x", "y"]}, ["a", "b"]
-    ).tolist() == [1.0, 0.0]
-    assert (
-        seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]]
-        and seen["level"] == [1, 2]
-        and seen["others"] == {"more": ["x", "y"]}
-    )
+    batch = {"prompt": prompts, "level": [1, 2], "more": ["x", "y"]}
+    assert score(reward, batch, ["a", "b"]).tolist() == [1.0, 0.0]
+    assert seen["prompts"] == prompts
+    assert seen["completions"] == ["a", [{"role": "assistant", "content": "b"}]]
+    assert seen["level"] == [1, 2] and seen["others"] == {"more": ["x", "y"]}
+
+
+def test_columns_of_ours_stay_ours_and_pseudo_labels_are_called_answer():
+    seen = []
+
+    def reward(prompts, completions, **columns):
+        seen.append(columns)
+        return [0.0]
+
+    batch = {"prompt": ["p"], "answer": ["a"], PROMPT_IDS: [[1]], PSEUDO_LABEL: ["b"], "id": [7]}
+    score(reward, batch, ["c"])
+    score(reward, batch, ["c"], answer=PSEUDO_LABEL)
+    assert seen == [{"id": [7], "answer": ["a"]}, {"id": [7], "answer": ["b"]}]
+    score(reward, {"prompt": ["p"], "completions": [1], "prompts": [2]}, ["c"])
+    assert seen[-1] == {}
+
+
+def test_a_reward_may_change_the_lists_it_gets():
+    def reward(prompts, completions, level):
+        prompts.clear()
+        completions.pop()
+        level[0] = 9
+        return [1.0]
+
+    batch, completions = {"prompt": ["p"], "level": [1]}, ["c"]
+    score(reward, batch, completions)
+    assert batch == {"prompt": ["p"], "level": [1]} and completions == ["c"]
+
+
+def test_a_reward_is_called_once_also_when_it_fails():
+    calls = []
+
+    def reward(prompts, **columns):
+        calls.append(len(prompts))
+        raise KeyError("x")
+
+    with pytest.raises(InputError):
+        score(reward, {"prompt": ["p"] * 3}, ["a"] * 3)
+    assert calls == [3]
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
+        score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
+    with pytest.raises(InputError, match="the data set has none beside 'prompt'"):
+        score(math_reward, {"prompt": ["p"]}, ["a"])
+    assert needed_parameters(lambda a, b, c=3, *, d, e=5, **f: 0, positional=1) == ["b", "d"]
+
+
+# ---- what it may give
+
+BAD_VALUES = [
+    ([1.0], "2 numbers, found 1 values"),
+    (1.0, "found float"),
+    (None, "found NoneType"),
+    ([1.0, float("nan")], "row 1.*nan"),
+    ([float("inf"), 0], "row 0.*inf"),
+    ([0, "1.0"], "row 1.*'1.0'"),
+    ([0, None], "row 1.*None"),
+    ([0, [1]], r"row 1.*\[1\]"),
+    ([1e39, 0], "row 0.*1e.39"),
+    ([0, 10**400], "row 1"),
+    (torch.tensor(1.0), "found Tensor"),
+    (torch.zeros(2, 1), "found Tensor"),
+    ("ab", "found str"),
+]
+
+
+@pytest.mark.parametrize("returned,found", BAD_VALUES)
+def test_bad_reward_values_are_one_line_with_the_row(returned, found):
+    with pytest.raises(InputError, match=f"--reward: .*{found}"):
+        score(gives(returned), {"prompt": ["p", "q"]}, ["a", "b"])
+
+
+VALUES = [
+    True,
+    1,
+    0.5,
+    numpy.float32(0.25),
+    numpy.int64(2),
+    numpy.bool_(False),
+    torch.tensor(3.0),
+    torch.tensor([4]),
+    numpy.array(5.0),
+    Fraction(1, 2),
+]
+NUMBERS = [1, 1, 0.5, 0.25, 2, 0, 3, 4, 5, 0.5]
 
 
 @pytest.mark.parametrize(
-    "returned,found",
+    "returned",
     [
-        ([1.0], "1 values"),
-        (1.0, "float"),
-        (None, "NoneType"),
-        ([1.0, float("nan")], "row 1.*nan"),
-        ([float("inf"), 0], "row 0.*inf"),
-        ([0, "1.0"], "row 1.*'1.0'"),
-        ([0, None], "row 1.*None"),
-        ([0, [1]], r"row 1.*\[1\]"),
-        ([1e39, 0], "row 0.*1e.39"),
-        ([0, 10**400], "row 1"),
-        (torch.tensor(1.0), "Tensor"),
-        ("ab", "str"),
+        VALUES,
+        tuple(VALUES),
+        numpy.array(NUMBERS),
+        numpy.array(NUMBERS, dtype=object),
+        torch.tensor(NUMBERS, dtype=torch.float64),
     ],
 )
-def test_bad_reward_values_are_one_line_with_the_row(returned, found):
-    with pytest.raises(InputError, match=f"--reward: .*{found}"):
-        score(lambda prompts, completions, **columns: returned, {"prompt": ["p", "q"]}, ["a", "b"])
-
-
-def test_rewards_may_be_tensors_and_a_missing_column_is_named():
-    assert score(
-        lambda prompts, completions, **columns: torch.tensor([0.5, 2.0]),
-        {"prompt": ["p", "q"]},
-        ["a", "b"],
-    ).tolist() == [0.5, 2.0]
-    with pytest.raises(InputError, match="--reward: it raised ZeroDivisionError"):
-        score(lambda prompts, completions, **columns: [1 / 0], {"prompt": ["p"]}, ["a"])
-    assert score(
-        lambda prompts, completions, **columns: [len(columns)],
-        {"prompt": ["p"], "completions": [1], "prompts": [2]},
-        ["a"],
-    ).tolist() == [0.0]
-    with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
-        score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
-
-
-def test_plain_numbers_of_any_kind_are_scores():
-    values = [
-        True,
-        1,
-        0.5,
-        numpy.float32(0.25),
-        numpy.int64(2),
-        numpy.bool_(False),
-        torch.tensor(3.0),
-        torch.tensor([4]),
-        numpy.array(5.0),
-        Fraction(1, 2),
-    ]
-    expected = [1, 1, 0.5, 0.25, 2, 0, 3, 4, 5, 0.5]
-    batch, texts = {"prompt": ["p"] * len(values)}, ["a"] * len(values)
-    for returned in (values, tuple(values)):
-        assert score(lambda prompts, **columns: returned, batch, texts).tolist() == expected  # noqa: B023
-    for returned in (
-        numpy.array(expected),
-        numpy.array(expected, dtype=object),
-        torch.tensor(expected, dtype=torch.float64),
-    ):
-        assert score(lambda prompts, **columns: returned, batch, texts).tolist() == expected  # noqa: B023
+def test_plain_numbers_of_any_kind_are_scores(returned):
+    found = score(gives(returned), {"prompt": ["p"] * 10}, ["a"] * 10)
+    assert found.tolist() == NUMBERS and found.dtype == torch.float32
 
 
 @pytest.mark.parametrize("prompt", ["how many", [{"role": "user", "content": "how \n many"}]])
 def test_a_score_that_is_no_number_is_named_with_its_prompt(prompt):
-    with pytest.raises(
-        InputError,
-        match="--reward: row 1 of the batch, 'how many': expected a finite number, found 'nan'",
-    ):
-        score(lambda prompts, **columns: [1, math.nan], {"prompt": ["p", prompt]}, ["a", "b"])
+    found = "row 1 of the batch, 'how many': expected a finite number, found 'nan'"
+    with pytest.raises(InputError, match=f"--reward: {found}"):
+        score(gives([1, math.nan]), {"prompt": ["p", prompt]}, ["a", "b"])
 
 
 def test_what_a_reward_raises_is_named_with_its_file_and_line():
@@ -124,33 +177,209 @@ def test_what_a_reward_raises_is_named_with_its_file_and_line():
         return [1 / value for value in level]
 
     line = reward.__code__.co_firstlineno + 1
-    with pytest.raises(
-        InputError,
-        match=rf"--reward: it raised ZeroDivisionError: .* \(test_rewards.py, line {line}[,)]",
-    ):
-        score(reward, {"prompt": ["p", "q", "r", "s"], "level": [1, 2, 0, 0]}, ["a"] * 4)
+    where = rf"\(test_rewards.py, line {line}\)$"
+    with pytest.raises(InputError, match=f"--reward: it raised ZeroDivisionError: .* {where}"):
+        score(reward, {"prompt": ["p", "q"], "level": [1, 0]}, ["a"] * 2)
+
+
+class OwnError(Exception):
+    pass
+
+
+RAISED = [
+    (ValueError(), r"it raised ValueError \("),
+    (ValueError(" \n"), r"it raised ValueError"),
+    (ValueError("two\nlines"), r"it raised ValueError: two lines \("),
+    (KeyError("x"), r"it raised KeyError: 'x' \("),
+    (OwnError("late"), r"it raised .*OwnError: late \("),
+    (SystemExit(3), r"it raised SystemExit: 3 \("),
+]
+
+
+@pytest.mark.parametrize("error,found", RAISED)
+def test_what_a_reward_raises_is_one_line_with_nothing_missing_behind_a_colon(error, found):
+    def reward(prompts, **columns):
+        raise error
+
+    with pytest.raises(InputError, match=f"^--reward: {found}") as caught:
+        score(reward, {"prompt": ["p"]}, ["a"])
+    assert "\n" not in str(caught.value) and ": (" not in str(caught.value)
+
+
+# ---- where it is found
+
+WRONG = [
+    "maths",
+    "my_reward:long",
+    "broken:f",
+    "my_reward:__name__",
+    "no_such_module:f",
+    "leaves:f",
+    "silent:f",
+    ":f",
+    "model:",
+    "model:/no/such/folder",
+]
 
 
 def test_load_reward(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "my_reward.py").write_text(
+    code = (
         "def short(prompts, completions, **columns):\n    return [-len(c) for c in completions]\n"
     )
+    (tmp_path / "my_reward.py").write_text(code)
     assert load_reward("my_reward:short")(["p"], ["abc"]) == [-3]
     assert load_reward("math") is math_reward
     (tmp_path / "broken.py").write_text("def f(:\n")
-    for wrong in (
-        "maths",
-        "my_reward:long",
-        "broken:f",
-        "my_reward:__name__",
-        "no_such_module:f",
-        ":f",
-        "model:",
-        "model:/no/such/folder",
-    ):
-        with pytest.raises(InputError, match="--reward"):
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    (tmp_path / "silent.py").write_text("raise ValueError\n")
+    for wrong in WRONG:
+        with pytest.raises(InputError, match="--reward: .*[^: ]$"):
             load_reward(wrong)
+
+
+def test_a_loaded_function_keeps_its_parameters_and_the_place_of_its_errors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "def strict(prompts, completions, level):\n    return 1 / level\n"
+    (tmp_path / "with_level.py").write_text(code)
+    strict = load_reward("with_level:strict")
+    assert [*inspect.signature(strict).parameters] == ["prompts", "completions", "level"]
+    assert needed_parameters(strict, positional=2) == ["level"]
+    with pytest.raises(InputError, match=r"TypeError: .* \(with_level.py, line 2\)"):
+        score(strict, {"prompt": ["p"], "level": [1]}, ["a"])
+
+
+# ---- whose modules it sees
+
+THEIR_REWARD = """
+import critic, rollout
+from tasks.letters import vowels
+from harness import strict
+from experiments import numbers
+
+def reward(prompts, completions, **columns):
+    from tasks import late  # found when it is called
+    import their_helper
+    assert their_helper.number == 5
+    late.calls.append(1)
+    names = [critic.name, rollout.name, strict.name, numbers.name, late.name]
+    assert names == ["theirs"] * 5, names
+    return [vowels(text) + len(late.calls) for text in completions]
+"""
+
+
+def their_folder(folder, package):
+    """A user's folder with modules named as ours are; package: whether folders have __init__.py."""
+    for path, text in {
+        "their_reward.py": THEIR_REWARD,
+        "their_helper.py": "number = 5",
+        "critic.py": "name = 'theirs'",
+        "rollout.py": "name = 'theirs'",
+        "tasks/letters.py": "def vowels(text):\n    return sum(c in 'aeiou' for c in text)",
+        "tasks/late.py": "name = 'theirs'\ncalls = []",
+        "harness/strict.py": "name = 'theirs'",
+        "experiments/numbers.py": "name = 'theirs'",
+    }.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text + "\n")
+        if package and "/" in path:
+            (folder / path).with_name("__init__.py").touch()
+    return folder
+
+
+@pytest.fixture
+def unloaded():
+    """The user's other modules stay in sys.modules, and every test has a folder of its own."""
+    yield
+    for name in ("their_reward", "their_helper"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("package", [False, True])
+def test_a_users_modules_may_have_our_names(package, tmp_path, monkeypatch, unloaded):
+    monkeypatch.chdir(their_folder(tmp_path, package))
+    modules, places = dict(sys.modules), [*sys.path]
+    reward = load_reward("their_reward:reward")
+    for expected in (3.0, 4.0):  # tasks.late is one module for all calls
+        assert score(reward, {"prompt": ["p"]}, ["area"]).tolist() == [expected + 1]
+    # Ours are what they were, and what is imported from now on is ours.
+    assert sys.path == places
+    for name, module in modules.items():
+        assert sys.modules[name] is module
+    for name in sys.modules.keys() - modules.keys():
+        assert name.partition(".")[0] not in OURS, name
+    import critic
+
+    assert critic.__file__ == str(REPOSITORY / "critic.py")
+    assert sys.modules["tasks.prompts"] is tasks.prompts and rollout.Rollout
+    assert "tasks.late" not in sys.modules
+
+
+def test_two_functions_of_one_module_share_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "critic.py").write_text(
+        "seen = []\ndef user(text):\n    seen.append(text)\ndef reward():\n    return seen\n"
+    )
+    load_function("--user", "critic:user")("hi")
+    assert load_function("--reward", "critic:reward")() == ["hi"]
+
+
+def test_two_folders_do_not_share_their_modules(tmp_path, monkeypatch):
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "critic.py").write_text(f"def reward():\n    return {number}\n")
+    functions = []
+    for number in (1, 2):
+        monkeypatch.chdir(tmp_path / str(number))
+        functions.append(load_function("--reward", "critic:reward"))
+    assert [function() for function in functions] == [1, 2]
+
+
+def test_a_users_module_may_use_ours(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "risk.py").write_text("name = 'theirs'\n")
+    (tmp_path / "uses_ours.py").write_text(
+        "import risk\nfrom tasks.verifiers import math_reward as reward\nname = risk.name\n"
+    )
+    assert load_function("--reward", "uses_ours:reward").__wrapped__ is math_reward
+    assert sys.modules["uses_ours"].name == "theirs"
+
+
+def test_the_working_folder_may_be_the_repository(monkeypatch):
+    monkeypatch.chdir(REPOSITORY)
+    modules = dict(sys.modules)
+    assert load_reward("tasks.verifiers:exact_reward").__wrapped__ is exact_reward
+    assert load_function("--user", "tasks.booking:scripted_user")([{"content": "book"}], "") is None
+    assert dict(sys.modules) == modules
+
+
+def test_our_names_are_all_there_are():
+    """Every module and package of the repository's folder, and whatever is yet to come."""
+    here = {path.stem for path in REPOSITORY.glob("*.py")}
+    here |= {path.parent.name for path in REPOSITORY.glob("*/*.py")} - {"tests"}
+    assert here <= set(OURS)
+
+
+def test_a_process_started_elsewhere_keeps_ours_and_theirs_apart(tmp_path):
+    """As a run does it: our folder is first on the path, the user's is the working folder."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+import rollout, tasks.warm_start
+from tasks.rewards import load_reward, score
+reward = load_reward("their_reward:reward")
+print(score(reward, {{"prompt": ["p"]}}, ["area"]).item())
+import critic, dvpo, tasks.builtin
+print(all({str(REPOSITORY)!r} in module.__file__ for module in (critic, rollout, tasks.builtin)))
+"""
+    their_folder(tmp_path, package=False)
+    options = {"cwd": tmp_path, "capture_output": True, "text": True}
+    run = subprocess.run([sys.executable, "-c", code], **options)
+    assert run.stdout.split() == ["4.0", "True"], run.stderr
+
+
+# ---- models as rewards
 
 
 @pytest.mark.parametrize("num_labels", [1, 2])
@@ -158,31 +387,24 @@ def test_model_reward_reads_the_last_real_token_whatever_the_batch(tmp_path, num
     torch.manual_seed(0)
     tokenizer = task_tokenizer("dialogue")
     tokenizer.chat_template = None
-    config = LlamaConfig(
-        **{
-            **tiny_config("llama", len(tokenizer)).to_dict(),
-            "num_labels": num_labels,
-            "pad_token_id": 0,
-        }
-    )
+    settings = tiny_config("llama", len(tokenizer)).to_dict()
+    settings |= {"num_labels": num_labels, "pad_token_id": 0}
+    config = LlamaConfig(**settings)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     reward = load_reward(f"model:{tmp_path}")
-    prompts, completions = (
-        ["area north", [{"role": "user", "content": "food thai food greek"}]],
-        ["ok", [{"role": "assistant", "content": "book book book"}]],
-    )
+    prompts = ["area north", [{"role": "user", "content": "food thai food greek"}]]
+    completions = ["ok", [{"role": "assistant", "content": "book book book"}]]
     together = score(reward, {"prompt": prompts}, ["ok", "book book book"])
-    alone = [reward([prompt], [completion])[0] for prompt, completion in zip(prompts, completions)]
+    alone = [reward([prompt], [said])[0] for prompt, said in zip(prompts, completions)]
     assert together.tolist() == pytest.approx(alone, abs=1e-5)
+    assert together[0] != together[1]
     assert num_labels == 1 or all(0 < value < 1 for value in alone)
-    assert (
-        len(reward(["area north"], ["food " * 200])) == 1
-    )  # longer than the model's context: its start is cut
+    # Longer than the model's context: its start is cut.
+    assert len(reward(["area north"], ["food " * 200])) == 1
 
 
 def test_a_causal_lm_is_no_reward_model(model_folder):
-    with pytest.raises(
-        InputError, match="--reward: .*expected a sequence classifier, found GPT2LMHeadModel"
-    ):
+    found = "expected a sequence classifier, found GPT2LMHeadModel"
+    with pytest.raises(InputError, match=f"--reward: .*{found}"):
         load_reward(f"model:{model_folder}")

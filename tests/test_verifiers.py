@@ -15,7 +15,6 @@ from tasks.verifiers import (
     math_reward,
 )
 
-
 MATH = [  # (completion, answer column, right)
     ("The answer is 72.", "72", True),
     ("72", "72", True),
@@ -166,7 +165,7 @@ PIECES = [
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_verifiers_are_linear_on_hostile_text(piece):
-    """100 kB of one piece, bare, boxed, and with an end that does not match: none takes longer than a second, all together."""
+    """100 kB of one piece, bare, boxed, with an end that does not match: together in a second."""
     text = piece * (100_000 // len(piece))
     start = time.process_time()
     for hostile in (
@@ -204,8 +203,6 @@ def test_nothing_of_the_models_text_is_evaluated():
 
 
 CHOICES = ["a leg muscle", "a bacterial population", "viral particles", "carbohydrates"]
-
-
 CHOICE = [
     ("B", "B"),
     ("b", "B"),
