@@ -48,7 +48,7 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
 # Functions of train.py, and the phase that each is. scoring: log-probs; values: the critic's.
 TIMED = {
     "respond": "rollout",
-    "score": "reward",
+    "judge": "reward",
     "response_logprobs": "scoring",
     "response_quantiles": "values",
     "policy_backward": "policy",

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
 from transformers import AutoTokenizer
 
-from harness.reports import run_script
+from experiments.seeds import run_script
 from harness.setup import load
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, as_messages, load_prompts

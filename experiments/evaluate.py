@@ -22,11 +22,10 @@ from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from experiments.seeds import interval
+from experiments.seeds import interval, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.flags import number_in
-from harness.reports import run_script
-from harness.setup import context_of, load, pad_token_id, stop_token_ids
+from harness.setup import context_of, load, stop_token_ids
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, load_prompts
 from tasks.rewards import load_reward, score
@@ -49,11 +48,10 @@ def policy_of(name):
 def respond(model, tokenizer, stop_ids, prompt_ids, args):
     """Greedy responses as texts; prompts of similar lengths go together."""
     order, texts = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row])), {}
-    pad_id = pad_token_id(tokenizer, stop_ids)
     for start in trange(0, len(order), args.batch_size, leave=False):
         rows = order[start : start + args.batch_size]
         ids = [prompt_ids[row] for row in rows]
-        sampled = rollout.sample(model, ids, pad_id, stop_ids, args.response_length, 0.0)
+        sampled = rollout.sample(model, ids, stop_ids[0], stop_ids, args.response_length, 0.0)
         texts |= zip(rows, rollout.completion_texts(sampled, tokenizer, stop_ids))
     return [texts[row] for row in range(len(prompt_ids))]
 

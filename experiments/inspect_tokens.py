@@ -27,15 +27,15 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
+from experiments.seeds import run_script
 from harness.checkpoints import newest_checkpoint, restore
 from harness.flags import number_in, parse_args
-from harness.reports import run_script
-from harness.setup import adam, autocast, build, build_critic, respond
+from harness.setup import autocast, build, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, encode_prompts
 from tasks.rewards import needed_parameters
-from train import collect, judge, update
+from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
@@ -128,8 +128,8 @@ def scalar_critic(run, args, folder, samples):
     fit = argparse.Namespace(**{**vars(args), **fit})
     fit.num_mini_batches = min(args.num_mini_batches, size)
     own = copy.copy(run)
-    own.critic = build_critic(fit, own.policy, own.context).to(own.policy.device)
-    own.critic_optimizer = adam(own.critic, fit.critic_learning_rate)
+    own.critic, rate = build_critic(fit, own.policy, own.context), fit.critic_learning_rate
+    own.critic_optimizer = to_train(own.critic, own.policy.device, fit, rate)
     for own.iteration in trange(count, desc="fitting a scalar critic"):
         experience, metrics = collect(own, fit)
         update(own, fit, experience)

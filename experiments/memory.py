@@ -28,8 +28,8 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from experiments.seeds import run_script
 from harness.flags import ALGORITHMS, number_in, parse_args
-from harness.reports import run_script
 from tasks import InputError, one_line
 
 

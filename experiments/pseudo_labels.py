@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
+from experiments.seeds import run_script
 from harness.flags import number_in
-from harness.reports import run_script
-from harness.setup import context_of, load, pad_token_id, stop_token_ids
+from harness.setup import context_of, load, stop_token_ids
 from tasks import verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
@@ -76,7 +76,6 @@ def label(args):
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load(AutoTokenizer, args.model, "model")
     stop_ids, room = stop_token_ids(model, tokenizer), context_of(model) - args.response_length
-    pad_id = pad_token_id(tokenizer, stop_ids)
     data = load_prompts("data", args.data, "train", tokenizer, room)
     lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
     # A run that was killed may have torn its last line.
@@ -87,7 +86,7 @@ def label(args):
         for row in tqdm(range(first, len(data)), desc="problems"):
             torch.manual_seed(args.seed * 1_000_003 + row)
             prompts, limits = [data[row][PROMPT_IDS]] * args.samples, (args.response_length, 1.0)
-            sampled = rollout.sample(model, prompts, pad_id, stop_ids, *limits)
+            sampled = rollout.sample(model, prompts, stop_ids[0], stop_ids, *limits)
             texts = rollout.completion_texts(sampled, tokenizer, stop_ids)
             if found := labelled(data[row], texts, row):
                 done.append(found)

@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from harness.reports import run_script
+from experiments.seeds import run_script
 from harness.setup import load
 from tasks import InputError, one_line
 from tasks.rewards import judged_text

@@ -16,7 +16,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from tqdm import tqdm
+
+from harness.reports import quiet
+from tasks import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -28,6 +34,15 @@ def interval(values):
     """Mean and half-width of Student's 95 % interval."""
     half = STUDENT[min(len(values), 10) - 2] * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values), half
+
+
+def run_script(parser, function, args):
+    """function(args); what cannot work ends the program with one line and status 2."""
+    quiet()
+    try:
+        function(args)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 def json_lines(path):

@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
 from dvpo import masked_mean
+from experiments.seeds import run_script
 from harness.flags import number_in
-from harness.reports import run_script
 from harness.setup import context_of, load, stop_token_ids
 from tasks import InputError
 from tasks.conversations import turns_between

@@ -350,9 +350,8 @@ def test_the_dialogues_parts_share_no_dialogue_and_the_policys_is_short(
 def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch, capsys):
     rows = [{"prompt": f"area {value}", "answer": value} for value in SLOTS["area"]]
     write_rows(tmp_path / "data.jsonl", rows)
-    (tmp_path / "ours.py").write_text(
-        "def longer(prompts, completions, **columns):\n    return [float(len(p)) for p in prompts]\n"
-    )
+    code = "def longer(prompts, **columns):\n    return [float(len(p)) for p in prompts]\n"
+    (tmp_path / "ours.py").write_text(code)
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run" / "checkpoint-000001"
     shutil.copytree(model_folder, run / "policy")

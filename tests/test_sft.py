@@ -1,4 +1,4 @@
-"""tasks/warm_start.py and experiments/sft.py: what is taught, and that it is learned."""
+"""experiments/sft.py: a model learns what should be said, and only that."""
 
 import json
 
@@ -46,18 +46,6 @@ def test_both_losses_are_cross_entropy_on_the_policys_tokens(model):
         assert loss(model, batch).item() == pytest.approx(total.item() / count, rel=1e-5)
 
 
-def test_examples_label_what_the_policy_says_and_nothing_else():
-    tokenizer = task_tokenizer("booking")
-    said = [assistant("area"), user("area north"), assistant("book")]
-    prompt = tokenizer("<user> book area <assistant>")["input_ids"]
-    ids, labels = warm_start.example(prompt, said, tokenizer, 1)
-    words = tokenizer.convert_ids_to_tokens(ids)
-    text = "<user> book area <assistant> area <eos> <user> area north <assistant> book <eos>"
-    assert words == text.split()
-    assert tokenizer.convert_ids_to_tokens(labelled(labels)) == "area <eos> book <eos>".split()
-    assert labelled(labels) == [ids[i] for i in (4, 5, 10, 11)]
-
-
 TURN = (
     "{% for m in messages %}<{{ 'bot' if m.role == 'assistant' else 'user' }}> "
     "{{ m.content }} MARK {% endfor %}<bot>"
@@ -93,17 +81,6 @@ def test_fine_tuning_ends_turns_as_the_template_does(template, stop_ids, expecte
     assert labelled(labels) == [ids[i] for i in (1, 2, -2, -1)]
     first = tokenizer.convert_ids_to_tokens(continuation(1, "go on", tokenizer))[0]
     assert first in ("<user>", "<end>", ":")
-
-
-def test_a_second_warm_start_in_a_folder_leaves_nothing_of_the_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(warm_start, "fine_tune", lambda *args, **flags: None)
-    warm_start.warm_start("dialogue", 0, tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
-    warm_start.warm_start("sums", 0, tmp_path)
-    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
-
-
-# ---- experiments/sft.py
 
 
 @pytest.fixture
