@@ -3,8 +3,7 @@
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
-The newest checkpoint answers held-out prompts (or --prompt) under the run's own flags, but without
-noise. Per token: quantiles of the return that the critic predicts before it, their spread, the
+The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per token: quantiles of the return that the critic predicts before it, their spread, the
 advantage, and the same of a scalar critic: that of a run with --algo ppo, or one fitted here on
 --samples responses. On the page blue is above what was expected, orange below.
 """
@@ -21,7 +20,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from datasets import Dataset
 from tqdm import trange
 
 import dvpo
@@ -33,8 +31,7 @@ from harness.flags import number_in, parse_args
 from harness.setup import autocast, build, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError
-from tasks.prompts import PROMPT_IDS, encode_prompts
-from tasks.rewards import needed_parameters
+from tasks.prompts import PROMPT_IDS
 from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -54,23 +51,6 @@ def flags_of(folder, flag, algo):
     return args
 
 
-def prompts_of(run, args, texts, rows):
-    """The batch to answer, {column: list}: the given texts, or the first held-out rows."""
-    if not texts and run.evals:
-        return next(iter(run.evals.values()))[:rows]
-    if not texts:
-        raise InputError("--prompt: expected one, as the run holds none out; found none")
-    if run.user and (needed := needed_parameters(run.user, positional=1)):
-        expected = f"expected none, as the run's user needs the data's column {needed[0]!r}"
-        raise InputError(f"--prompt: {expected}; found {texts[0][:40]!r}")
-    prompt_ids = encode_prompts(texts, run.tokenizer, args.chat_template == "auto")
-    room = run.context - args.response_length
-    if (longest := max(map(len, prompt_ids))) > room:
-        expected = f"expected at most {room} tokens, the context less --response-length"
-        raise InputError(f"--prompt: {expected}, found {longest}")
-    return Dataset.from_dict({"prompt": texts, PROMPT_IDS: prompt_ids})[:]
-
-
 def forward(run, args, rollout, function, model, *rest):
     """function(model, some rows, *rest) for all rows, in train.py's micro-batches and precision."""
     limits = (args.micro_batch_size, args.micro_batch_tokens)
@@ -79,18 +59,10 @@ def forward(run, args, rollout, function, model, *rest):
 
 
 def answer(run, args, batch, greedy):
-    """Responses, their scores without noise (B,), and token rewards (B, T).
-
-    NaN where the reward needs columns that a prompt lacks.
-    """
+    """Responses, their scores without noise (B,), and token rewards (B, T)."""
     rollout = respond(run, args, batch, 0.0 if greedy else args.temperature)
     off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
-    try:
-        scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
-    except InputError as error:
-        if "needs the column" not in str(error):
-            raise
-        scores = torch.full(rollout.mask.shape[:1], math.nan, device=rollout.mask.device)
+    scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
     logprobs, reference = (
         model and forward(run, args, rollout, ro.response_logprobs, model, args.temperature)
         for model in (run.policy, run.reference)
@@ -173,23 +145,17 @@ def look(run, args, batch, greedy, scalar):
         for t in rollout.mask[row].nonzero().flatten().tolist():
             ids = columns["id"][row]
             token = {name: column[row][t] for name, column in columns.items()}
-            token = {
-                name: None if value != value else value for name, value in token.items()
-            }  # NaN
             token["text"] = visible(run.tokenizer.decode([ids[t]]))
             token["before"] = visible(run.tokenizer.decode(ids[begin:t]))
             tokens.append(token)
             begin = t + 1
         found = {"prompt": run.tokenizer.decode(prompt_ids), "tokens": tokens}
-        found["score"] = None if math.isnan(score) else score
-        shown.append({**found, "truncated": rollout.truncated[row].item()})
+        shown.append({**found, "score": score, "truncated": rollout.truncated[row].item()})
     return shown
 
 
 def scored(row):
-    score = "no advantage: the reward needs columns that this prompt lacks"
-    score = score if row["score"] is None else f"score {row['score']:.3f}"
-    return score + ", truncated" * row["truncated"]
+    return f"score {row['score']:.3f}" + ", truncated" * row["truncated"]
 
 
 def table(row):
@@ -200,16 +166,16 @@ def table(row):
         lines += [f"({token['before']})"] if token["before"] else []
         values = [*token["shown"], *(token[name] for name in CELLS)]
         # + 0.0: no -0.000.
-        cells = ["-" if value is None else f"{round(value, 3) + 0.0:.3f}" for value in values]
-        lines.append(f"{token['text'][:16]:16}" + "".join(f"{cell:>8}" for cell in cells))
+        cells = "".join(f"{round(value, 3) + 0.0:8.3f}" for value in values)
+        lines.append(f"{token['text'][:16]:16}{cells}")
     return "\n".join(lines)
 
 
 def print_rows(shown):
     print(
-        "Per token: quantiles of the return predicted before it, their std and mean, the advantage"
+        "Per token: quantiles of the return predicted before it, their std, their mean, what came"
     )
-    print("(what came, minus the mean, by GAE), the scalar critic's two, and the return that came.")
+    print("minus the mean (by GAE), the scalar critic's value and advantage, the return that came.")
     for index, row in enumerate(shown, 1):
         texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
@@ -217,14 +183,12 @@ def print_rows(shown):
 
 
 def rounded(value):
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return value and round(value, 4)
+    return [rounded(item) for item in value] if isinstance(value, list) else round(value, 4)
 
 
 def cell(token, key, scale):
     """A token in one critic's colour, as HTML; the second row is for the eye alone."""
-    value, text = token[key] or 0.0, html.escape(token["text"]) or "&nbsp;"
+    value, text = token[key], html.escape(token["text"]) or "&nbsp;"
     tint = f'class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"'
     return f"<span {tint}{' aria-hidden=true' * (key != 'advantage')}>{text}</span>"
 
@@ -241,17 +205,15 @@ def section(index, row, scale):
     head = f"<h2>{index + 1}. {html.escape(scored(row))}</h2>"
     head += f'<p class="prompt">{html.escape(row["prompt"])}</p>'
     line = f'<div class="line"><span class="names">{names}</span><span>{buttons}</span></div>'
-    numbers = (
-        f"<details><summary>All numbers</summary><pre>{html.escape(table(row))}</pre></details>"
-    )
+    numbers = f"<summary>All numbers</summary><pre>{html.escape(table(row))}</pre>"
     detail = '<div class="detail" aria-live="polite"></div>'
-    return f"<section>{head}{line}{detail}{numbers}</section>"
+    return f"<section>{head}{line}{detail}<details>{numbers}</details></section>"
 
 
 def page(shown, said):
     """The whole HTML page as text. Texts are escaped here; the script gets numbers alone."""
     tokens = [token for row in shown for token in row["tokens"]]
-    found = [abs(token[name] or 0) for token in tokens for name in ADVANTAGES]
+    found = [abs(token[name]) for token in tokens for name in ADVANTAGES]
     scale = max(found, default=0) or 1.0  # the advantage that gets full colour
     sections = [section(index, row, scale) for index, row in enumerate(shown)]
     names, numbers = ("quantiles", "shown", "reward", *CELLS), []
@@ -270,7 +232,7 @@ def inspect(args):
     run = build(flags)
     restore(run, newest_checkpoint(Path(args.run)))
     torch.manual_seed(args.seed)
-    batch = prompts_of(run, flags, args.prompt, args.rows)
+    batch = next(iter(run.evals.values()))[: args.rows]
     scalar, which = scalar_critic(run, flags, args.scalar, args.samples)
     torch.manual_seed(args.seed)  # the same responses whichever critic stands beside
     shown = look(run, flags, batch, args.greedy, scalar)
@@ -288,7 +250,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     count, seeds = number_in("[1, inf)", int), number_in("[0, 2147483647]", int)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
-    parser.add_argument("--prompt", nargs="+", default=[], help="else the first held-out ones")
     parser.add_argument("--rows", type=count, default=4, help="how many held-out prompts")
     parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
     parser.add_argument("--samples", type=count, default=512, help="responses to fit it on")

@@ -54,9 +54,8 @@ def accepted(name, source):
         if not line.startswith(" "):
             file, _, reason = line.partition(": ")
         elif file == name:
-            left, before, afters, right = re.fullmatch(
-                r" +(.*?){(.*?) => (.*?)}(.*)", line
-            ).groups()
+            parts = re.fullmatch(r" +(.*?){(.*?) => (.*?)}(.*)", line)
+            left, before, afters, right = parts.groups()
             if source.count(left + before + right) != 1:
                 sys.exit(f"mutants.txt: expected once in {name}: {left + before + right}")
             for after in afters.split(" | "):

@@ -12,14 +12,8 @@ start, number of completions, and order of prompts and noise.
 
 import argparse
 import concurrent.futures
-import contextlib
-import io
 import itertools
 import json
-import multiprocessing
-import os
-import platform
-import shutil
 import statistics
 import sys
 import tempfile
@@ -28,14 +22,10 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
-import transformers
 from tqdm import tqdm
 
-import train
-from experiments.seeds import RESULTS, ROOT, current_commit, interval, json_lines
+from experiments.seeds import RESULTS, ROOT, current_commit, interval, json_lines, train
 from harness.flags import number_in
-from tasks.warm_start import warm_start
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn. At
 # a critic's learning rate of 1e-3 they had learned no offset in 20 iterations.
@@ -63,16 +53,16 @@ TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporti
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
 # A quarter and four times, where that makes sense; warm-ups are about the same share.
-ONE_FLAG = (
-    "learning-rate 5e-5, learning-rate 8e-4, critic-learning-rate 7.5e-4, "
-    "critic-learning-rate 1.2e-2, batch-size 32 --critic-warmup-steps 40, "
-    "batch-size 512 --critic-warmup-steps 2, num-ppo-epochs 2, num-ppo-epochs 4, "
-    "num-mini-batches 1, num-mini-batches 16, critic-warmup-steps 0, critic-warmup-steps 30, "
-    "kl-coef 0, kl-coef 0.08, cliprange 0.05, cliprange 0.8, lam 0.8, lam 1.0, gamma 0.9, "
-    "gamma 0.98, temperature 0.7, temperature 1.3"
-).split(", ")
+ONE_FLAG = """
+    learning-rate 5e-5, learning-rate 8e-4, critic-learning-rate 7.5e-4,
+    critic-learning-rate 1.2e-2, batch-size 32 --critic-warmup-steps 40,
+    batch-size 512 --critic-warmup-steps 2, num-ppo-epochs 2, num-ppo-epochs 4,
+    num-mini-batches 1, num-mini-batches 16, critic-warmup-steps 0, critic-warmup-steps 30,
+    kl-coef 0, kl-coef 0.08, cliprange 0.05, cliprange 0.8, lam 0.8, lam 1.0, gamma 0.9,
+    gamma 0.98, temperature 0.7, temperature 1.3"""
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
+FILES = ("args", "results")
 WINDOW = 5  # a curve is a mean over as many iterations
 
 
@@ -96,18 +86,21 @@ SWEEPS = {  # grid: {method: flags}; without its flag, a default's runs are the 
     },
     # The default spelled out: or those runs would be another grid's, from another machine.
     "flags": {"defaults": tuned("dvpo", "--cliprange 0.2")}
-    | {" ".join(flag.split()[:2]): tuned("dvpo", f"--{flag}") for flag in ONE_FLAG},
+    | {
+        " ".join(flag.split()[:2]): tuned("dvpo", f"--{flag.strip()}")
+        for flag in ONE_FLAG.split(",")
+    },
 }
 TRIED = {
     f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}"
     for name, lr in itertools.product(METHODS, LEARNING_RATES)
 }
-TRIALS = range(TRIAL_SEEDS, TRIAL_SEEDS + 2)
-QUICK_METHODS = {name: tuned(name) for name in ("ppo", "dvpo", "grpo")}
+ALL = {name: tuned(name) for name in METHODS}
+FEW = {name: ALL[name] for name in ("ppo", "dvpo", "grpo")}
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
-    "main": ({name: tuned(name) for name in METHODS}, tuple(NOISES), range(10)),
-    "tuning": (TRIED, ("flips 0.3", "outliers"), TRIALS),
-    "quick": (QUICK_METHODS, ("none", "offset, outliers"), range(2)),
+    "main": (ALL, tuple(NOISES), range(10)),
+    "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
+    "quick": (FEW, ("none", "offset, outliers"), range(2)),
     **{name: (methods, SOME, range(3)) for name, methods in SWEEPS.items()},
 }
 
@@ -125,46 +118,30 @@ def windows(values):
     return found
 
 
-def warm(seed, scratch):
-    with contextlib.redirect_stderr(io.StringIO()):
-        warm_start("dialogue", seed, Path(scratch) / f"warm-{seed}")
-
-
-def run(flags, seed, scratch):
-    """One run of train.py in a worker process -> its results; RuntimeError with one line."""
-    folder, said = Path(scratch) / f"run-{os.getpid()}", io.StringIO()
-    shutil.rmtree(folder, ignore_errors=True)  # what a failed run left
-    shutil.copytree(Path(scratch) / f"warm-{seed}", folder / "warm_start")
-    argv = [*flags.split(), *f"--seed {seed} --reward-noise-seed {seed}".split()]
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            failed = train.main([*argv, "--output-dir", str(folder)])
-        except SystemExit:
-            failed = True
-    if failed:
-        raise RuntimeError(f"train.py {' '.join(argv)}: {said.getvalue().strip().splitlines()[-1]}")
-    rows = json_lines(folder / "metrics.jsonl")
-    named = {name: key for name, key in CURVES.items() if key in rows[0]}
-    curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
-    return {**json.loads((folder / "results.json").read_text()), **curves}
+def run(flags, seed):
+    """One run of train.py -> its results, and what it was made with."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train([*flags.split(), *f"--seed {seed} --reward-noise-seed {seed}".split()], folder)
+        rows = json_lines(folder / "metrics.jsonl")
+        named = {name: key for name, key in CURVES.items() if key in rows[0]}
+        curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
+        about, results = (json.loads((folder / f"{file}.json").read_text()) for file in FILES)
+    return {**about["versions"], **results, **curves}
 
 
 def run_grid(name, jobs, methods, noises, seeds):
     """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    about = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about |= {"commit": current_commit(), "python": platform.python_version()}
-    finished, todo, failed = {(row["flags"], row["seed"]) for row in finished_runs()}, [], 0
+    commit, finished = current_commit(), {(row["flags"], row["seed"]) for row in finished_runs()}
+    todo, failed = [], 0
     for seed, noise, method in itertools.product(seeds, noises, methods):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
-            todo.append({"method": method, "noise": noise, "seed": seed, "flags": flags})
-    spawn = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,))
-    with tempfile.TemporaryDirectory() as scratch, pool:
+            key = {"method": method, "noise": noise, "seed": seed, "flags": flags}
+            todo.append({**key, "commit": commit})
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run, key["flags"], key["seed"]): key for key in todo}
         try:
-            warm_seeds = {key["seed"] for key in todo}
-            list(pool.map(warm, warm_seeds, itertools.repeat(scratch)))
-            futures = {pool.submit(run, key["flags"], key["seed"], scratch): key for key in todo}
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(todo), desc=f"{name}, {jobs} at a time"):
                 if future.exception():
@@ -172,7 +149,7 @@ def run_grid(name, jobs, methods, noises, seeds):
                     failed += 1
                     continue
                 with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
-                    out.write(json.dumps(futures[future] | about | future.result()) + "\n")
+                    out.write(json.dumps(futures[future] | future.result()) + "\n")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

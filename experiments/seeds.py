@@ -67,21 +67,26 @@ def machine():
     return about | {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine()}
 
 
+def train(flags, folder):
+    """Runs train.py on one thread; raises RuntimeError with the last line it says."""
+    command = [sys.executable, "train.py", *flags, "--output-dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        found = done.stderr.strip().splitlines()[-1]
+        raise RuntimeError(f"{' '.join(command[1:])}: {found}")
+
+
 def run(algo, seed, extra, folder):
     """One finished run as a dict: flags, versions, evaluation before and after, its curves."""
     if not (folder / "results.json").exists():
         # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
-        seeds = ["--seed", str(seed), "--reward-noise-seed", str(seed)]
-        flags = ["--algo", algo, *seeds, "--eval-steps", "15", "--output-dir", str(folder), *extra]
-        command = [sys.executable, "train.py", *flags]
-        options = {"cwd": ROOT, "check": True, "stdout": subprocess.DEVNULL}
-        subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+        seeds = f"--seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
+        train(["--algo", algo, *seeds, *extra], folder)
     rows = json_lines(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
-    about, results = (
-        json.loads((folder / name).read_text()) for name in ("args.json", "results.json")
-    )
-    return {"algo": algo, "seed": seed, **about, **results, "curve": curve}
+    files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
+    return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
 
 
 def print_table(runs, algos):
