@@ -9,7 +9,7 @@ up to exactly its gradient.
 import torch
 
 from critic import head_consistency, quantile_huber_loss
-from risk import risk_regularizer
+from risk import lower_tail_mean, risk_regularizer, tail_size, upper_tail_mean
 
 # exp(20) = 5e8: far outside any trust region, far inside fp32
 LOG_RATIO_LIMIT = 20.0
@@ -194,6 +194,35 @@ def explained_variance(values, targets, mask):
     return torch.where(spread > 0, 1 - unexplained / spread, torch.nan)
 
 
+@torch.no_grad()
+def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
+    """What the critic believes, and whether it is right, as scalars over the True slots of mask.
+
+    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
+    crossing_frac: share of neighbouring quantiles out of order; std, lower_tail, upper_tail:
+    spread, S_low, S_up (reward units); coverage: share of returns within [Q(alpha), Q(1 - beta)],
+    calibrated at 1 - alpha - beta or more (ties count as inside); head_spread: root mean square
+    distance of a head from the heads' mean (reward units).
+    """
+    # (tokens, N, M), (tokens,): no work on padding
+    head_quantiles, returns = head_quantiles[mask], returns[mask]
+    unsorted = head_quantiles.mean(dim=1)
+    q = unsorted.sort(dim=-1).values
+    mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
+    low = q[..., tail_size(num_quantiles, alpha) - 1]
+    high = q[..., num_quantiles - tail_size(num_quantiles, beta)]
+    crossings = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1)
+    per_token = {
+        "crossing_frac": crossings / max(num_quantiles - 1, 1),
+        "std": q.std(dim=-1, unbiased=False),
+        "lower_tail": mean - lower_tail_mean(q, alpha),
+        "upper_tail": upper_tail_mean(q, beta) - mean,
+        "coverage": ((returns >= low) & (returns <= high)).float(),
+        "head_spread": head_consistency(head_quantiles).sqrt(),
+    }
+    return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}
+
+
 # ---- The baselines' advantages and weights. What a method adds to PPO is here; train.py chooses.
 
 
@@ -242,26 +271,18 @@ def group_advantages(scores, group_size, divide_by_std):
     return centred.flatten()
 
 
-def sequence_weights(mask):
-    """Token weights under which every response counts the same (GRPO): (B, T) -> (B, T), mean 1.
-
-    mean_length / length: a sum over tokens divided by the token count is then the mean over
-    responses of their means.
-    """
-    lengths = mask.sum(dim=1, keepdim=True)
-    mean_length = mask.sum() / (lengths > 0).sum().clamp(min=1)
-    return torch.where(mask, mean_length / lengths.clamp(min=1), 0)
-
-
 def token_weights(kind, mask, most_tokens):
     """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
 
-    kind token: 1; response: sequence_weights (GRPO); constant (Dr. GRPO): the same whatever the
-    lengths, 1 where all responses have most_tokens.
+    kind token: 1. response: mean_length / length (GRPO), so that a sum over tokens divided by
+    their count is the mean over responses of their means. constant (Dr. GRPO): the same whatever
+    the lengths, 1 where all responses have most_tokens.
     """
-    if kind == "response":
-        return sequence_weights(mask)
     weights = torch.ones(mask.shape, device=mask.device)
+    if kind == "response":
+        lengths = mask.sum(dim=1, keepdim=True)
+        mean_length = mask.sum() / (lengths > 0).sum().clamp(min=1)
+        weights = torch.where(mask, mean_length / lengths.clamp(min=1), 0)
     if kind == "constant":
         weights *= mask.sum() / (len(mask) * most_tokens)
     return weights

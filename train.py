@@ -82,8 +82,6 @@ def train(args):
             run.iteration += 1
             num_tokens = experience.rollout.mask.sum().item()
             metrics["tps"] = num_tokens / (time.time() - begin)
-            if args.eval_steps and run.iteration % args.eval_steps == 0:
-                metrics |= reports.evaluation_metrics(run, args)
             reports.log_iteration(log, run, args, metrics)
             is_due = args.save_steps and run.iteration % args.save_steps == 0
             if is_due and run.iteration < num_iterations:
@@ -100,7 +98,6 @@ def train(args):
 @torch.no_grad()
 def collect(run, args):
     """One batch of responses and what they teach: -> Experience, metrics."""
-    algorithm = ALGORITHMS[args.algo]
     num_prompts = args.batch_size // args.group_size
     rows = batch_rows(len(run.data), run.iteration * num_prompts, num_prompts, args.seed)
     batch = run.data[[row for row in rows for _ in range(args.group_size)]]
@@ -124,7 +121,7 @@ def collect(run, args):
             ref_logprobs = in_micro_batches(response_logprobs, *where, args.temperature)
 
     # 4. The score is the last token's reward; every token pays for its KL, unless the loss does.
-    kl_coef = args.kl_coef if algorithm.kl == "reward" else 0
+    kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" else 0
     rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
     if args.whiten_rewards:
         rewards = dvpo.masked_whiten(rewards, mask, shift_mean=False)
@@ -142,8 +139,8 @@ def collect(run, args):
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
     experience = Experience(rollout, logprobs, ref_logprobs, advantages, targets)
-    tensors = {"scores": scores, "quantiles": head_quantiles} | vars(experience)
-    assert_finite(run.iteration + 1, tensors)
+    found = {"scores": scores, "quantiles": head_quantiles, **vars(experience)}
+    assert_finite(run.iteration + 1, found)
     metrics = reports.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     metrics |= reports.response_metrics(rollout, true_scores, run.stop_ids)
     if head_quantiles is not None:

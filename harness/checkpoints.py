@@ -48,11 +48,10 @@ def checkpoints(output_dir):
 
 def newest_checkpoint(output_dir):
     """The folder of the newest checkpoint; raises InputError where there is none."""
-    found = [*checkpoints(output_dir).values()]
-    if not found:
-        what = "none" if output_dir.is_dir() else "no such folder"
-        raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {what}")
-    return found[-1]
+    for folder in reversed(checkpoints(output_dir).values()):
+        return folder
+    found = "none" if output_dir.is_dir() else "no such folder"
+    raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
 
 
 def random_states():
@@ -148,7 +147,10 @@ def cut_log(path, iteration):
 
 
 def resume(run, args):
-    """Goes on from the newest checkpoint that loads; one that does not is renamed, with a line."""
+    """Goes on from the newest checkpoint that loads, and renames those that do not, with a line.
+
+    Raises InputError where none is left.
+    """
     output_dir = Path(args.output_dir)
     for folder in reversed(checkpoints(output_dir).values()):
         try:

@@ -4,6 +4,7 @@ Imports neither torch nor transformers, so that --help and a refused flag answer
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import re
@@ -116,8 +117,8 @@ FLAGS = {
 }
 
 # What may differ in a resumed run.
-CHANGEABLE = {"resume", "output_dir", "total_episodes", "save_steps", "eval_steps"}
-CHANGEABLE |= {"report_to", "device"}
+CHANGEABLE = {"resume", "output_dir", "total_episodes", "device"}
+CHANGEABLE |= {"save_steps", "eval_steps", "report_to"}
 
 
 def number_in(interval, cast):
@@ -125,15 +126,15 @@ def number_in(interval, cast):
     low, high = [float(end) for end in interval[1:-1].split(",")]
 
     def parse(text):
-        expected = f"expected a {'whole ' if cast is int else ''}number in {interval}"
-        try:
+        # NaN is in no interval.
+        value = float("nan")
+        with contextlib.suppress(ValueError):
             value = cast(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{expected}, found {text!r}") from None
-        above = value > low or (value == low and interval[0] == "[")
-        below = value < high or (value == high and interval[-1] == "]")
-        if not (above and below):
-            raise argparse.ArgumentTypeError(f"{expected}, found {text!r}")
+        at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
+        if not (low < value < high or at_end):
+            kind = "whole number" if cast is int else "number"
+            found = f"expected a {kind} in {interval}, found {text!r}"
+            raise argparse.ArgumentTypeError(found)
         return value
 
     return parse
@@ -177,17 +178,16 @@ def make_parser():
     return parser
 
 
-def with_dashes(word):
-    """--learning_rate=1e-4 as --learning-rate=1e-4."""
-    return re.sub("^--[^=]*", lambda found: found[0].replace("_", "-"), word)
+def require(fine, flag, expected, found="none"):
+    if not fine:
+        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
 
 
 def resumed(argv, parser, args):
     """The flags of the run to resume, and of the new ones those that may change."""
     folder = Path(args.resume)
-    if args.output_dir and Path(args.output_dir).resolve() != folder.resolve():
-        expected = f"expected {folder}, the folder of the run to resume, or none"
-        raise InputError(f"--output-dir: {expected}; found {args.output_dir}")
+    same = Path(args.output_dir or folder).resolve() == folder.resolve()
+    require(same, "output-dir", f"{folder}, the run to resume, or none", args.output_dir)
     try:
         saved = json.loads((folder / "args.json").read_text())["flags"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -198,20 +198,11 @@ def resumed(argv, parser, args):
     flags |= {key: value for key, value in saved.items() if key in flags}
     # None where a flag was not given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
-    for key, value in given.items():
-        if value is None:
-            continue
-        if key not in CHANGEABLE and value != flags[key]:
-            found = f"{value} here, {flags[key]} in the run to resume"
-            raise InputError(f"--{key.replace('_', '-')}: {found}; expected the same, or none")
-        flags[key] = value
-    flags |= {"resume": str(folder), "output_dir": str(folder)}
-    return argparse.Namespace(**flags)
-
-
-def require(fine, flag, expected, found="none"):
-    if not fine:
-        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
+    given = {key: value for key, value in given.items() if value is not None}
+    for key in given.keys() - CHANGEABLE:
+        same = given[key] == flags[key]
+        require(same, key, f"{flags[key]}, as in the run to resume, or none", given[key])
+    return argparse.Namespace(**flags | given | {"resume": str(folder), "output_dir": str(folder)})
 
 
 def check(args):
@@ -250,8 +241,9 @@ def check(args):
 
 def parse_args(argv=None):
     """Flags with every default filled in; raises InputError for those that cannot work together."""
-    argv = [with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
-    parser = make_parser()
+    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
+    # --learning_rate=1e-4 is --learning-rate=1e-4.
+    argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
     default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
     if args.resume is not None:

@@ -13,12 +13,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from critic import head_consistency
-from dvpo import explained_variance, kl_estimate
+from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS
 from harness.setup import completions_of, respond
-from risk import lower_tail_mean, tail_size, upper_tail_mean
 from tasks.rewards import score
 
 # What the bar shows beside its own iteration and time left.
@@ -63,35 +61,6 @@ def response_metrics(rollout, true_scores, stop_ids):
         "completions/mean_length": mask.sum(dim=1).float().mean(),
         "completions/clipped_ratio": rollout.truncated.float().mean(),
     }
-
-
-@torch.no_grad()
-def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
-    """What the critic believes, and whether it is right, as scalars over the True slots of mask.
-
-    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
-    crossing_frac: share of neighbouring quantiles out of order; std, lower_tail, upper_tail:
-    spread, S_low, S_up (reward units); coverage: share of returns within [Q(alpha), Q(1 - beta)],
-    calibrated at 1 - alpha - beta or more (ties count as inside); head_spread: root mean square
-    distance of a head from the heads' mean (reward units).
-    """
-    # (tokens, N, M), (tokens,): no work on padding
-    head_quantiles, returns = head_quantiles[mask], returns[mask]
-    unsorted = head_quantiles.mean(dim=1)
-    q = unsorted.sort(dim=-1).values
-    mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
-    low = q[..., tail_size(num_quantiles, alpha) - 1]
-    high = q[..., num_quantiles - tail_size(num_quantiles, beta)]
-    crossings = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1)
-    per_token = {
-        "crossing_frac": crossings / max(num_quantiles - 1, 1),
-        "std": q.std(dim=-1, unbiased=False),
-        "lower_tail": mean - lower_tail_mean(q, alpha),
-        "upper_tail": upper_tail_mean(q, beta) - mean,
-        "coverage": ((returns >= low) & (returns <= high)).float(),
-        "head_spread": head_consistency(head_quantiles).sqrt(),
-    }
-    return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}
 
 
 def critic_metrics(args, head_quantiles, targets, returns, mask):
@@ -161,10 +130,13 @@ def open_log(run, args, num_iterations):
 
 
 def log_iteration(log, run, args, metrics):
-    """One line of metrics.jsonl, and the same numbers wherever else they go."""
+    """One line of metrics.jsonl, with an evaluation if one is due; the same wherever else."""
     (file, bar, tracker), episode = log, run.iteration * args.batch_size
     speed = {"episode": episode, "eps": episode / (time.time() - run.start)}
     metrics = metrics | {"lr": args.learning_rate, **speed}
+    if args.eval_steps and run.iteration % args.eval_steps == 0:
+        for name, value in evaluate(run, args)[0].items():
+            metrics[f"eval/{name.replace(', ', '/').replace(' ', '_')}"] = value
     numbers = for_json({name: float(value) for name, value in metrics.items()})
     numbers = {"iteration": run.iteration} | numbers
     file.write(json.dumps(numbers) + "\n")
@@ -178,13 +150,6 @@ def log_iteration(log, run, args, metrics):
     shown = {name: f"{known[key]:.2f}" if key in known else "-" for name, key in SHOWN.items()}
     bar.set_postfix(shown)
     bar.update()
-
-
-def evaluation_metrics(run, args):
-    """evaluate's means, under names as metrics have them."""
-    means, _ = evaluate(run, args)
-    names = {name: name.replace(", ", "/").replace(" ", "_") for name in means}
-    return {f"eval/{names[name]}": value for name, value in means.items()}
 
 
 def announce(run, args, num_iterations):

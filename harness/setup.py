@@ -154,15 +154,6 @@ def build_critic(args, policy, context):
     return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
 
 
-def half_copy(policy):
-    """A frozen copy of the policy with bf16 weights: decoding reads every weight per token."""
-    sampler = copy.deepcopy(policy).requires_grad_(False)
-    for parameter in sampler.parameters():
-        # Not .to(): a rotary embedding's buffers stay fp32.
-        parameter.data = parameter.data.bfloat16()
-    return sampler
-
-
 def load_functions(args, device, tokenizer):
     """-> reward, user or None: what the flags name, else the built-in task's."""
     reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
@@ -217,12 +208,17 @@ def build(args):
         assert_known_ids(prompts, policy.config.vocab_size)
     critic = build_critic(args, policy, context)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    # Decoding reads every weight per token: half of them are half the time.
+    sampler = copy.deepcopy(policy).requires_grad_(False).to(device) if half else policy
+    for parameter in sampler.parameters() if half else ():
+        # Not .to(): a rotary embedding's buffers stay fp32.
+        parameter.data = parameter.data.bfloat16()
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
     optimizer = to_train(policy, device, args, args.learning_rate)
     run = Run(
         policy=policy,
-        sampler=half_copy(policy) if half else policy,
+        sampler=sampler,
         reference=reference,
         critic=critic,
         optimizer=optimizer,
