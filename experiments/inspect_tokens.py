@@ -3,9 +3,10 @@
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
-The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per token: quantiles of the return that the critic predicts before it, their spread, the
-advantage, and the same of a scalar critic: that of a run with --algo ppo, or one fitted here on
---samples responses. On the page blue is above what was expected, orange below.
+The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per
+token: quantiles of the return that the critic predicts before it, their spread, the advantage, and
+the same of a scalar critic: that of a run with --algo ppo, or one fitted here on --samples
+responses. On the page blue is above what was expected, orange below.
 """
 
 import argparse
@@ -120,7 +121,7 @@ def look(run, args, batch, greedy, scalar):
     """[{prompt, score, truncated, tokens: [{text, before, quantiles, shown, std, mean, ...}]}]
 
     Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or
-    below it. None where the score is not known. before: what a user said since the policy's last
+    below it. before: what a user said since the policy's last
     token, with the chat template's own tokens; else "".
     """
     rollout, scores, rewards = answer(run, args, batch, greedy)
@@ -172,9 +173,7 @@ def table(row):
 
 
 def print_rows(shown):
-    print(
-        "Per token: quantiles of the return predicted before it, their std, their mean, what came"
-    )
+    print("Per token: quantiles of the return predicted before it, their std and mean, what came")
     print("minus the mean (by GAE), the scalar critic's value and advantage, the return that came.")
     for index, row in enumerate(shown, 1):
         texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]

@@ -60,6 +60,7 @@ ONE_FLAG = """
     num-mini-batches 1, num-mini-batches 16, critic-warmup-steps 0, critic-warmup-steps 30,
     kl-coef 0, kl-coef 0.08, cliprange 0.05, cliprange 0.8, lam 0.8, lam 1.0, gamma 0.9,
     gamma 0.98, temperature 0.7, temperature 1.3"""
+ONE_FLAG = [flag.strip() for flag in ONE_FLAG.split(",")]
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
 FILES = ("args", "results")
@@ -86,17 +87,14 @@ SWEEPS = {  # grid: {method: flags}; without its flag, a default's runs are the 
     },
     # The default spelled out: or those runs would be another grid's, from another machine.
     "flags": {"defaults": tuned("dvpo", "--cliprange 0.2")}
-    | {
-        " ".join(flag.split()[:2]): tuned("dvpo", f"--{flag.strip()}")
-        for flag in ONE_FLAG.split(",")
-    },
+    | {" ".join(flag.split()[:2]): tuned("dvpo", f"--{flag}") for flag in ONE_FLAG},
 }
 TRIED = {
     f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}"
     for name, lr in itertools.product(METHODS, LEARNING_RATES)
 }
 ALL = {name: tuned(name) for name in METHODS}
-FEW = {name: ALL[name] for name in ("ppo", "dvpo", "grpo")}
+FEW = {name: ALL[name] for name in ("ppo", "dvpo")}
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),

@@ -1,6 +1,5 @@
 """experiments/inspect_tokens.py: every number by single rows and loops; the page in a browser."""
 
-import argparse
 import html.parser
 import json
 import math
@@ -19,7 +18,6 @@ from critic import QuantileCritic
 from experiments import inspect_tokens
 from harness.checkpoints import newest_checkpoint
 from tasks import InputError
-from tasks.booking import scripted_user
 from tasks.builtin import task_rows
 
 
@@ -154,21 +152,12 @@ def test_a_scalar_critic_is_fitted_where_none_is_given(pair, inspect, capsys):
     assert "2/2" in said.err and "token " in said.out and "\x1b[" not in said.out
 
 
-def test_a_prompt_without_an_answer_has_values_and_no_advantage(pair, inspect, tmp_path, capsys):
-    page = tmp_path / "page.html"
-    scalar = ("--scalar", pair / "ppo", "--html", page)
-    inspect(pair / "dvpo", *scalar, "--greedy", "--prompt", "area north")
-    assert "no advantage: the reward needs columns" in capsys.readouterr().out
-    assert "NaN" not in page.read_text()
-
-
 @pytest.mark.parametrize(
     "flags,found",
     [
         (["{}/ppo"], "expected a run with --algo dvpo, found ppo"),
         (["{}/none"], "expected a checkpoint in '{}/none', found no such folder"),
         (["{}/dvpo", "--scalar", "{}/dvpo"], "expected a run with --algo ppo, found dvpo"),
-        (["{}/dvpo", "--prompt", "area " * 70], "--prompt: expected at most 58 tokens"),
         (["{}/dvpo", "--samples", "0"], "--samples: expected a whole number in [1, inf)"),
     ],
 )
@@ -209,13 +198,6 @@ def test_runs_of_another_seed_or_unit_are_refused(pair, tmp_path, changed, flag,
             inspect_tokens.flags_of(tmp_path / algo, flag, algo)
         else:
             inspect_tokens.scalar_critic(None, ours, tmp_path / algo, 1)
-
-
-def test_prompts_are_refused_where_the_user_needs_more_of_a_row():
-    run = argparse.Namespace(user=scripted_user, evals={})
-    found = "--prompt: expected none, as the run's user needs the data's column 'replies'"
-    with pytest.raises(InputError, match=f"{found}; found 'book area'"):
-        inspect_tokens.prompts_of(run, None, ["book area"], 1)
 
 
 HOSTILE = [
