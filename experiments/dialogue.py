@@ -1,9 +1,10 @@
-"""What the dialogue experiment needs beside train.py: data in three parts that share no dialogue, and a rule for success.
+"""What the dialogue experiment needs beside train.py: data in three parts, and a rule for success.
 
-    python experiments/dialogue.py MODEL sgd_train.jsonl FOLDER --max-tokens 128     # FOLDER/policy.jsonl, judge.jsonl, strict.jsonl
+    python experiments/dialogue.py MODEL sgd_train.jsonl FOLDER --max-tokens 128
 
-Rows are turns of Schema-Guided Dialogue: prompt (the messages so far), reference (what the system said), acts, values (what the
-reference conveys), dialogue_id. The parts: for the policy, for the reward model that trains it, and for the stricter one that evaluates it.
+Rows are turns of Schema-Guided Dialogue: prompt (the messages so far), reference (what the system
+said), acts, values (what the reference conveys), dialogue_id. FOLDER/policy.jsonl, judge.jsonl (for
+the reward model that trains the policy) and strict.jsonl (for an evaluating one) share no dialogue.
 """
 
 import argparse
@@ -13,35 +14,62 @@ import re
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from transformers import AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import rollout
-from train import load, run_script
+from experiments.seeds import run_script
+from harness.setup import load
+from tasks import InputError
+from tasks.prompts import PROMPT_IDS, as_messages, load_prompts
+from tasks.verifiers import text_of
 
 PARTS = ("policy", "judge", "strict")
 ASKING = {"REQUEST", "CONFIRM", "OFFER_INTENT", "REQ_MORE"}  # acts that wait for an answer
 
 
-def success(prompts, completions, reference, acts, values, **columns):
-    """How far a reply does what the reference did, by rule: the mean of two shares, or the second alone where the first is undefined.
+def names(value, text):
+    """Whether a text says a value, as a word of its own."""
+    return bool(re.search(rf"(?<!\w){re.escape(value.lower())}(?!\w)", text.lower()))
 
-    1. Of the values that the reference conveys and the dialogue has named, the share that the reply conveys. (Values that only a data
-    base knows cannot be guessed.)  2. Whether it asks something exactly if the reference's acts do. -> list of float in [0, 1].
+
+def success(prompts, completions, reference, acts, values, **columns):
+    """How far a reply does what the reference did, by rule -> list of float in [0, 1].
+
+    The mean of two shares, or the second alone where the first is undefined. 1. Of the values that
+    the reference conveys and the dialogue has named, the share that the reply conveys: what only a
+    data base knows cannot be guessed. 2. Whether it asks something exactly if the acts do.
     """
     scores = []
-    for prompt, completion, said, own_acts, own_values in zip(prompts, completions, reference, acts, values):
-        text, said = rollout.text_of(completion).lower(), said.lower()
-        heard = " ".join(message["content"] for message in rollout.as_messages(prompt)).lower()
-        names = lambda value, text: re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text) is not None
-        due = [value for value in map(str.lower, own_values) if names(value, said) and names(value, heard)]
-        asks = float(("?" in text) == bool(ASKING & set(own_acts))) if text.strip() else 0.0
-        scores.append((sum(names(value, text) for value in due) / len(due) + asks) / 2 if due else asks)
+    for prompt, completion, *row in zip(prompts, completions, reference, acts, values):
+        said, own_acts, own_values = row
+        text = text_of(completion).lower()
+        heard = " ".join(message["content"] for message in as_messages(prompt))
+        due = [value for value in own_values if names(value, said) and names(value, heard)]
+        asks = float(("?" in text) == bool(ASKING & set(own_acts)) and bool(text.strip()))
+        conveyed = sum(names(value, text) for value in due)
+        scores.append((conveyed / len(due) + asks) / 2 if due else asks)
     return scores
 
 
-def part_of(dialogue_id):
-    return PARTS[int(hashlib.sha256(str(dialogue_id).encode()).hexdigest(), 16) % len(PARTS)]
+def write_parts(args):
+    tokenizer = load(AutoTokenizer, args.model, "model")
+    data = load_prompts("data", args.data, "train", tokenizer, float("inf"))
+    if missing := {"reference", "acts", "values", "dialogue_id"} - set(data.column_names):
+        expected = "expected the columns reference, acts, values, dialogue_id, found no"
+        raise InputError(f"data: {args.data}: {expected} {', '.join(sorted(missing))}")
+    parts = {part: [] for part in PARTS}
+    for row in data:
+        digest = hashlib.sha256(str(row["dialogue_id"]).encode()).hexdigest()
+        part, ids = PARTS[int(digest, 16) % len(PARTS)], row.pop(PROMPT_IDS)
+        if part != "policy" or len(ids) <= args.max_tokens:
+            parts[part].append(row)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for part, rows in parts.items():
+        file = args.output / f"{part}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        print(f"{file}: {len(rows)} rows of {len({row['dialogue_id'] for row in rows})} dialogues")
 
 
 def main():
@@ -49,20 +77,8 @@ def main():
     parser.add_argument("model", help="whose tokens are counted: a folder or a hub name")
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--max-tokens", type=int, default=128, help="longest prompt in the policy's part")
+    parser.add_argument("--max-tokens", type=int, default=128, help="of the policy's prompts")
     run_script(parser, write_parts, parser.parse_args())
-
-
-def write_parts(args):
-    data = rollout.load_prompts("data", args.data, "train", load(AutoTokenizer, args.model, "model"), float("inf"))
-    if missing := {"reference", "acts", "values", "dialogue_id"} - set(data.column_names):
-        raise rollout.InputError(f"data: {args.data}: expected the columns reference, acts, values, dialogue_id, found no {', '.join(sorted(missing))}")
-    args.output.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        rows = [row for row in data if part_of(row["dialogue_id"]) == part and (part != "policy" or len(row[rollout.PROMPT_IDS]) <= args.max_tokens)]
-        kept = [{name: value for name, value in row.items() if name != rollout.PROMPT_IDS} for row in rows]
-        (args.output / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
-        print(f"{args.output / part}.jsonl: {len(kept)} rows of {len({row['dialogue_id'] for row in kept})} dialogues")
 
 
 if __name__ == "__main__":

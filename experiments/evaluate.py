@@ -1,10 +1,10 @@
-"""Mean reward of one or more policies on one or more data sets, greedy: for tables across domains.
+"""Mean reward of policies on data sets, greedy: for tables across domains.
 
-    python experiments/evaluate.py MODEL runs/a runs/b --set test.jsonl math --set dialogues.jsonl model:FOLDER --rows 200
+    python experiments/evaluate.py MODEL runs/a runs/b --set a.jsonl math --set b.jsonl model:FOLDER
 
-A run's folder stands for the policy of its newest checkpoint (of single turns: not one trained on conversations), and its --stop-token and
---chat-template are kept. --set FILE REWARD may be given often; rewards are train.py's. Prints a row per policy and set, with --output adds
-them to a jsonl file, and at the end prints the mean and Student's 95 % interval over policies whose names differ in -seedN alone.
+A run's folder stands for the policy of its newest checkpoint (of single turns), with its stop token
+and --chat-template. Prints a row per policy and --set FILE REWARD (--output: also to a jsonl file),
+and then means, with Student's 95 % interval over policies that differ in -seedN alone.
 """
 
 import argparse
@@ -14,56 +14,67 @@ import statistics
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import torch
-from tqdm import tqdm
+from tqdm import trange
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from experiments.seeds import interval
-from train import BUILT_IN, checkpoints, context_of, load, number_in, run_script
+from experiments.seeds import interval, run_script
+from harness.checkpoints import newest_checkpoint
+from harness.flags import number_in
+from harness.setup import context_of, load, stop_token_ids
+from tasks import InputError
+from tasks.prompts import PROMPT_IDS, load_prompts
+from tasks.rewards import load_reward, score
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def policy_of(name):
-    """(the policy's own folder, the flags it was trained with) for a run, else (name, {}); raises InputError."""
-    if not (Path(name) / "args.json").exists():
+    """(the policy's folder, the flags it was trained with) of a run, else (name, {})."""
+    file = Path(name) / "args.json"
+    if not file.exists():
         return name, {}
-    flags = json.loads((Path(name) / "args.json").read_text()).get("flags", {})
-    _, user = BUILT_IN.get(flags.get("task"), (None, None))
-    if flags.get("user") or (user and not flags.get("dataset_name")):
-        raise rollout.InputError(f"policy: {name}: expected a policy of single turns, found one trained on conversations")
-    found = [*checkpoints(Path(name)).values()]
-    if not found:
-        raise rollout.InputError(f"policy: {name}: expected a checkpoint in the run's folder, found none")
-    return str(found[-1] / "policy"), flags
+    flags = json.loads(file.read_text()).get("flags", {})
+    if flags.get("user") or (flags.get("task") == "booking" and not flags.get("dataset_name")):
+        expected = "expected a policy of single turns, found one of conversations"
+        raise InputError(f"policy: {name}: {expected}")
+    return str(newest_checkpoint(Path(name)) / "policy"), flags
 
 
-def evaluate(name, sets, rows, response_length, batch_size, prompt_column="prompt"):
-    """One policy on sets [(file, split, reward's name, reward)] -> [{policy, set, reward, rows, score, words}]."""
-    (folder, flags), results = policy_of(name), []
-    model, tokenizer = load(AutoModelForCausalLM, folder, "policy"), load(AutoTokenizer, folder, "policy")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    stop_ids = rollout.stop_token_ids(model, tokenizer, flags.get("stop_token"))
-    pad_id = rollout.pad_token_id(tokenizer, stop_ids)
-    template, room = flags.get("chat_template") != "never", context_of(model) - response_length
-    answered = {}  # two rewards for one file: it is read, and its responses are sampled, once
-    for file, split, reward_name, reward in sets:
-        if (file, split) not in answered:
-            data = rollout.load_prompts("--set", file, split, tokenizer, room, template, prompt_column=prompt_column)
-            data = data.select(range(min(rows, len(data))))
-            order = sorted(range(len(data)), key=lambda row: len(data[row][rollout.PROMPT_IDS]))  # similar lengths together
-            texts = [""] * len(data)
-            for start in tqdm(range(0, len(order), batch_size), desc=f"{Path(name).name}, {Path(file).stem}", leave=False):
-                part = order[start : start + batch_size]
-                prompt_ids = [data[row][rollout.PROMPT_IDS] for row in part]
-                sampled = rollout.sample(model, prompt_ids, pad_id, stop_ids, response_length, 0.0)
-                for row, text in zip(part, rollout.completion_texts(sampled, tokenizer, stop_ids)):
-                    texts[row] = text
-            answered[file, split] = data, texts
-        data, texts = answered[file, split]
-        scores = rollout.score(reward, data.to_dict(), texts)
-        words = sum(len(text.split()) for text in texts) / len(texts)
-        results.append({"policy": name, "set": file, "reward": reward_name, "rows": len(texts), "score": scores.mean().item(), "words": words})
+def respond(model, tokenizer, stop_ids, prompt_ids, args):
+    """Greedy responses as texts; prompts of similar lengths go together."""
+    order, texts = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row])), {}
+    for start in trange(0, len(order), args.batch_size, leave=False):
+        rows = order[start : start + args.batch_size]
+        ids = [prompt_ids[row] for row in rows]
+        sampled = rollout.sample(model, ids, stop_ids[0], stop_ids, args.response_length, 0.0)
+        texts |= zip(rows, rollout.completion_texts(sampled, tokenizer, stop_ids))
+    return [texts[row] for row in range(len(prompt_ids))]
+
+
+def evaluate(name, rewards, args):
+    """One policy on all of args.sets -> [{policy, set, reward, rows, score, words}]."""
+    folder, flags = policy_of(name)
+    model = load(AutoModelForCausalLM, folder, "policy").to(DEVICE)
+    tokenizer = load(AutoTokenizer, folder, "policy")
+    stop_ids = stop_token_ids(model, tokenizer, flags.get("stop_token"))
+    template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
+    results, answered = [], {}  # two rewards for one file: its responses are sampled once
+    for file, reward in args.sets:
+        if file not in answered:
+            data = load_prompts("--set", file, "train", tokenizer, room, template)
+            data = data.select(range(min(args.rows, len(data))))
+            texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args)
+            answered[file] = data.to_dict(), texts
+        batch, texts = answered[file]
+        mean = score(rewards[reward], batch, texts).mean().item()
+        words = statistics.fmean(len(text.split()) for text in texts)
+        found = {"policy": name, "set": file, "reward": reward, "rows": len(texts)}
+        results.append({**found, "score": mean, "words": words})
     return results
 
 
@@ -71,40 +82,43 @@ def print_means(results):
     """A row per set and reward, a column per group of policies that differ in their seed alone."""
     groups = {}
     for result in results:
-        group = groups.setdefault((result["set"], result["reward"]), {}).setdefault(re.sub(r"-seed[0-9]+/?$", "", result["policy"]), [])
-        group.append(result["score"])
-    for (file, reward), columns in groups.items():
-        spread = {name: f" ±{interval(values)[1]:.3f}" if len(values) > 1 else "" for name, values in columns.items()}
-        cells = [f"{Path(name).name} {statistics.mean(values):.3f}{spread[name]}" for name, values in columns.items()]
-        print(f"{Path(file).name}, {reward}: " + ", ".join(cells))
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
-    parser.add_argument("--set", nargs=2, action="append", required=True, metavar=("FILE", "REWARD"), dest="sets")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--prompt-column", default="prompt", help="the column with the prompts, in all sets")
-    parser.add_argument("--rows", type=number_in("[1, inf)", int), default=200, help="the first so many of each set")
-    parser.add_argument("--response-length", type=number_in("[1, inf)", int), default=64)
-    parser.add_argument("--batch-size", type=number_in("[1, inf)", int), default=32)
-    parser.add_argument("--output", type=Path, help="a jsonl file to add to")
-    run_script(parser, compare, parser.parse_args())
+        name = Path(re.sub(r"-seed[0-9]+/?$", "", result["policy"])).name
+        group = groups.setdefault(f"{Path(result['set']).name}, {result['reward']}: ", {})
+        group.setdefault(name, []).append(result["score"])
+    for what, columns in groups.items():
+        cells = []
+        for name, values in columns.items():
+            spread = f" ±{interval(values)[1]:.3f}" if len(values) > 1 else ""
+            cells.append(f"{name} {statistics.mean(values):.3f}{spread}")
+        print(what + ", ".join(cells))
 
 
 def compare(args):
-    device, results = "cuda" if torch.cuda.is_available() else "cpu", []
-    rewards = {name: rollout.load_reward(name, device) for name in {name for _, name in args.sets}}
-    sets = [(file, args.split, name, rewards[name]) for file, name in args.sets]
+    rewards, results = {name: load_reward(name, DEVICE) for _, name in args.sets}, []
     for policy in args.policies:
-        for result in evaluate(policy, sets, args.rows, args.response_length, args.batch_size, args.prompt_column):
+        for result in evaluate(policy, rewards, args):
             what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
-            print(f"{what} {result['score']:7.3f}  ({result['rows']} rows, {result['words']:.1f} words)")
+            size = f"({result['rows']} rows, {result['words']:.1f} words)"
+            print(f"{what} {result['score']:7.3f}  {size}")
             results.append(result)
             if args.output:
                 with open(args.output, "a") as out:
                     out.write(json.dumps(result) + "\n")
     print_means(results)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    count, names = number_in("[1, inf)", int), ("FILE", "REWARD")
+    parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
+    parser.add_argument(
+        "--set", nargs=2, action="append", required=True, metavar=names, dest="sets"
+    )
+    parser.add_argument("--rows", type=count, default=200, help="the first so many of each set")
+    parser.add_argument("--response-length", type=count, default=64)
+    parser.add_argument("--batch-size", type=count, default=32)
+    parser.add_argument("--output", type=Path, help="a jsonl file to add to")
+    run_script(parser, compare, parser.parse_args())
 
 
 if __name__ == "__main__":

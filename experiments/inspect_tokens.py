@@ -1,252 +1,245 @@
-"""Which tokens carry the advantage: a finished DVPO run's critic beside a scalar one, token by token.
+"""Which tokens carry the advantage: a finished DVPO run's critic beside a scalar one, by token.
 
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
-    python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0 --greedy --prompt "area north" "book"
+    python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
-The newest checkpoint answers held-out prompts (or --prompt) under the run's own flags, and the run's reward scores the answers, without the
-noise that training added. Per token: the quantiles of the return that the critic predicts before it, their spread, the advantage, and what a
-scalar critic says of the same token: that of a run with --algo ppo, or one that is fitted here on --samples of the policy's responses, by
-train.py's own steps. In a conversation the user's turns stand between the tokens. Colour by advantage, blue above what was expected,
-orange below; NO_COLOR and FORCE_COLOR are heeded.
+The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per
+token: quantiles of the return that the critic predicts before it, their spread, the advantage, and
+the same of a scalar critic: that of a run with --algo ppo, or one fitted here on --samples
+responses. On the page blue is above what was expected, orange below.
 """
 
 import argparse
+import copy
 import html
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
-import torch
-from datasets import Dataset
-from tqdm import tqdm
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+import torch
+from tqdm import trange
+
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
+from experiments.seeds import run_script
+from harness.checkpoints import newest_checkpoint, restore
+from harness.flags import number_in, parse_args
+from harness.setup import autocast, build, build_critic, judge, respond, to_train
 from risk import tail_size
-from rollout import InputError
-from train import after_truncated, build, build_critic, collect, context_of, judge, load, number_in, parse_args, run_script, sample_batch, update
+from tasks import InputError
+from tasks.prompts import PROMPT_IDS
+from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
-PALETTE = {1: (255, 195, 153, 117, 75), -1: (255, 230, 223, 216, 208)}  # of 256 terminal colours: white to blue, white to orange
-SAME = ("task", "dataset_name", "model_name_or_path", "reward", "user", "max_turns", "seed", "gamma", "kl_coef")  # or two critics predict different things
+CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
+ADVANTAGES = ("advantage", "scalar_advantage")
+# Or two critics predict different things.
+SAME = "task dataset_name model_name_or_path reward user max_turns seed gamma kl_coef".split()
 
 
 def flags_of(folder, flag, algo):
-    """The flags of a run whose critic can be looked at, its newest checkpoint in args.resume; raises InputError."""
-    try:
-        args = parse_args([f"--resume={folder}"])
-    except InputError as error:
-        raise InputError(str(error).partition("; without --resume")[0].replace("--resume", flag)) from error
-    for wrong, expected in (
-        (args.algo != algo, f"a run with --algo {algo}{', whose critic predicts a distribution' if algo == 'dvpo' else ''}, found {args.algo}"),
-        (args.whiten_rewards, "a critic in the reward's units, found one trained with --whiten-rewards"),
-    ):
-        if wrong:
-            raise InputError(f"{flag}: {folder}: expected {expected}")
+    """The flags of a run whose critic can be looked at; raises InputError."""
+    newest_checkpoint(Path(folder))
+    args = parse_args([f"--resume={folder}"])
+    if args.algo != algo or args.whiten_rewards:
+        found = args.algo + " --whiten-rewards" * args.whiten_rewards
+        raise InputError(f"{flag}: {folder}: expected a run with --algo {algo}, found {found}")
     return args
 
 
-def prompts_of(state, args, texts, rows):
-    """The batch to answer, {prompt, its ids, other columns: lists}: the given texts, or the first held-out rows; raises InputError."""
-    if not texts:
-        if not state.evals:
-            raise InputError("--prompt: expected one, as the run holds none out; found none")
-        return next(iter(state.evals.values()))[:rows]
-    if state.user and (needed := ro.needed_parameters(state.user, positional=1)):
-        raise InputError(f"--prompt: expected none, as the run's user needs the data's column {needed[0]!r}; found {texts[0][:40]!r}")
-    try:
-        prompt_ids = ro.encode_prompts(texts, state.tokenizer, args.chat_template == "auto")
-    except InputError as error:
-        raise InputError(f"--prompt: {error}") from error
-    room = context_of(state.policy) - args.response_length
-    if (longest := max(map(len, prompt_ids))) > room:
-        raise InputError(f"--prompt: expected at most {room} tokens, the model's context less the run's --response-length, found {longest}")
-    ro.note_unknown("--prompt", prompt_ids, state.tokenizer)
-    data = Dataset.from_dict({"prompt": texts, ro.PROMPT_IDS: prompt_ids})
-    ro.assert_known_ids("--prompt", data, state.policy.config.vocab_size)
-    return data[:]
+def forward(run, args, rollout, function, model, *rest):
+    """function(model, some rows, *rest) for all rows, in train.py's micro-batches and precision."""
+    limits = (args.micro_batch_size, args.micro_batch_tokens)
+    with autocast(run), torch.no_grad():
+        return ro.in_micro_batches(function, model, rollout, *limits, *rest)
 
 
-def forward(state, args, rollout, function):
-    """function(rollout of some rows) for all rows, as train.py computes it."""
-    with state.autocast(), torch.no_grad():
-        return ro.in_micro_batches(function, rollout, args.micro_batch_size, args.micro_batch_tokens)
+def answer(run, args, batch, greedy):
+    """Responses, their scores without noise (B,), and token rewards (B, T)."""
+    rollout = respond(run, args, batch, 0.0 if greedy else args.temperature)
+    off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
+    scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
+    logprobs, reference = (
+        model and forward(run, args, rollout, ro.response_logprobs, model, args.temperature)
+        for model in (run.policy, run.reference)
+    )
+    rewards = dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef)
+    return rollout, scores, rewards
 
 
-def answer(state, args, batch, greedy):
-    """Responses of the policy, their scores without noise (B,), and token rewards (B, T); NaN where the reward needs columns that a prompt lacks."""
-    with state.autocast():
-        rollout = sample_batch(state, args, batch, 0.0 if greedy else args.temperature)
-    quiet = argparse.Namespace(**{**vars(args), "reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]})
-    try:
-        scores, _ = judge(state, quiet, batch, rollout)
-    except InputError as error:
-        if "needs the column" not in str(error):
-            raise
-        scores = torch.full(rollout.mask.shape[:1], math.nan, device=rollout.mask.device)
-    logprobs_of = lambda model: forward(state, args, rollout, lambda part: ro.response_logprobs(model, part, args.temperature))
-    ref_logprobs = logprobs_of(state.reference) if state.reference is not None else None
-    return rollout, scores, dvpo.token_rewards(scores, logprobs_of(state.policy), ref_logprobs, rollout.mask, args.kl_coef)
+def judged_by(critic, run, args, rollout, rewards):
+    """What a critic says: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T)."""
+    heads, after = forward(run, args, rollout, ro.response_quantiles, critic, True).mean(2), None
+    if args.bootstrap_truncated:
+        after = torch.where(rollout.truncated.unsqueeze(1), heads[:, -1], 0)
+    quantiles = heads[:, :-1].sort(dim=-1).values
+    numbers = (rewards, quantiles, rollout.mask, args.gamma, args.lam, after)
+    return quantiles, dvpo.scalar_advantage(dvpo.distributional_gae(*numbers)[0])
 
 
-def judged_by(critic, state, args, rollout, rewards):
-    """What a critic says of responses: sorted quantiles of the heads' mean (B, T, M) and advantages (B, T), in reward units."""
-    heads = forward(state, args, rollout, lambda part: ro.response_quantiles(critic, part, after_last=True)).mean(dim=2)
-    after = after_truncated(heads, rollout) if args.bootstrap_truncated else None
-    quantiles = heads[:, : rollout.mask.shape[1]].sort(dim=-1).values
-    advantages, _ = dvpo.distributional_gae(rewards, quantiles, rollout.mask, args.gamma, args.lam, after)
-    return quantiles, dvpo.scalar_advantage(advantages)
-
-
-def scalar_critic(state, args, folder, samples):
-    """PPO's critic, of the run in a folder or, without one, fitted here; and a few words on which of both it is."""
+def scalar_critic(run, args, folder, samples):
+    """PPO's critic, of the run in a folder or else fitted here, and a few words on which it is."""
     if folder:
         other = flags_of(folder, "--scalar", "ppo")
         for name in SAME:
             ours, theirs = getattr(args, name), getattr(other, name)
             if ours != theirs:
-                raise InputError(f"--scalar: {folder}: expected --{name.replace('_', '-')} {ours}, as in the other run, found {theirs}")
-        critic = load(QuantileCritic, Path(other.resume) / "critic", "--scalar", other.trust_remote_code).to(state.policy.device)
-        return critic, f"PPO's, of {folder} ({Path(other.resume).name}), which learned from its own policy's responses"
-    num_batches = math.ceil(samples / args.batch_size)
-    fit = {"algo": "ppo", "resume": None, "score_floor": "none", "group_size": 1, "critic_warmup_steps": math.inf,  # the policy rests
-           "batch_size": samples // num_batches, "num_mini_batches": min(args.num_mini_batches, samples // num_batches)}  # fmt: skip
-    fit, own = argparse.Namespace(**{**vars(args), **fit}), argparse.Namespace(**vars(state))
-    own.critic = build_critic(fit, own.policy, context_of(own.policy)).to(own.policy.device)
-    own.critic_optimizer = torch.optim.AdamW(own.critic.parameters(), lr=fit.critic_learning_rate, weight_decay=0.0, fused=True)
-    for own.iteration in tqdm(range(num_batches), desc="fitting a scalar critic"):
+                expected = f"expected --{name.replace('_', '-')} {ours}, as in the other run"
+                raise InputError(f"--scalar: {folder}: {expected}, found {theirs}")
+        found = newest_checkpoint(Path(folder)) / "critic"
+        critic = QuantileCritic.from_pretrained(found).to(run.policy.device)
+        return critic, f"PPO's, of {folder}, which learned from its own policy's responses"
+    count = math.ceil(samples / args.batch_size)
+    size = samples // count
+    # The policy rests.
+    fit = {"algo": "ppo", "group_size": 1, "critic_warmup_steps": math.inf, "batch_size": size}
+    fit = argparse.Namespace(**{**vars(args), **fit})
+    fit.num_mini_batches = min(args.num_mini_batches, size)
+    own = copy.copy(run)
+    own.critic, rate = build_critic(fit, own.policy, own.context), fit.critic_learning_rate
+    own.critic_optimizer = to_train(own.critic, own.policy.device, fit, rate)
+    for own.iteration in trange(count, desc="fitting a scalar critic"):
         experience, metrics = collect(own, fit)
         update(own, fit, experience)
-    explained = f"explained variance {metrics['val/explained_var']:.3f} on the last {fit.batch_size} before it learned from them"
-    return own.critic, f"fitted here, as --algo ppo does it, on {num_batches * fit.batch_size} responses of this run's policy ({explained})"
+    explained = f"explained variance {metrics['val/explained_var']:.3f} before the last update"
+    where = f"on {count * size} responses of this run's policy"
+    return own.critic, f"fitted here, as --algo ppo does it, {where} ({explained})"
 
 
 def visible(text):
     """A token as one line without anything that a terminal would obey."""
-    return "".join({"\n": "↵", "\t": "⇥"}.get(c, c if c.isprintable() else "·") for c in text)
+    shown = {"\n": "↵", "\t": "⇥"}
+    return "".join(shown.get(c, c if c.isprintable() else "·") for c in text)
 
 
-def look(state, args, batch, greedy, scalar):
-    """[{prompt, score, truncated, tokens: [{text, id, before, quantiles, shown, std, mean, advantage, scalar, scalar_advantage, reward, return}]}]
+def look(run, args, batch, greedy, scalar):
+    """[{prompt, score, truncated, tokens: [{text, before, quantiles, shown, std, mean, ...}]}]
 
-    Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or below it. None where the score is not known.
-    before: in a conversation, what a user said since the policy's last token, with the chat template's own tokens; else "".
+    Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or
+    below it. before: what a user said since the policy's last
+    token, with the chat template's own tokens; else "".
     """
-    rollout, scores, rewards = answer(state, args, batch, greedy)
-    quantiles, advantages = judged_by(state.critic, state, args, rollout, rewards)
-    values, scalar_advantages = judged_by(scalar, state, args, rollout, rewards)
+    rollout, scores, rewards = answer(run, args, batch, greedy)
+    quantiles, advantages = judged_by(run.critic, run, args, rollout, rewards)
+    values, scalar_advantages = judged_by(scalar, run, args, rollout, rewards)
+    at_shown = [tail_size(quantiles.shape[-1], p) - 1 for p in SHOWN]
     columns = {
-        "id": rollout.response_ids, "quantiles": quantiles, "shown": quantiles[..., [tail_size(quantiles.shape[-1], p) - 1 for p in SHOWN]],
-        "std": quantiles.std(dim=-1, unbiased=False), "mean": quantiles.mean(dim=-1), "advantage": advantages, "scalar": values.mean(dim=-1),
-        "scalar_advantage": scalar_advantages, "reward": rewards, "return": dvpo.discounted_returns(rewards, rollout.mask, args.gamma),
-    }  # fmt: skip
-    columns = {name: column.tolist() for name, column in columns.items()}
-    known = lambda value: None if isinstance(value, float) and math.isnan(value) else value
-    shown = []
-    for row, (prompt_ids, score) in enumerate(zip(batch[ro.PROMPT_IDS], scores.tolist())):
-        at = rollout.mask[row].nonzero().flatten().tolist()
-        tokens = [{name: known(column[row][t]) for name, column in columns.items()} for t in at]
-        for t, previous, token in zip(at, [-1, *at], tokens):
-            token["text"] = visible(state.tokenizer.decode([token["id"]]))
-            token["before"] = visible(state.tokenizer.decode(columns["id"][row][previous + 1 : t]))
-        shown.append({"prompt": state.tokenizer.decode(prompt_ids), "score": known(score), "truncated": rollout.truncated[row].item(), "tokens": tokens})
+        "id": rollout.response_ids,
+        "quantiles": quantiles,
+        "shown": quantiles[..., at_shown],
+        "std": quantiles.std(dim=-1, unbiased=False),
+        "mean": quantiles.mean(dim=-1),
+        "advantage": advantages,
+        "scalar": values.mean(dim=-1),
+        "scalar_advantage": scalar_advantages,
+        "reward": rewards,
+        "return": dvpo.discounted_returns(rewards, rollout.mask, args.gamma),
+    }
+    columns, shown = {name: column.tolist() for name, column in columns.items()}, []
+    for row, (prompt_ids, score) in enumerate(zip(batch[PROMPT_IDS], scores.tolist())):
+        tokens, begin = [], len(rollout.mask[row]) - int(rollout.lengths[row, 1])
+        for t in rollout.mask[row].nonzero().flatten().tolist():
+            ids = columns["id"][row]
+            token = {name: column[row][t] for name, column in columns.items()}
+            token["text"] = visible(run.tokenizer.decode([ids[t]]))
+            token["before"] = visible(run.tokenizer.decode(ids[begin:t]))
+            tokens.append(token)
+            begin = t + 1
+        found = {"prompt": run.tokenizer.decode(prompt_ids), "tokens": tokens}
+        shown.append({**found, "score": score, "truncated": rollout.truncated[row].item()})
     return shown
 
 
-def largest(shown):
-    """The advantage that gets full colour: the largest one, of either critic."""
-    found = [abs(token[name]) for row in shown for token in row["tokens"] for name in ("advantage", "scalar_advantage") if token[name] is not None]
-    return max(found, default=0.0) or 1.0
-
-
-def tinted(text, advantage, scale, colour):
-    if not colour or advantage is None:
-        return text
-    shade = PALETTE[1 if advantage >= 0 else -1][round(4 * min(abs(advantage) / scale, 1))]
-    return f"\x1b[38;5;16;48;5;{shade}m{text}\x1b[0m"
-
-
-def number(value):
-    return f"{'-':>7}" if value is None else f"{round(value, 3) + 0.0:7.3f}"  # + 0.0: no -0.000
-
-
 def scored(row):
-    score = "no advantage: the reward needs columns that this prompt lacks" if row["score"] is None else f"score {row['score']:.3f}"
-    return score + (", truncated" if row["truncated"] else "")
+    return f"score {row['score']:.3f}" + ", truncated" * row["truncated"]
 
 
-def table(row, scale=1.0, colour=False):
-    """A line per token: its quantiles, spread and mean, the advantage, the scalar critic's value and advantage, and the return."""
+def table(row):
+    """A line per token: quantiles, spread, mean and advantage, the scalar critic's, the return."""
     names = [*(f"{p:.0%}" for p in SHOWN), "std", "mean", "adv", "scalar", "its adv", "return"]
     lines = [f"{'token':16}" + "".join(f"{name:>8}" for name in names)]
     for token in row["tokens"]:
         lines += [f"({token['before']})"] if token["before"] else []
-        cells = [*map(number, (*token["shown"], token["std"], token["mean"], token["advantage"], token["scalar"], token["scalar_advantage"], token["return"]))]
-        for cell, name in ((7, "advantage"), (9, "scalar_advantage")):
-            cells[cell] = tinted(cells[cell], token[name], scale, colour)
-        lines.append(" ".join([tinted(f"{token['text'][:16]:16}", token["advantage"], scale, colour), *cells]))
+        values = [*token["shown"], *(token[name] for name in CELLS)]
+        # + 0.0: no -0.000.
+        cells = "".join(f"{round(value, 3) + 0.0:8.3f}" for value in values)
+        lines.append(f"{token['text'][:16]:16}{cells}")
     return "\n".join(lines)
 
 
-def print_rows(shown, colour):
-    scale, said = largest(shown), lambda token: f"({token['before']})|" if token["before"] else ""
-    print("Per token: quantiles of the return predicted before it, their std and mean, the advantage (what came, minus the mean, by GAE), the scalar\n"
-          "critic's value and its advantage, and the return that came." + colour * f" Blue: better than predicted, orange: worse, in full at {scale:.3f}.")
-    lines = (("distribution", "advantage"), ("scalar", "scalar_advantage")) if colour else (("response", "advantage"),)
+def print_rows(shown):
+    print("Per token: quantiles of the return predicted before it, their std and mean, what came")
+    print("minus the mean (by GAE), the scalar critic's value and advantage, the return that came.")
     for index, row in enumerate(shown, 1):
+        texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
-        for name, key in lines:
-            print(f"   {name:13}" + "|".join(said(token) + tinted(token["text"], token[key], scale, colour) for token in row["tokens"]))
-        print(table(row, scale, colour))
+        print(f"   response     {'|'.join(texts)}\n{table(row)}")
 
 
 def rounded(value):
-    return [rounded(v) for v in value] if isinstance(value, list) else value and round(value, 4)
+    return [rounded(item) for item in value] if isinstance(value, list) else round(value, 4)
+
+
+def cell(token, key, scale):
+    """A token in one critic's colour, as HTML; the second row is for the eye alone."""
+    value, text = token[key], html.escape(token["text"]) or "&nbsp;"
+    tint = f'class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"'
+    return f"<span {tint}{' aria-hidden=true' * (key != 'advantage')}>{text}</span>"
+
+
+def section(index, row, scale):
+    """One response as HTML."""
+    names, buttons = "<span>distribution</span><span>scalar</span>", ""
+    for column, token in enumerate(row["tokens"]):
+        if token["before"]:
+            buttons += f'<span class="user">{html.escape(token["before"])}</span>'
+        place = f'data-row="{index}" data-column="{column}"'
+        both = "".join(cell(token, name, scale) for name in ADVANTAGES)
+        buttons += f'<button type="button" class="token" {place}>{both}</button>'
+    head = f"<h2>{index + 1}. {html.escape(scored(row))}</h2>"
+    head += f'<p class="prompt">{html.escape(row["prompt"])}</p>'
+    line = f'<div class="line"><span class="names">{names}</span><span>{buttons}</span></div>'
+    numbers = f"<summary>All numbers</summary><pre>{html.escape(table(row))}</pre>"
+    detail = '<div class="detail" aria-live="polite"></div>'
+    return f"<section>{head}{line}{detail}<details>{numbers}</details></section>"
 
 
 def page(shown, said):
     """The whole HTML page as text. Texts are escaped here; the script gets numbers alone."""
-    scale, sections, numbers = largest(shown), [], []
-
-    def cell(token, key, hidden=""):
-        value, text = token[key] or 0.0, html.escape(token["text"]) or "&nbsp;"
-        return f'<span class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"{hidden}>{text}</span>'
-
-    def turn(token):
-        return f'<span class="user">{html.escape(token["before"])}</span>' if token["before"] else ""
-
-    for index, row in enumerate(shown):
-        buttons = [f'{turn(token)}<button type="button" class="token" data-row="{index}" data-column="{column}">{cell(token, "advantage")}'
-                   f'{cell(token, "scalar_advantage", " aria-hidden=true")}</button>' for column, token in enumerate(row["tokens"])]  # fmt: skip
-        sections.append(
-            f'<section><h2>{index + 1}. {html.escape(scored(row))}</h2><p class="prompt">{html.escape(row["prompt"])}</p>'
-            f'<div class="line"><span class="names"><span>distribution</span><span>scalar</span></span><span>{"".join(buttons)}</span></div>'
-            f'<div class="detail" aria-live="polite"></div><details><summary>All numbers</summary><pre>{html.escape(table(row))}</pre></details></section>'
-        )
-        numbers.append([{name: rounded(value) for name, value in token.items() if name not in ("text", "id", "before")} for token in row["tokens"]])
+    tokens = [token for row in shown for token in row["tokens"]]
+    found = [abs(token[name]) for token in tokens for name in ADVANTAGES]
+    scale = max(found, default=0) or 1.0  # the advantage that gets full colour
+    sections = [section(index, row, scale) for index, row in enumerate(shown)]
+    names, numbers = ("quantiles", "shown", "reward", *CELLS), []
+    for row in shown:
+        numbers.append([{name: rounded(token[name]) for name in names} for token in row["tokens"]])
+    parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}"}
+    parts |= {"NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
     template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
-    parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}", "NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
     for name, value in parts.items():
         template = template.replace(f"<!--{name}-->", value)
     return template
 
 
 def inspect(args):
-    run = flags_of(args.run, "run", "dvpo")
-    state = build(run)
+    flags = flags_of(args.run, "run", "dvpo")
+    run = build(flags)
+    restore(run, newest_checkpoint(Path(args.run)))
     torch.manual_seed(args.seed)
-    batch = prompts_of(state, run, args.prompt, args.rows)
-    scalar, which = scalar_critic(state, run, args.scalar, args.samples)
+    batch = next(iter(run.evals.values()))[: args.rows]
+    scalar, which = scalar_critic(run, flags, args.scalar, args.samples)
     torch.manual_seed(args.seed)  # the same responses whichever critic stands beside
-    shown = look(state, run, batch, args.greedy, scalar)
-    mode = "greedy" if args.greedy else f"sampled at temperature {run.temperature:g}"
-    said = f"{args.run}, {Path(run.resume).name}, {mode}, gamma {run.gamma:g}, lambda {run.lam:g}, KL coefficient {run.kl_coef:g}. Scalar critic: {which}."
+    shown = look(run, flags, batch, args.greedy, scalar)
+    mode = "greedy" if args.greedy else f"sampled at temperature {flags.temperature:g}"
+    said = f"{args.run}, {mode}, gamma {flags.gamma:g}, lambda {flags.lam:g}"
+    said += f", KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
     print(said)
-    print_rows(shown, bool(os.environ.get("FORCE_COLOR") or sys.stdout.isatty()) and not os.environ.get("NO_COLOR"))
+    print_rows(shown)
     if args.html:
         args.html.write_text(page(shown, said), encoding="utf-8")
         print(f"\nwritten: {args.html}")
@@ -254,14 +247,14 @@ def inspect(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    count, seeds = number_in("[1, inf)", int), number_in("[0, 2147483647]", int)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
-    parser.add_argument("--prompt", nargs="+", default=[], help="prompts to answer; without them the first held-out ones")
-    parser.add_argument("--rows", type=number_in("[1, inf)", int), default=4, help="how many held-out prompts")
-    parser.add_argument("--scalar", help="the folder of a run with --algo ppo, else alike, whose critic stands beside; without it one is fitted")
-    parser.add_argument("--samples", type=number_in("[1, inf)", int), default=512, help="responses to fit a scalar critic on")
+    parser.add_argument("--rows", type=count, default=4, help="how many held-out prompts")
+    parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
+    parser.add_argument("--samples", type=count, default=512, help="responses to fit it on")
     parser.add_argument("--html", type=Path, help="also write a page to this file")
     parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
-    parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
+    parser.add_argument("--seed", type=seeds, default=0)
     run_script(parser, inspect, parser.parse_args())
 
 

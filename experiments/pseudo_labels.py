@@ -1,101 +1,110 @@
-"""Labels by majority vote: what the paper trained math and science on, made by the initial model itself.
+"""Labels by majority vote: what the paper trained math and science on, made by the model itself.
 
-    python experiments/pseudo_labels.py FOLDER_OR_HUB_NAME problems.jsonl labels.jsonl --samples 8 --response-length 256
-    python train.py --model-name-or-path ... --dataset-name labels.jsonl --reward math --eval-dataset-name true.jsonl
+    python experiments/pseudo_labels.py MODEL problems.jsonl labels.jsonl --samples 8
+    python train.py ... --dataset-name labels.jsonl --reward math --eval-dataset-name true.jsonl
 
-Every problem is sampled --samples times; the answer that most samples end in becomes the column `answer` (the true one, if there is
-one, moves to `true_answer`), with its share of the votes in `agreement`. Problems with no answer in any sample are left out. Rows are
-written as they are made, in order; a second call goes on behind the last one.
+The answer that most of a problem's samples end in becomes its `answer` (the true one, if there is
+one, moves to `true_answer`), with its share of the votes in `agreement`. Problems with no answer in
+any sample are left out. Rows are written as they are made; a second call goes on behind the last.
 """
 
 import argparse
 import collections
 import json
+import statistics
 import sys
 from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import rollout
-from train import context_of, load, run_script
+from experiments.seeds import run_script
+from harness.flags import number_in
+from harness.setup import context_of, load, stop_token_ids
+from tasks import verifiers
+from tasks.prompts import PROMPT_IDS, load_prompts
 
 
 def final_answer(text, choices=()):
-    """The answer that a response ends in, as a label: a letter where there are choices, else a number or what stands in \\boxed{}; or None."""
+    """What a response ends in: a letter, a number or what stands in \\boxed{}; or None."""
     if choices:
-        return rollout.chosen_letter(text, choices)
-    given = rollout.boxed(text)
-    number = rollout.last_number(text) if given is None else rollout.one_number(given)
-    return str(number) if number is not None else given and rollout.plain_answer(given)
+        return verifiers.chosen_letter(text, choices)
+    given = verifiers.boxed(text)
+    number = verifiers.last_number(text) if given is None else verifiers.one_number(given)
+    return str(number) if number is not None else given and verifiers.plain_answer(given)
 
 
 def majority(answers):
-    """(The most frequent of the answers, its share of all); None votes for nothing; a tie goes to the one that came first."""
+    """(The most frequent answer, its share); None votes for nothing; the first wins a tie."""
     votes = collections.Counter(answer for answer in answers if answer is not None)
-    return (None, 0.0) if not votes else (votes.most_common(1)[0][0], votes.most_common(1)[0][1] / len(answers))
+    answer, count = (votes.most_common(1) or [(None, 0)])[0]
+    return answer, count / len(answers)
+
+
+def labelled(problem, texts, row):
+    """A problem's row with the label that its samples vote for, or None without one."""
+    choices = verifiers.option_texts(problem.get("choices"))
+    answer, agreement = majority([final_answer(text, choices) for text in texts])
+    if answer is None:
+        return None
+    kept = {name: problem[name] for name in problem if name not in ("answer", PROMPT_IDS)}
+    if "answer" in problem:
+        kept["true_answer"] = problem["answer"]
+    return {**kept, "answer": answer, "agreement": agreement, "row": row}
+
+
+def report(done, total):
+    agreement = statistics.fmean([row["agreement"] for row in done] or [0])
+    print(f"{len(done)} of {total} problems have a label; mean agreement {agreement:.3f}")
+    known = [row for row in done if "true_answer" in row]
+    if known:
+        choice = known[0].get("choices")
+        reward = verifiers.choice_reward if choice else verifiers.math_reward
+        columns = {"answer": [str(row["true_answer"]) for row in known]}
+        columns |= {"choices": [row["choices"] for row in known]} if choice else {}
+        prompts, labels = ([row[name] for row in known] for name in ("prompt", "answer"))
+        print(f"right: {statistics.fmean(reward(prompts, labels, **columns)):.3f} of the labels")
+
+
+def label(args):
+    model = load(AutoModelForCausalLM, args.model, "model")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load(AutoTokenizer, args.model, "model")
+    stop_ids, room = stop_token_ids(model, tokenizer), context_of(model) - args.response_length
+    data = load_prompts("data", args.data, "train", tokenizer, room)
+    lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
+    # A run that was killed may have torn its last line.
+    done = [json.loads(line) for line in lines if line.endswith("\n")]
+    args.output.write_text("".join(lines[: len(done)]))
+    first = done[-1]["row"] + 1 if done else 0
+    with open(args.output, "a") as out:
+        for row in tqdm(range(first, len(data)), desc="problems"):
+            torch.manual_seed(args.seed * 1_000_003 + row)
+            prompts, limits = [data[row][PROMPT_IDS]] * args.samples, (args.response_length, 1.0)
+            sampled = rollout.sample(model, prompts, stop_ids[0], stop_ids, *limits)
+            texts = rollout.completion_texts(sampled, tokenizer, stop_ids)
+            if found := labelled(data[row], texts, row):
+                done.append(found)
+                out.write(json.dumps(found) + "\n")
+                out.flush()
+    report(done, len(data))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", help="the model that will be trained: a folder or a hub name")
-    parser.add_argument("data", help="rows with a column prompt, and choices if the answer is a letter: a hub name, a json, jsonl or parquet file")
+    count = number_in("[1, inf)", int)
+    parser.add_argument("model", help="the one that will be trained: a folder or a hub name")
+    parser.add_argument("data", help="rows with prompt, and choices if the answer is a letter")
     parser.add_argument("output", type=Path, help="a jsonl file")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--samples", type=int, default=8, help="votes per problem")
-    parser.add_argument("--rows", type=int, help="only the first so many problems")
-    parser.add_argument("--response-length", type=int, default=256)
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=64, help="responses sampled at a time")
+    parser.add_argument("--samples", type=count, default=8, help="votes per problem")
+    parser.add_argument("--response-length", type=count, default=256)
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    for flag in ("samples", "response_length", "batch_size"):
-        if getattr(args, flag) < 1:
-            parser.error(f"--{flag.replace('_', '-')}: expected at least 1, found {getattr(args, flag)}")
-    run_script(parser, label, args)
-
-
-def label(args):
-    model, tokenizer = load(AutoModelForCausalLM, args.model, "model"), load(AutoTokenizer, args.model, "model")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    stop_ids = rollout.stop_token_ids(model, tokenizer)
-    pad_id = rollout.pad_token_id(tokenizer, stop_ids)
-    data = rollout.load_prompts("data", args.data, args.split, tokenizer, context_of(model) - args.response_length)
-    data = data.select(range(min(args.rows or len(data), len(data))))
-    lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
-    done = [json.loads(line) for line in lines if line.endswith("\n")]  # a run that was killed may have torn its last line
-    args.output.write_text("".join(lines[: len(done)]))
-    first = done[-1]["row"] + 1 if done else 0
-    num_problems = max(1, args.batch_size // args.samples)
-    with open(args.output, "a") as out, tqdm(total=len(data), initial=first, desc="problems") as bar:
-        for start in range(first, len(data), num_problems):
-            problems = [data[row] for row in range(start, min(start + num_problems, len(data)))]
-            torch.manual_seed(args.seed * 1_000_003 + start)
-            texts = []
-            prompt_ids = [problem[rollout.PROMPT_IDS] for problem in problems for _ in range(args.samples)]
-            for i in range(0, len(prompt_ids), args.batch_size):
-                sampled = rollout.sample(model, prompt_ids[i : i + args.batch_size], pad_id, stop_ids, args.response_length, args.temperature)
-                texts += rollout.completion_texts(sampled, tokenizer, stop_ids)
-            for number, problem in enumerate(problems):
-                choices = rollout.option_texts(problem.get("choices"))
-                votes = [final_answer(text, choices) for text in texts[number * args.samples : (number + 1) * args.samples]]
-                answer, agreement = majority(votes)
-                if answer is not None:
-                    kept = {name: value for name, value in problem.items() if name not in ("answer", rollout.PROMPT_IDS)}
-                    true = {"true_answer": problem["answer"]} if "answer" in problem else {}
-                    done.append({**kept, "answer": answer, **true, "agreement": agreement, "row": start + number})
-                    out.write(json.dumps(done[-1]) + "\n")
-                    out.flush()
-            bar.update(len(problems))
-    print(f"{len(done)} of {len(data)} problems have a label; mean agreement {sum(row['agreement'] for row in done) / max(1, len(done)):.3f}")
-    known = [row for row in done if "true_answer" in row]
-    if known:
-        reward = rollout.choice_reward if known[0].get("choices") else rollout.math_reward
-        columns = {"answer": [str(row["true_answer"]) for row in known], "choices": [row.get("choices") for row in known]}
-        right = reward([row["prompt"] for row in known], [row["answer"] for row in known], **columns)
-        print(f"right: {sum(right) / len(right):.3f} of the labels")
+    run_script(parser, label, parser.parse_args())
 
 
 if __name__ == "__main__":

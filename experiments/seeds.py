@@ -1,75 +1,123 @@
-"""Runs train.py's built-in task for several seeds and algorithms, and says what came out, with spread.
+"""Runs train.py's built-in task for several seeds and algorithms: what came out, with spread.
 
-    python experiments/seeds.py --seeds 5 --algos dvpo ppo                 # about 2 minutes a run on one core
-    python experiments/seeds.py --seeds 5 --algos dvpo ppo --name sums -- --task sums  # what stands behind -- goes to train.py
+    python experiments/seeds.py --seeds 5 --algos dvpo ppo     # about 2 minutes a run on one core
+    python experiments/seeds.py --name sums -- --task sums     # behind --: flags of train.py
 
-One thread per run, finished runs are kept (the folder of a run is its name). Raw numbers: experiments/results/NAME.jsonl.
+One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.jsonl.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from tqdm import tqdm
 
+from harness.reports import quiet
+from tasks import InputError
+
 ROOT = Path(__file__).parent.parent
-
-
-def run(algo, seed, extra, folder):
-    """One finished run as a dict: flags, versions, evaluation before and after, the curve of evaluations."""
-    if not (ROOT / folder / "results.json").exists():
-        seeds = ["--seed", str(seed), "--reward-noise-seed", str(seed)]  # or all runs would meet the same noise, and the interval leave it out
-        command = [sys.executable, "train.py", "--algo", algo, *seeds, "--eval-steps", "15", "--output-dir", str(folder), *extra]
-        subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL)
-    folder = ROOT / folder
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    keep = ("objective/scores", "objective/true_scores", "objective/kl", "val/explained_var", "quantile/lower_tail", "quantile/upper_tail", "quantile/coverage")
-    curve = [{name: row[name] for name in ("iteration", *keep) if name in row} | {k: v for k, v in row.items() if k.startswith("eval/")} for row in rows]
-    return {"algo": algo, "seed": seed, **json.loads((folder / "args.json").read_text()), **json.loads((folder / "results.json").read_text()), "curve": curve}
+RESULTS = ROOT / "experiments" / "results"
+STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t at 97.5 % of 2, 3, ... values
+KEPT = ("iteration", "objective/", "val/explained_var", "quantile/", "eval/")  # of metrics.jsonl
 
 
 def interval(values):
     """Mean and half-width of Student's 95 % interval."""
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}[min(len(values), 10)]
-    return statistics.mean(values), quantile * statistics.stdev(values) / len(values) ** 0.5
+    half = STUDENT[min(len(values), 10) - 2] * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), half
+
+
+def run_script(parser, function, args):
+    """function(args); what cannot work ends the program with one line and status 2."""
+    quiet()
+    try:
+        function(args)
+    except (InputError, OSError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def current_commit():
-    """The short hash of what is checked out, as results name it, with -dirty if the code is not just that."""
-    git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!experiments/results")  # results may change while runs go on
-    return git("rev-parse", "--short", "HEAD") + "-dirty" * bool(changed)
+    """The short hash of what is checked out, with -dirty if the code is not just that."""
+    # Not experiments/results: results may change while runs go on.
+    pathspec = ["--", ".", ":!experiments/results"]
+    git = {"cwd": ROOT, "capture_output": True, "text": True}
+    changed = subprocess.run(["git", "status", "--porcelain", "-uno", *pathspec], **git).stdout
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
+    return commit + "-dirty" * bool(changed)
+
+
+def machine():
+    """What ran, and on what: rounding differs between kinds of CPU, and so do runs."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
+    about = {"commit": current_commit(), "python": platform.python_version()}
+    return about | {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine()}
+
+
+def train(flags, folder):
+    """Runs train.py on one thread; raises RuntimeError with the last line it says."""
+    command = [sys.executable, "train.py", *flags, "--output-dir", str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        found = done.stderr.strip().splitlines()[-1]
+        raise RuntimeError(f"{' '.join(command[1:])}: {found}")
+
+
+def run(algo, seed, extra, folder):
+    """One finished run as a dict: flags, versions, evaluation before and after, its curves."""
+    if not (folder / "results.json").exists():
+        # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
+        seeds = f"--seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
+        train(["--algo", algo, *seeds, *extra], folder)
+    rows = json_lines(folder / "metrics.jsonl")
+    curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
+    files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
+    return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
+
+
+def print_table(runs, algos):
+    """Scores before and after, and the first algorithm minus the last, paired by seed."""
+    heads = ["before", *algos, f"{algos[0]} - {algos[-1]}"]
+    print(f"{'mean score, 95 % interval':26}" + "".join(f"{head:>17}" for head in heads))
+    for name in runs[0]["before"]:
+        columns = [[run["before"][name] for run in runs if run["algo"] == algos[0]]]
+        columns += [[run["after"][name] for run in runs if run["algo"] == algo] for algo in algos]
+        columns.append([a - b for a, b in zip(columns[1], columns[-1])])
+        cells = ["{:11.3f} ±{:.3f}".format(*interval(values)) for values in columns]
+        print(f"{name:26}" + "".join(cells))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; at least 2")
     parser.add_argument("--algos", nargs="+", default=["dvpo", "ppo"])
-    parser.add_argument("--name", default="default", help="of the results file and of the folder under runs/")
+    parser.add_argument("--name", default="default", help="of the results and the runs' folders")
     parser.add_argument("extra", nargs="*", help="further flags of train.py, behind --")
     args = parser.parse_args()
     if args.seeds < 2 or (args.extra and args.name == "default"):
-        parser.error("expected at least 2 --seeds, and a --name of its own for a run with further flags")
-    cpuinfo = Path("/proc/cpuinfo")  # rounding differs between kinds of CPU, and so do runs
-    cpu = next((line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")), "") if cpuinfo.exists() else ""
-    machine = {"commit": current_commit(), "python": platform.python_version(), "cores": os.cpu_count(), "machine": platform.machine(), "cpu": cpu}
-    runs = []
-    for algo, seed in tqdm([(algo, seed) for seed in range(args.seeds) for algo in args.algos], desc="runs"):
-        runs.append(run(algo, seed, args.extra, Path("runs") / f"{args.name}-{algo}-seed{seed}"))
-    target = ROOT / "experiments" / "results" / f"{args.name}.jsonl"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text("".join(json.dumps({**machine, **entry}) + "\n" for entry in runs))
-    print(f"{'mean score, 95 % interval':26}{'before':>16}" + "".join(f"{algo:>16}" for algo in args.algos) + f"{args.algos[0] + ' - ' + args.algos[-1]:>18}")
-    for name in runs[0]["before"]:
-        columns = [[entry["before"][name] for entry in runs if entry["algo"] == args.algos[0]]]
-        columns += [[entry["after"][name] for entry in runs if entry["algo"] == algo] for algo in args.algos]
-        columns.append([a - b for a, b in zip(columns[1], columns[-1])])  # paired: same seed, same warm start, same noise
-        print(f"{name:26}" + "".join("{:10.3f} ±{:.3f}".format(*interval(values)) for values in columns))
+        parser.error("expected at least 2 --seeds, and a --name for a run with further flags")
+    about, runs = machine(), []
+    todo = [(algo, seed) for seed in range(args.seeds) for algo in args.algos]
+    for algo, seed in tqdm(todo, desc="runs"):
+        folder = ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"
+        runs.append(run(algo, seed, args.extra, folder))
+    target = RESULTS / f"{args.name}.jsonl"
+    target.write_text("".join(json.dumps({**about, **run}) + "\n" for run in runs))
+    print_table(runs, args.algos)
     print(f"written: {target.relative_to(ROOT)}")
 
 
