@@ -1,7 +1,7 @@
 """Mutation check: does some test fail for every small change of the code? One at a time, in a copy.
 
-    python experiments/mutants.py critic.py risk.py dvpo.py    # all; about 25 minutes on one core
-    python experiments/mutants.py dvpo.py:120-180              # only those in these lines
+    python tests/mutants.py critic.py risk.py dvpo.py    # all; about 25 minutes on one core
+    python tests/mutants.py dvpo.py:120-180              # only those in these lines
 
 Prints the mutants that no test of the file's module kills. Each must stand in mutants.txt with the
 reason why it may live, or the exit status is 1. Not changed: docstrings, messages, annotations. The
@@ -50,7 +50,7 @@ def accepted(name, source):
     stand in the file just once, or is a reason with a colon at its end, for the lines below.
     """
     found, reason, file = {}, None, None
-    for line in (ROOT / "experiments" / "mutants.txt").read_text().splitlines():
+    for line in (ROOT / "tests" / "mutants.txt").read_text().splitlines():
         if not line.startswith(" "):
             file, _, reason = line.partition(": ")
         elif file == name:
