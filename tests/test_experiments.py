@@ -45,6 +45,7 @@ def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_bench_prints_a_row_per_value_with_its_phases():
     flags = "--shape tiny --ragged --batch 4 --response 12 --iterations 1 --vary algo=dvpo,ppo"
     done = script("experiments/bench.py", *flags.split(), "--", "--num-quantiles", "8")
@@ -59,6 +60,7 @@ def test_bench_prints_a_row_per_value_with_its_phases():
 # ---- the noise laboratory
 
 
+@pytest.mark.slow
 def test_the_laboratory_runs_skips_what_is_finished_and_prints_paired_differences():
     shutil.rmtree(ROOT / "runs" / "noise-quick", ignore_errors=True)
     quick = ("experiments/noise.py", "--quick", "--jobs", "2")
@@ -71,6 +73,7 @@ def test_the_laboratory_runs_skips_what_is_finished_and_prints_paired_difference
     assert len(rows) == 2 and "0.000 ±0.000" in rows[0]
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(noise, "RESULTS", tmp_path)
     monkeypatch.setitem(noise.NOISES, "odd", "--reward-noise-fp 7")  # argparse exits
@@ -558,6 +561,7 @@ def test_what_mutants_txt_accepts_is_a_mutant_of_the_file_as_it_is(name):
     assert found and not [reason for mutant, reason in found.items() if mutant not in possible]
 
 
+@pytest.mark.slow
 def test_a_mutant_is_killed_by_a_test_or_accepted_for_a_reason():
     """Zero times a sum: times one, over zero and two wrong dims are killed; a mean lives."""
     lines = (ROOT / "risk.py").read_text().splitlines()
