@@ -355,7 +355,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["train", "conftest"])
 
 
-KILLED = "--total-episodes 480 --save-steps 1 --response-length 6".split()
+KILLED = "--total-episodes 384 --save-steps 1 --response-length 6".split()
 
 
 def started(argv, out=os.devnull):
@@ -437,7 +437,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     process.join()
     assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
     out, name = (tmp_path / "out").read_text(), signal.Signals(number).name
-    where = rf"stopped by {name} after iteration \d+ of 60: --resume {folder} goes on"
+    where = rf"stopped by {name} after iteration \d+ of 48: --resume {folder} goes on"
     assert re.search(where, out), out
     assert train.main(["--resume", str(folder)]) == 0
     same_run(folder, whole)

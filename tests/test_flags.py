@@ -185,7 +185,7 @@ def test_a_missing_logging_package_is_one_line(monkeypatch, tmp_path, capsys):
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, tmp_path, capsys):
     folder = str(finished)
     refused(capsys, ["--resume", "nowhere"], "--resume", "nowhere", "found none")
-    refused(capsys, ["--resume", folder, "--seed", "5"], "--seed", "5 here", "0 in the run")
+    refused(capsys, ["--resume", folder, "--seed", "5"], "--seed", "expected 0", "found 5")
     refused(capsys, ["--resume", folder, "--output-dir", str(tmp_path)], "--output-dir", folder)
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json", "found none")
     newest = str(finished / "checkpoint-000024")  # a run's folder is what it takes

@@ -301,7 +301,13 @@ def target_quantile_form(q, targets, config):
     return 0.1 * tail, {}
 
 
-@pytest.mark.parametrize("returns,m", [*((name, 64) for name in RETURNS), ("gaussian", 200)])
+@pytest.mark.parametrize(
+    "returns,m",
+    [
+        *((name, 64) for name in RETURNS),
+        pytest.param("gaussian", 200, marks=pytest.mark.slow),
+    ],
+)
 def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns, m):
     steps = 700 if m == 64 else 350
     mean, low, up = tails(fitted_quantiles(returns, None, m=m, steps=steps))

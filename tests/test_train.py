@@ -90,7 +90,7 @@ def test_baselines_run_save_and_resume_with_no_more_parts_than_they_need(
     algo, warm_start, tmp_path
 ):
     first, again = tmp_path / "a", tmp_path / "b"
-    few = "--total-episodes 256 --save-steps 2 --eval-samples 8".split()
+    few = "--total-episodes 192 --save-steps 2 --eval-samples 8".split()
     assert train_in(first, warm_start, "--algo", algo, *few) == 0
     rows = log(first)
     has_critic = algo == "robust"
@@ -515,15 +515,29 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
     assert torch.equal(experience.targets[rollout.truncated, -1, 0], last.float())
 
 
-def test_a_whole_conversation_is_one_response(tmp_path):
-    """The built-in booking task: ratio 1 at first, and the reward rises.
+@pytest.fixture(scope="module")
+def booking(tmp_path_factory):
+    """The flags of a run of the built-in booking task, in a folder with its model."""
+    folder = tmp_path_factory.mktemp("booking")
+    make_warm_start("booking", 0, folder / "warm_start")
+    flags = f"--task booking --output-dir {folder} --learning-rate 3e-4"
+    return [*SMALL, *flags.split()]
+
+
+@pytest.mark.slow
+def test_the_reward_of_conversations_rises(booking):
+    assert train.main(booking) == 0
+    folder = Path(parse_args(booking).output_dir)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["after"]["in domain, sampled"] > results["before"]["in domain, sampled"] + 0.05
+
+
+def test_a_whole_conversation_is_one_response(booking):
+    """The built-in booking task: ratio 1 at first.
 
     The user's tokens are neither scored nor trained on.
     """
-    make_warm_start("booking", 0, tmp_path / "warm_start")
-    flags = f"--task booking --output-dir {tmp_path} --learning-rate 3e-4"
-    flags = [*SMALL, *flags.split()]
-    args = parse_args(flags)
+    args = parse_args(booking)
     run = build(args)
     experience, _ = train.collect(run, args)
     rollout, mask = experience.rollout, experience.rollout.mask
@@ -544,9 +558,6 @@ def test_a_whole_conversation_is_one_response(tmp_path):
     assert updated["val/ratio"].item() == pytest.approx(1, abs=1e-5)
     assert updated["loss/value_avg"].isfinite() and not numbers_of(run.policy).equal(before)
     assert "replies" in run.data.column_names and "completion" not in run.data.column_names
-    assert train.main(flags) == 0
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["after"]["in domain, sampled"] > results["before"]["in domain, sampled"] + 0.05
 
 
 def test_a_truncated_conversation_counts_on_the_state_after_its_last_token():
