@@ -38,8 +38,8 @@ def write_whole(path, text):
 
 def checkpoints(output_dir):
     """{iteration: folder} of all checkpoints in a run's folder, oldest first."""
-    pairs = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("*")]
-    return dict(sorted((int(number), path) for number, path in pairs if number.isdecimal()))
+    paths = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdecimal()]
+    return dict(sorted((int(path.name[11:]), path) for path in paths))
 
 
 def newest_checkpoint(output_dir):
