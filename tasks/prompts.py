@@ -91,7 +91,7 @@ def batch_rows(num_rows, first, count, seed):
 
 
 def assert_known_ids(data, limit):
-    """Raises InputError where a prompt has no tokens, or one that the model has no embedding for."""
+    """Raises InputError where a prompt has no tokens, or one that the model does not know."""
     for row, ids in enumerate(data[PROMPT_IDS]):
         if not ids or max(ids) >= limit:
             found = f"found {max(ids, default=None)} in the prompt {data['prompt'][row]!r}"[:120]
