@@ -5,7 +5,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import sys
@@ -39,11 +38,8 @@ def write_whole(path, text):
 
 def checkpoints(output_dir):
     """{iteration: folder} of all checkpoints in a run's folder, oldest first."""
-    found = {}
-    for path in output_dir.glob("checkpoint-*"):
-        if re.fullmatch("checkpoint-[0-9]+", path.name):
-            found[int(path.name.removeprefix("checkpoint-"))] = path
-    return dict(sorted(found.items()))
+    pairs = [(path.name.removeprefix("checkpoint-"), path) for path in output_dir.glob("*")]
+    return dict(sorted((int(number), path) for number, path in pairs if number.isdecimal()))
 
 
 def newest_checkpoint(output_dir):
@@ -61,14 +57,6 @@ def random_states():
     states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
     # An empty list where there is no GPU.
     return states | {"cuda": torch.cuda.get_rng_state_all()}
-
-
-def set_random_states(states):
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["python"])
-    numpy.random.set_state(states["numpy"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
 
 
 def write_checkpoint(run, folder):
@@ -92,15 +80,12 @@ def write_checkpoint(run, folder):
 
 
 def save_checkpoint(run, args):
-    """Writes output_dir/checkpoint-ITERATION, complete or not at all, and keeps the newest two.
-
-    The position in the data and in metrics.jsonl is the iteration. Raises InputError.
-    """
+    """Writes output_dir/checkpoint-ITERATION, whole or not at all, and keeps the newest two."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
     aside = folder.with_suffix(".tmp")
-    # By a run that was killed.
     for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:
+        # By a run that was killed.
         shutil.rmtree(left)
     if folder.exists():
         return folder
@@ -133,7 +118,11 @@ def restore(run, folder):
     run.iteration, run.before, run.examples = state["iteration"], state["before"], state["examples"]
     run.start = time.time() - state["seconds"]
     run.noise.set_state(state["noise"])
-    set_random_states(state["random"])
+    torch.set_rng_state(state["random"]["torch"])
+    random.setstate(state["random"]["python"])
+    numpy.random.set_state(state["random"]["numpy"])
+    if len(state["random"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
 
 
 def cut_log(path, iteration):
@@ -147,10 +136,7 @@ def cut_log(path, iteration):
 
 
 def resume(run, args):
-    """Goes on from the newest checkpoint that loads, and renames those that do not, with a line.
-
-    Raises InputError where none is left.
-    """
+    """Goes on from the newest checkpoint that loads, renames others; raises InputError if none."""
     output_dir = Path(args.output_dir)
     for folder in reversed(checkpoints(output_dir).values()):
         try:

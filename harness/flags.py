@@ -1,7 +1,4 @@
-"""The flags of train.py: what there is, what fits together, and what a resumed run keeps.
-
-Imports neither torch nor transformers, so that --help and a refused flag answer at once.
-"""
+"""The flags of train.py. Without torch or transformers: --help and a refused flag are quick."""
 
 import argparse
 import contextlib
@@ -16,13 +13,10 @@ from tasks import InputError, one_line
 
 
 class Algorithm(NamedTuple):
-    # What predicts returns: quantiles (N heads of M), scalar, scalars (N heads of 1) or none.
-    critic: str
-    # Where the KL to the starting policy goes: into the token rewards, or as k3 into the loss.
-    kl: str
-    # What a token counts in the policy loss: as each other token; so that each response counts
-    # the same; or a constant, whatever the lengths in the minibatch.
-    weights: str
+    critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
+    kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
+    weights: str  # what counts the same in the policy loss: each token, or each response; or
+    # constant: each token, whatever the lengths in the minibatch
 
 
 ALGORITHMS = {

@@ -30,27 +30,22 @@ SHOWN = {
 }
 
 
-@torch.no_grad()
 def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """A batch of rollouts in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
+    """A batch in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
 
-    objective/kl and entropy: mean over sequences of the sum over tokens, in nats; rlhf_reward =
-    scores - kl_coef * kl. ref_logprobs None (no reference model): the KL is unknown, NaN.
+    kl and entropy: mean over sequences of the sum over tokens, in nats; without a reference, NaN.
     """
-    kl, rlhf_reward = scores.new_tensor(torch.nan), scores.mean()
+    kl = scores.new_tensor(torch.nan)
     if ref_logprobs is not None:
         kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
-    if kl_coef != 0:
-        rlhf_reward = rlhf_reward - kl_coef * kl
     return {
         "objective/kl": kl,
         "objective/scores": scores.mean(),
         "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
-        "objective/rlhf_reward": rlhf_reward,
+        "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef else 0),
     }
 
 
-@torch.no_grad()
 def response_metrics(rollout, true_scores, stop_ids):
     """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
     mask = rollout.mask
@@ -81,11 +76,7 @@ def plain(turns):
 
 @torch.no_grad()
 def evaluate(run, args, num_examples=3):
-    """Noise-free scores of greedy and of sampled responses to the held-out prompts.
-
-    -> {"NAME, greedy": mean score, ...}, and the first greedy responses as
-    [{prompt, completion, score}].
-    """
+    """-> noise-free {"NAME, greedy or sampled": mean score}, [{prompt, completion, score}]."""
     means, examples, total = {}, [], 2 * sum(map(len, run.evals.values()))
     bar = tqdm(total=total, desc="evaluating", leave=False)
     with torch.random.fork_rng(), bar:
@@ -154,12 +145,11 @@ def log_iteration(log, run, args, metrics):
 
 def announce(run, args, num_iterations):
     """What is about to happen, in a line or two."""
-    sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items())
-    print(f"{len(run.data)} prompts to train on; held out: {sizes or 'none'}")
-    warmup = args.critic_warmup_steps
-    if run.critic is not None and warmup >= num_iterations:
-        what = f"--critic-warmup-steps {warmup} covers all {num_iterations} iterations"
-        print(f"note: {what}: the policy will not change")
+    sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items()) or "none"
+    print(f"{len(run.data)} prompts to train on; held out: {sizes}")
+    if run.critic is not None and args.critic_warmup_steps >= num_iterations:
+        what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"
+        print(f"note: {what} iterations: the policy will not change")
     if run.iteration:
         print(f"{run.iteration} of {num_iterations} iterations are done")
 

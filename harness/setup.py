@@ -64,9 +64,8 @@ def load(auto_class, name, flag):
     """A model in fp32 without dropout (two forwards agree), or a tokenizer; raises InputError."""
     # A path is not a hub name: there is nothing to ask the network for.
     is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
-    # No code of the model's runs, and nobody is asked whether it may.
+    # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
     safe = {"trust_remote_code": False}
-    # safetensors only: nothing is unpickled.
     options = {"dtype": torch.float32, "use_safetensors": True, **safe}
     try:
         if is_path and not Path(name).is_dir():
