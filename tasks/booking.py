@@ -2,6 +2,7 @@
 
 import json
 
+from tasks import as_messages
 from tasks.verifiers import text_of
 
 SLOTS = {
@@ -13,48 +14,36 @@ SLOTS = {
 }
 
 
-def booking_row(num_slots, rare, rng):
-    """`book area food thai` -> ask for `area`, hear `area north`, and so on; then book.
+def in_order(values):
+    return " ".join(f"{slot} {values[slot]}" for slot in SLOTS if slot in values)
 
-    With probability rare the user also changes an earlier slot: `area north food greek`.
-    """
+
+def booking_row(num_slots, rare, rng):
+    """`book area food thai`: ask `area`, hear `area north`, rarely also `food greek`, and book."""
     values = {slot: rng.choice(SLOTS[slot]) for slot in rng.sample(list(SLOTS), num_slots)}
     given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
     opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
     known = [slot for slot in values if slot in given]
-    replies = {}
-    completion = []
-    for slot in values:
-        if slot in given:
-            continue
+    asked = [slot for slot in values if slot not in given]
+    replies, completion = {}, []
+    for slot in asked:
         replies[slot] = f"{slot} {values[slot]}"
         if rng.random() < rare:
             changed = rng.choice(known)
-            values[changed] = another_value(changed, values[changed], rng)
+            others = [value for value in SLOTS[changed] if value != values[changed]]
+            values[changed] = rng.choice(others)
             replies[slot] += f" {changed} {values[changed]}"
         known.append(slot)
-        completion += turns(assistant=slot, user=replies[slot])
-    booked = " ".join(f"{slot} {values[slot]}" for slot in SLOTS if slot in values)
-    completion += turns(assistant=f"book {booked}")
-    prompt = turns(user=f"book {opening}")
+        completion += as_messages(slot, "assistant") + as_messages(replies[slot])
+    completion += as_messages(f"book {in_order(values)}", "assistant")
+    prompt = as_messages(f"book {opening}")
     return {"prompt": prompt, "replies": json.dumps(replies), "completion": completion}
-
-
-def turns(**said):
-    """Messages of what the roles say, in the order given."""
-    return [{"role": role, "content": content} for role, content in said.items()]
-
-
-def another_value(slot, value, rng):
-    return rng.choice([other for other in SLOTS[slot] if other != value])
 
 
 def scripted_user(messages, replies, **columns):
     """Answers a slot's name with its value, anything else with ok, and leaves after a booking."""
     said = messages[-1]["content"]
-    if said.startswith("book"):
-        return None
-    return json.loads(replies).get(said.strip(), "ok")
+    return None if said.startswith("book") else json.loads(replies).get(said.strip(), "ok")
 
 
 def booking_reward(prompts, completions, **columns):
@@ -69,7 +58,6 @@ def booking_reward(prompts, completions, **columns):
                 values.setdefault(slot)
             elif word not in ("book", "ok"):
                 values[slot] = word
-        expected = "".join(f" {slot} {values[slot]}" for slot in SLOTS if slot in values)
-        right = text_of(completion).split() == ["book", *expected.split()]
+        right = text_of(completion).split() == ["book", *in_order(values).split()]
         scores.append(float(right and None not in values.values()))
     return scores

@@ -1,16 +1,13 @@
-"""Rewards that compare with an answer: readers of what a model wrote, then three verifiers.
-
-All rewards are f(prompts, completions, **the data set's other columns) -> list of float, as in TRL.
-"""
+"""Rewards that compare with an answer: readers of what a model wrote, then three verifiers."""
 
 import re
 from fractions import Fraction
+from string import ascii_uppercase
 
 WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
 NUMBER = re.compile(r"(?<![0-9)])-?" + WHOLE + r"?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?")
 UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\[%$]")
-EXPONENT = r"(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))"
-POWER = re.compile(r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*" + EXPONENT + r"(?!\s*[\w^!'])")
+POWER = r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))(?!\s*[\w^!'])"
 FRACTION = r"\\frac\s*\{\s*(-?[0-9]{1,50})\s*\}\s*\{\s*([0-9]{1,50})\s*\}"
 MARKUP = r"\\(?:text|mbox|mathrm|left|right|displaystyle|,|;|:| )|[\s$]"
 # What may not stand beside a number that is the whole answer: 2k, x/8, 5!, (1, 2), 8 -.
@@ -40,14 +37,12 @@ def text_of(completion):
 
 def boxed(text):
     """What stands in the last \\boxed{...} of text, braces balanced; None if there is none."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    depth = 0
-    for end in range(start + 6, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start + 7 : end]
+    _, found, rest = text.rpartition("\\boxed{")
+    depth = 1
+    for end, letter in enumerate(rest):
+        depth += {"{": 1, "}": -1}.get(letter, 0)
+        if found and depth == 0:
+            return rest[:end]
     return None
 
 
@@ -61,10 +56,9 @@ def mixed_fraction(found):
 
 def plain_latex(text):
     """Powers as numbers, fractions as a/b, mixed ones too; one way to write a comma or a minus."""
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\u2212", "-")
-    text = re.sub(r"\\[dt]frac", r"\\frac", text)
-    text = text.replace("\\$", "$").replace("\\\\", ";")
-    text = POWER.sub(power, text)
+    text = text.replace("\\!", "").replace("{,}", ",").replace("\u2212", "-").replace("\\$", "$")
+    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\\\", ";")
+    text = re.sub(POWER, power, text)
     text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\b([0-9]{1,50})\s*" + FRACTION, mixed_fraction, text)
     return re.sub(FRACTION, r"\1/\2", text)
@@ -72,8 +66,7 @@ def plain_latex(text):
 
 def last_number(text):
     """The last number in text, commas, decimals and fractions read, as a Fraction; or None."""
-    # An answer stands at the end, and int() of a huge string is slow.
-    for found in reversed(NUMBER.findall(plain_latex(text[-4000:]))):
+    for found in reversed(NUMBER.findall(plain_latex(text[-4000:]))):  # answers stand at the end
         whole, _, denominator = re.sub(r"[,\s]", "", found).partition("/")
         if len(whole) + len(denominator) <= 100 and int(denominator or 1) != 0:
             return Fraction(whole) / int(denominator or 1)
@@ -81,7 +74,6 @@ def last_number(text):
 
 
 def plain_unit(found):
-    """A unit's numbers, as in \\text{42 apples}, without the unit and its exponent."""
     return " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0])
 
 
@@ -100,20 +92,15 @@ def plain_answer(text):
 
 
 def math_reward(prompts, completions, answer, **columns):
-    """1.0 where the answer (in \\boxed{}, else the last number) is the column's, else 0.0.
-
-    As numbers, or where the column holds none as plain strings.
-    """
+    """1.0 where what is in \\boxed{}, else the last number, is the answer: as a number, or text."""
     scores = []
     for completion, expected in zip(completions, answer):
-        text = text_of(completion)
-        expected = str(expected).split("####")[-1]  # GSM8K's own answers end in #### 72
-        given = boxed(text)
-        target = one_number(expected)
-        if target is not None:
-            right = target == (last_number(text) if given is None else one_number(given))
-        else:
+        text, expected = text_of(completion), str(expected).split("####")[-1]  # GSM8K: #### 72
+        given, target = boxed(text), one_number(expected)
+        if target is None:
             right = given is not None and plain_answer(given) == plain_answer(expected)
+        else:
+            right = target == (last_number(text) if given is None else one_number(given))
         scores.append(float(right))
     return scores
 
@@ -129,14 +116,10 @@ def first_found(patterns, text, allowed):
 
 def chosen_letter(text, choices):
     """The option that text names, by letter or by its own text; None for none, or several."""
-    text = text.strip()[:10_000]
-    letters = [chr(ord("A") + i) for i in range(len(choices) or 26)]
-    letter = first_found(LETTERED, text, letters)
-    if letter is not None:
-        return letter
+    text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
     pairs = zip(letters, choices)
     named = [letter for letter, said in pairs if str(said).strip().lower() in text.lower()]
-    return named[0] if len(named) == 1 else None
+    return first_found(LETTERED, text, letters) or (named[0] if len(named) == 1 else None)
 
 
 def option_texts(choices):
@@ -145,20 +128,14 @@ def option_texts(choices):
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):
-    """1.0 where the completion names the answer column's option, else 0.0.
-
-    choices: per row a list of texts, the hub's {"text": [...], "label": [...]}, or None.
-    """
+    """1.0 where the option named is the answer; choices: texts, or the hub's {text, label}."""
     scores = []
     for completion, expected, options in zip(completions, answer, choices or [None] * len(answer)):
-        text = text_of(completion).strip()[:10_000]
-        labels = options["label"] if isinstance(options, dict) else []
-        letters = {}
-        if all(str(label).isdigit() for label in labels):  # some of ARC's are 1 to 4
-            letters = {str(label): chr(ord("A") + i) for i, label in enumerate(labels)}
+        text, expected = text_of(completion).strip()[:10_000], str(expected).strip().upper()
+        labels = [str(label) for label in (options["label"] if isinstance(options, dict) else [])]
+        letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC
         number = first_found(NUMBERED, text, "0123456789") if letters else None
         letter = letters.get(number) if number else chosen_letter(text, option_texts(options))
-        expected = str(expected).strip().upper()
         scores.append(float(letter is not None and letter == letters.get(expected, expected)))
     return scores
 

@@ -1,8 +1,4 @@
-"""The model that is trained when none is given: a tiny Llama, briefly taught a built-in task.
-
-Its examples hold few revised bookings (few long sums), so the model can do the task but not those:
-what is left for RL to learn.
-"""
+"""The model that is trained when none is given: a tiny Llama, briefly taught a built-in task."""
 
 import json
 
@@ -11,7 +7,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rollout import padded
-from tasks.booking import turns
+from tasks import as_messages
 from tasks.builtin import task_rows, task_tokenizer
 from tasks.conversations import continuation
 from tasks.prompts import encode_prompts
@@ -19,9 +15,8 @@ from tasks.prompts import encode_prompts
 
 def example(prompt_ids, said, tokenizer, end_id):
     """A prompt and what should be said (a text, or messages): ids (L,), labels (L,), else -100."""
-    ids = [*prompt_ids]
-    labels = [-100] * len(prompt_ids)
-    for message in turns(assistant=said) if isinstance(said, str) else said:
+    ids, labels = [*prompt_ids], [-100] * len(prompt_ids)
+    for message in as_messages(said, "assistant"):
         if message["role"] == "assistant":
             turn = tokenizer(message["content"], add_special_tokens=False)["input_ids"] + [end_id]
             labels += turn
@@ -41,10 +36,7 @@ def whole_loss(model, batch):
 
 
 def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=False):
-    """AdamW with linear decay on loss_of(model, some examples) -> the steps' losses.
-
-    batches: num_steps lists of rows. half: matrix products in bf16.
-    """
+    """num_steps of AdamW on loss_of(model, some examples) -> the losses; half: in bf16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     losses = []
     for step, rows in enumerate(tqdm(batches, desc="warm start", leave=False)):
@@ -71,31 +63,20 @@ def warm_start(task, seed, folder):
     hidden, num_steps, batch_size, num_rows = 64, 120, 64, 4096
     if task == "sums":
         hidden, num_steps, batch_size, num_rows = 96, 450, 128, 16384
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=2 * hidden,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        initializer_range=0.05,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-    )
+    sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3)
+    sizes |= dict(num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
+    special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2)
+    config = LlamaConfig(initializer_range=0.05, **sizes, **special)
     model = AutoModelForCausalLM.from_config(config)
     held_out = task_rows(task, "test", 512, seed) + task_rows(task, "ood", 512, seed)
     held_out = {str(row["prompt"]) for row in held_out}
     rows = task_rows(task, "warm", num_rows, seed)
     rows = [row for row in rows if str(row["prompt"]) not in held_out]
     prompts = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    pairs = zip(prompts, [row["completion"] for row in rows])
-    examples = [example(ids, said, tokenizer, tokenizer.eos_token_id) for ids, said in pairs]
+    examples = [example(ids, row["completion"], tokenizer, 1) for ids, row in zip(prompts, rows)]
     batches = [torch.randperm(len(rows))[:batch_size].tolist() for _ in range(num_steps)]
     fine_tune(model, examples, whole_loss, batches, num_steps, learning_rate=3e-3)
-    # Another task's, which this one's tokenizer would not overwrite.
-    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)  # another task's
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     made.write_text(settings)

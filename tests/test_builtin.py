@@ -1,12 +1,11 @@
 """tasks/builtin.py: rows that are right, seeded and distinct, and a tokenizer that takes them."""
 
 import json
-import random
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tasks.builtin import task_row, task_rows, task_tokenizer
+from tasks.builtin import task_rows, task_tokenizer
 from tasks.prompts import encode_prompts
 from tasks.verifiers import exact_reward, math_reward, text_of
 
@@ -35,10 +34,9 @@ def test_tasks_are_seeded_and_prompts_distinct(task):
 
 
 def test_out_of_domain_is_longer():
-    rng = random.Random(0)
     for task, length in (("dialogue", len), ("sums", lambda prompt: prompt.count("+"))):
         near, far = (
-            [length(task_row(task, split, rng)["prompt"]) for _ in range(200)]
+            [length(row["prompt"]) for row in task_rows(task, split, 200, seed=0)]
             for split in ("train", "ood")
         )
         assert min(far) > max(near)
@@ -49,7 +47,7 @@ def test_task_tokenizer_round_trips_through_a_folder(task, tmp_path):
     tokenizer = task_tokenizer(task)
     tokenizer.save_pretrained(tmp_path)
     loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
-    row = task_row(task, "ood", random.Random(0))
+    (row,) = task_rows(task, "ood", 1, seed=0)
     said = text_of(row["completion"])
     ids = loaded(said)["input_ids"]
     assert ids == tokenizer(said)["input_ids"] and loaded.pad_token_id not in ids
@@ -59,5 +57,5 @@ def test_task_tokenizer_round_trips_through_a_folder(task, tmp_path):
 
 def test_tasks_need_no_json_tricks():
     """Rows survive json, as a data file of one's own would hold them."""
-    row = task_row("dialogue", "train", random.Random(0))
+    (row,) = task_rows("dialogue", "train", 1, seed=0)
     assert json.loads(json.dumps(row)) == row

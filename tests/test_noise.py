@@ -37,7 +37,7 @@ def test_noise_does_not_depend_on_the_scores_and_flips_need_0_or_1():
     noisy_scores(torch.zeros(9), 0.2, 0.2, (0.1, 1.0), a)
     noisy_scores(torch.ones(9), 0.0, 0.0, NO_OUTLIER, b)
     assert torch.equal(a.get_state(), b.get_state())
-    with pytest.raises(InputError, match="--reward-noise-fp.*0.5 in row 1"):
+    with pytest.raises(InputError, match="--reward-noise-fp.*found 0.5"):
         noisy_scores(torch.tensor([1.0, 0.5]), 0.1, 0.0, NO_OUTLIER, torch.Generator())
 
 

@@ -6,17 +6,9 @@ import pytest
 from conftest import bos_tokenizer
 from datasets import Dataset
 
-from tasks import InputError
+from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
-from tasks.prompts import (
-    PROMPT_IDS,
-    as_messages,
-    assert_known_ids,
-    broken_line,
-    encode_prompts,
-    load_data,
-    load_prompts,
-)
+from tasks.prompts import PROMPT_IDS, assert_known_ids, encode_prompts, load_data, load_prompts
 
 TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -78,21 +70,21 @@ def test_overlong_prompts_are_left_out_and_counted(tmp_path, capsys):
 
 def test_what_is_wrong_with_a_prompt_names_the_flag(tmp_path):
     name = write_rows(tmp_path / "data.jsonl", [{"prompt": "hello"}, {"prompt": ""}])
-    with pytest.raises(InputError, match="--dataset-name: row 1: prompt"):
+    with pytest.raises(InputError, match="--dataset-name: .*row 1: prompt"):
         load_prompts("--dataset-name", name, "train", bos_tokenizer(), 99)
 
 
 def test_prompts_of_a_column_of_another_name_replace_those_of_ours(tmp_path):
     name = write_rows(tmp_path / "data.jsonl", [{"question": "hello", "prompt": 3, "id": 4}])
-    data = load_data("data", name, "train", prompt_column="question")
+    data = load_data(name, "train", prompt_column="question")
     assert data.to_dict() == {"prompt": ["hello"], "id": [4]}
     for column in ("query", "answer"):
-        with pytest.raises(InputError, match=f"data: .*column '{column}'.*found 1 rows of"):
-            load_data("data", name, "train", prompt_column=column)
+        with pytest.raises(InputError, match=f"column '{column}'.*found 1 rows of question, "):
+            load_data(name, "train", prompt_column=column)
 
 
 def test_built_in_rows_are_data_without_their_examples():
-    data = load_data("--task", "booking", ("test", 5, 3))
+    data = load_data("booking", ("test", 5, 3))
     assert data.column_names == ["prompt", "replies"]
     assert data["prompt"] == [row["prompt"] for row in task_rows("booking", "test", 5, 3)]
     tokenizer = task_tokenizer("booking")
@@ -101,37 +93,36 @@ def test_built_in_rows_are_data_without_their_examples():
 
 
 BROKEN = [
-    (b'{"prompt": "a"}\n\n{"prompt": "a",}\n', "line 3: "),
-    (b'{"prompt": "a"}\n[1, 2]\n', "line 2: expected an object, found '[1, 2]'"),
-    (b'{"prompt": "a"}\n""\n', "line 2: expected an object, found"),
-    (b'{"prompt": "a"}\n"\xff\xfe"\n', "line 2: 'utf-8'"),
-    (b'\xef\xbb\xbf{"prompt": "a"}\n\n', None),  # a byte order mark, and an empty line
+    (b'{"prompt": "a"}\n\n{"prompt": "a",}\n', "JSON parse error: .* row 1"),
+    (b'{"prompt": "a"}\n[1, 2]\n', "JSON parse error: "),
+    (b'{"prompt": "a"}\n""\n', "JSON parse error: "),
+    (b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n', "'utf-8' codec"),
+    (b"", "StopIteration"),
 ]
 
 
 @pytest.mark.parametrize("written,found", BROKEN)
-def test_broken_lines_of_a_file_are_named(written, found, tmp_path):
+def test_what_is_wrong_with_a_file_is_one_line(written, found, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(written)
-    if found is None:
-        assert broken_line(path) is None
-        assert load_data("data", str(path), "train")["prompt"] == ["a"]
-        return
-    assert broken_line(path).startswith(found)
-    with pytest.raises(InputError, match="data: cannot load .*line "):
-        load_data("data", str(path), "train")
+    with pytest.raises(InputError, match=f"--dataset-name: cannot load '.*data.jsonl': {found}"):
+        load_prompts("--dataset-name", str(path), "train", bos_tokenizer(), 9)
 
 
-def test_a_json_file_may_have_its_objects_on_many_lines(tmp_path):
-    path = tmp_path / "data.json"
-    path.write_text('[\n{"prompt":\n"a"}\n]\n')
-    assert load_data("data", str(path), "train")["prompt"] == ["a"]
+def test_byte_order_marks_empty_lines_and_objects_on_many_lines(tmp_path):
+    files = {
+        "bom.jsonl": b'\xef\xbb\xbf{"prompt": "a"}\n\n',
+        "data.json": b'[\n{"prompt":\n"a"}\n]\n',
+    }
+    for name, written in files.items():
+        (tmp_path / name).write_bytes(written)
+        assert load_data(str(tmp_path / name), "train")["prompt"] == ["a"]
 
 
 @pytest.mark.parametrize(
     "name,config,found",
     [
-        ("nowhere.jsonl", None, "no such file"),
+        ("nowhere.jsonl", None, "Unable to find"),
         ("data.csv", None, "expected a json, jsonl or parquet file"),
         ("data.jsonl", "main", "a file has no config, found 'main'"),
     ],
@@ -139,12 +130,16 @@ def test_a_json_file_may_have_its_objects_on_many_lines(tmp_path):
 def test_files_that_cannot_be_are_one_line(name, config, found, tmp_path):
     for there in ("data.csv", "data.jsonl"):
         (tmp_path / there).write_text('{"prompt": "a"}\n')
+    where = ("data", str(tmp_path / name), "train", bos_tokenizer(), 9)
     with pytest.raises(InputError, match=f"data: cannot load '.*{name}': {found}"):
-        load_data("data", str(tmp_path / name), "train", config)
+        load_prompts(*where, config=config)
 
 
 def test_tokens_that_the_model_has_no_embedding_for_are_named():
     data = Dataset.from_dict({"prompt": ["a", "b c"], PROMPT_IDS: [[1, 2], [3, 40]]})
     assert_known_ids(data, 41)
     with pytest.raises(InputError, match="expected token ids below 40, .*found 40 .*'b c'"):
+        assert_known_ids(data, 40)
+    data = Dataset.from_dict({"prompt": ["a", " "], PROMPT_IDS: [[1, 2], []]})
+    with pytest.raises(InputError, match="found None in the prompt ' '"):
         assert_known_ids(data, 40)

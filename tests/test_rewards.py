@@ -18,7 +18,7 @@ from tasks import InputError
 from tasks.builtin import task_tokenizer
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
-from tasks.rewards import OURS, REPOSITORY, load_function, load_reward, needed_parameters, score
+from tasks.rewards import OURS, REPOSITORY, load_function, load_reward, score
 from tasks.verifiers import exact_reward, math_reward
 
 
@@ -103,11 +103,12 @@ def test_a_reward_is_called_once_also_when_it_fails():
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(InputError, match="needs the column 'answer'; the data set has level"):
+    with pytest.raises(InputError, match="argument: 'answer'; the data set has level beside"):
         score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
     with pytest.raises(InputError, match="the data set has none beside 'prompt'"):
         score(math_reward, {"prompt": ["p"]}, ["a"])
-    assert needed_parameters(lambda a, b, c=3, *, d, e=5, **f: 0, positional=1) == ["b", "d"]
+    with pytest.raises(InputError, match="unexpected keyword argument 'level'; the data set has"):
+        score(lambda prompts, completions: [1.0], {"prompt": ["p"], "level": [1]}, ["a"])
 
 
 # ---- what it may give
@@ -178,7 +179,7 @@ def test_what_a_reward_raises_is_named_with_its_file_and_line():
 
     line = reward.__code__.co_firstlineno + 1
     where = rf"\(test_rewards.py, line {line}\)$"
-    with pytest.raises(InputError, match=f"--reward: it raised ZeroDivisionError: .* {where}"):
+    with pytest.raises(InputError, match=f"--reward: it raised ZeroDivisionError.* {where}"):
         score(reward, {"prompt": ["p", "q"], "level": [1, 0]}, ["a"] * 2)
 
 
@@ -187,23 +188,22 @@ class OwnError(Exception):
 
 
 RAISED = [
-    (ValueError(), r"it raised ValueError \("),
-    (ValueError(" \n"), r"it raised ValueError"),
-    (ValueError("two\nlines"), r"it raised ValueError: two lines \("),
-    (KeyError("x"), r"it raised KeyError: 'x' \("),
-    (OwnError("late"), r"it raised .*OwnError: late \("),
-    (SystemExit(3), r"it raised SystemExit: 3 \("),
+    (ValueError(), r"it raised ValueError\(\) \("),
+    (ValueError("two\nlines"), r"it raised ValueError\('two.*lines'\) \("),
+    (KeyError("x"), r"it raised KeyError\('x'\) \("),
+    (OwnError("late"), r"it raised OwnError\('late'\) \("),
+    (SystemExit(3), r"it raised SystemExit\(3\) \("),
 ]
 
 
 @pytest.mark.parametrize("error,found", RAISED)
-def test_what_a_reward_raises_is_one_line_with_nothing_missing_behind_a_colon(error, found):
+def test_what_a_reward_raises_is_one_line(error, found):
     def reward(prompts, **columns):
         raise error
 
     with pytest.raises(InputError, match=f"^--reward: {found}") as caught:
         score(reward, {"prompt": ["p"]}, ["a"])
-    assert "\n" not in str(caught.value) and ": (" not in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 # ---- where it is found
@@ -244,8 +244,7 @@ def test_a_loaded_function_keeps_its_parameters_and_the_place_of_its_errors(tmp_
     (tmp_path / "with_level.py").write_text(code)
     strict = load_reward("with_level:strict")
     assert [*inspect.signature(strict).parameters] == ["prompts", "completions", "level"]
-    assert needed_parameters(strict, positional=2) == ["level"]
-    with pytest.raises(InputError, match=r"TypeError: .* \(with_level.py, line 2\)"):
+    with pytest.raises(InputError, match=r"TypeError.* \(with_level.py, line 2\)"):
         score(strict, {"prompt": ["p"], "level": [1]}, ["a"])
 
 
@@ -258,13 +257,11 @@ from harness import strict
 from experiments import numbers
 
 def reward(prompts, completions, **columns):
-    from tasks import late  # found when it is called
-    import their_helper
+    import their_helper  # found when it is called
     assert their_helper.number == 5
-    late.calls.append(1)
-    names = [critic.name, rollout.name, strict.name, numbers.name, late.name]
-    assert names == ["theirs"] * 5, names
-    return [vowels(text) + len(late.calls) for text in completions]
+    names = [critic.name, rollout.name, strict.name, numbers.name]
+    assert names == ["theirs"] * 4, names
+    return [vowels(text) for text in completions]
 """
 
 
@@ -276,7 +273,6 @@ def their_folder(folder, package):
         "critic.py": "name = 'theirs'",
         "rollout.py": "name = 'theirs'",
         "tasks/letters.py": "def vowels(text):\n    return sum(c in 'aeiou' for c in text)",
-        "tasks/late.py": "name = 'theirs'\ncalls = []",
         "harness/strict.py": "name = 'theirs'",
         "experiments/numbers.py": "name = 'theirs'",
     }.items():
@@ -288,10 +284,11 @@ def their_folder(folder, package):
 
 
 @pytest.fixture
-def unloaded():
+def unloaded(monkeypatch):
     """The user's other modules stay in sys.modules, and every test has a folder of its own."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    for name in ("their_reward", "their_helper"):
+    for name in ("their_reward", "their_helper", "talk"):
         sys.modules.pop(name, None)
 
 
@@ -300,10 +297,9 @@ def test_a_users_modules_may_have_our_names(package, tmp_path, monkeypatch, unlo
     monkeypatch.chdir(their_folder(tmp_path, package))
     modules, places = dict(sys.modules), [*sys.path]
     reward = load_reward("their_reward:reward")
-    for expected in (3.0, 4.0):  # tasks.late is one module for all calls
-        assert score(reward, {"prompt": ["p"]}, ["area"]).tolist() == [expected + 1]
+    assert score(reward, {"prompt": ["p"]}, ["area"]).tolist() == [3.0]
     # Ours are what they were, and what is imported from now on is ours.
-    assert sys.path == places
+    assert sys.path == [*places, str(tmp_path)]
     for name, module in modules.items():
         assert sys.modules[name] is module
     for name in sys.modules.keys() - modules.keys():
@@ -312,16 +308,15 @@ def test_a_users_modules_may_have_our_names(package, tmp_path, monkeypatch, unlo
 
     assert critic.__file__ == str(REPOSITORY / "critic.py")
     assert sys.modules["tasks.prompts"] is tasks.prompts and rollout.Rollout
-    assert "tasks.late" not in sys.modules
 
 
-def test_two_functions_of_one_module_share_it(tmp_path, monkeypatch):
+def test_two_functions_of_one_module_share_it(tmp_path, monkeypatch, unloaded):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "critic.py").write_text(
+    (tmp_path / "talk.py").write_text(
         "seen = []\ndef user(text):\n    seen.append(text)\ndef reward():\n    return seen\n"
     )
-    load_function("--user", "critic:user")("hi")
-    assert load_function("--reward", "critic:reward")() == ["hi"]
+    load_function("--user", "talk:user")("hi")
+    assert load_function("--reward", "talk:reward")() == ["hi"]
 
 
 def test_two_folders_do_not_share_their_modules(tmp_path, monkeypatch):
@@ -342,14 +337,14 @@ def test_a_users_module_may_use_ours(tmp_path, monkeypatch):
     (tmp_path / "uses_ours.py").write_text(
         "import risk\nfrom tasks.verifiers import math_reward as reward\nname = risk.name\n"
     )
-    assert load_function("--reward", "uses_ours:reward").__wrapped__ is math_reward
+    assert load_function("--reward", "uses_ours:reward") is math_reward
     assert sys.modules["uses_ours"].name == "theirs"
 
 
 def test_the_working_folder_may_be_the_repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     modules = dict(sys.modules)
-    assert load_reward("tasks.verifiers:exact_reward").__wrapped__ is exact_reward
+    assert load_reward("tasks.verifiers:exact_reward") is exact_reward
     assert load_function("--user", "tasks.booking:scripted_user")([{"content": "book"}], "") is None
     assert dict(sys.modules) == modules
 
@@ -376,7 +371,7 @@ print(all({str(REPOSITORY)!r} in module.__file__ for module in (critic, rollout,
     their_folder(tmp_path, package=False)
     options = {"cwd": tmp_path, "capture_output": True, "text": True}
     run = subprocess.run([sys.executable, "-c", code], **options)
-    assert run.stdout.split() == ["4.0", "True"], run.stderr
+    assert run.stdout.split() == ["3.0", "True"], run.stderr
 
 
 # ---- models as rewards
