@@ -142,9 +142,7 @@ def resume(run, args):
         try:
             restore(run, folder)
         except Exception as error:
-            # A torn file can fail in any way.
             broken = folder.with_suffix(".broken")
-            # This iteration's may have been broken before.
             shutil.rmtree(broken, ignore_errors=True)
             folder.rename(broken)
             found = f"expected a whole checkpoint, found: {one_line(error)}"
@@ -171,9 +169,9 @@ def set_aside(output_dir):
 
 def write_flags(args):
     """args.json: what --resume goes on with, and what the run was made with."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    versions["threads"] = torch.get_num_threads()
-    flags = {"flags": {**vars(args), "resume": None}, "versions": versions}
+    about = {"torch": torch.__version__, "transformers": transformers.__version__}
+    about |= {"threads": torch.get_num_threads()}
+    flags = {"flags": {**vars(args), "resume": None}, "versions": about}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")
 

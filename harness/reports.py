@@ -48,8 +48,8 @@ def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 def response_metrics(rollout, true_scores, stop_ids):
     """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
-    mask = rollout.mask
-    is_eos = torch.isin(rollout.response_ids, torch.tensor(stop_ids, device=mask.device)) & mask
+    mask, stops = rollout.mask, torch.tensor(stop_ids, device=rollout.mask.device)
+    is_eos = torch.isin(rollout.response_ids, stops) & mask
     return {
         "objective/true_scores": true_scores.mean(),
         "val/num_eos_tokens": is_eos.sum(),
@@ -97,11 +97,6 @@ def evaluate(run, args, num_examples=3):
     return means, shown
 
 
-def for_json(numbers):
-    """JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-
-
 @contextlib.contextmanager
 def open_log(run, args, num_iterations):
     """-> metrics.jsonl, the bar, and --report-to's own log or None; a resumed run goes on."""
@@ -110,9 +105,7 @@ def open_log(run, args, num_iterations):
         tensorboard = importlib.import_module("torch.utils.tensorboard")
         tracker = tensorboard.SummaryWriter(args.output_dir, purge_step=episode + 1)
     elif args.report_to != "none":
-        # wandb, and trackio in its image
-        module = importlib.import_module(args.report_to)
-        tracker = module.init(project="dvpo", config=vars(args))
+        tracker = importlib.import_module(args.report_to).init(project="dvpo", config=vars(args))
     bar = tqdm(total=num_iterations, initial=run.iteration, desc=args.algo)
     with open(Path(args.output_dir) / "metrics.jsonl", "a") as file, bar:
         yield file, bar, tracker
@@ -128,11 +121,12 @@ def log_iteration(log, run, args, metrics):
     if args.eval_steps and run.iteration % args.eval_steps == 0:
         for name, value in evaluate(run, args)[0].items():
             metrics[f"eval/{name.replace(', ', '/').replace(' ', '_')}"] = value
-    numbers = for_json({name: float(value) for name, value in metrics.items()})
-    numbers = {"iteration": run.iteration} | numbers
+    known = {"iteration": run.iteration} | {name: float(v) for name, v in metrics.items()}
+    known = {name: value for name, value in known.items() if math.isfinite(value)}
+    # JSON has no NaN.
+    numbers = dict.fromkeys(["iteration", *metrics]) | known
     file.write(json.dumps(numbers) + "\n")
     file.flush()
-    known = {name: value for name, value in numbers.items() if value is not None}
     if args.report_to == "tensorboard":
         for name, value in known.items():
             tracker.add_scalar(name, value, episode)
@@ -168,7 +162,7 @@ def report(run, args, folder):
         pair = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
         pairs.append(pair | {"scores": [old["score"], new["score"]]})
     seconds = round(time.time() - run.start, 1)
-    results = {"before": for_json(run.before), "after": for_json(after), "seconds": seconds}
+    results = {"before": run.before, "after": after, "seconds": seconds}
     text = json.dumps(results | {"examples": pairs}, indent=2) + "\n"
     write_whole(output_dir / "results.json", text)
     print(f"\n{'mean score':24} before    after   change")

@@ -29,10 +29,9 @@ from tasks.warm_start import warm_start
 class Run:
     """All that a run holds. What changes from iteration to iteration stands last."""
 
-    # What is trained, in fp32; what decodes (itself, or its bf16 copy); the policy as it was.
-    policy: Any
-    sampler: Any
-    reference: Any  # None with --kl-coef 0
+    policy: Any  # what is trained, in fp32
+    sampler: Any  # what decodes: the policy, or its bf16 copy
+    reference: Any  # the policy as it was at first; None with --kl-coef 0
     critic: Any  # None where the algorithm has none
     optimizer: Any
     critic_optimizer: Any
@@ -47,16 +46,13 @@ class Run:
     half: bool  # whether matrix products are in bf16
     noise: torch.Generator  # of the rewards' noise alone
     start: float
-    # Whether sampling's log-probs are those of scoring, so that they need no pass of their own.
-    trust_recorded: bool = False
+    trust_recorded: bool = False  # whether sampling's log-probs are those of scoring
     iteration: int = 0
-    # The evaluation and the examples before training.
-    before: dict | None = None
-    examples: list | None = None
+    before: dict | None = None  # the evaluation before training
+    examples: list | None = None  # responses of it
 
 
 def autocast(run):
-    """bf16 matrix products, where the run has them."""
     return torch.autocast(run.policy.device.type, torch.bfloat16, enabled=run.half)
 
 
@@ -111,14 +107,13 @@ def load_splits(args, tokenizer, context):
     evals = {}
     if args.dataset_name is None:
         train = load("--task", args.task, ("train", 4096, args.seed))
-        for name, split in (("in domain", "test"), ("out of domain", "ood")):
+        for name, split in {"in domain": "test", "out of domain": "ood"}.items():
             evals[name] = load("--task", args.task, (split, args.eval_samples, args.seed))
     else:
         where = ("--dataset-name", args.dataset_name, args.dataset_split)
         train = load(*where, config=args.dataset_config)
         if args.eval_dataset_name:
-            where = ("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
-            held_out = load(*where)
+            held_out = load("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
             evals["held out"] = held_out.select(range(min(args.eval_samples, len(held_out))))
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
@@ -127,8 +122,7 @@ def load_splits(args, tokenizer, context):
     held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
     train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
     if len(train) == 0:
-        expected = "prompts beside the held-out ones (--eval-dataset-name, --eval-samples)"
-        raise InputError(f"--dataset-name: expected {expected}, found none")
+        raise InputError("--dataset-name: expected prompts beside the held-out ones, found none")
     if args.pseudo_label_noise:
         if "answer" not in train.column_names:
             raise InputError("--pseudo-label-noise: expected a column 'answer', found none")
@@ -216,13 +210,12 @@ def build(args):
         parameter.data = parameter.data.bfloat16()
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
-    optimizer = to_train(policy, device, args, args.learning_rate)
     run = Run(
         policy=policy,
         sampler=sampler,
         reference=reference,
         critic=critic,
-        optimizer=optimizer,
+        optimizer=to_train(policy, device, args, args.learning_rate),
         critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
         tokenizer=tokenizer,
         stop_ids=stop_ids,

@@ -21,7 +21,6 @@ OURS = {"critic", "risk", "dvpo", "rollout", "train", "tasks", "harness", "exper
 
 
 def take_out(names):
-    """Takes modules of these names, and those inside them, from sys.modules -> {name: module}."""
     inside = [name for name in sys.modules if name.partition(".")[0] in names]
     return {name: sys.modules.pop(name) for name in inside}
 
