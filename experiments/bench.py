@@ -39,7 +39,9 @@ from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
 
-SHAPES = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
+SIZES = f"{SIZES} num_key_value_heads vocab_size".split()
+SHAPES = {
     "tiny": (64, 128, 3, 4, 4, 64),
     "small": (256, 1024, 4, 4, 4, 2048),
     "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
@@ -59,9 +61,7 @@ TIMED = {
 def make_model(args, folder):
     """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
     torch.manual_seed(0)
-    names = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
-    names = f"{names} num_key_value_heads vocab_size".split()
-    config = dict(zip(names, SHAPES[args.shape]), pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    config = dict(zip(SIZES, SHAPES[args.shape]), pad_token_id=0, eos_token_id=1, bos_token_id=None)
     count, context = config["vocab_size"], args.prompt + args.response + 1
     config |= {"max_position_embeddings": context, "tie_word_embeddings": count > 10000}
     llama, qwen = transformers.LlamaConfig, transformers.Qwen3Config
@@ -113,27 +113,26 @@ def timed(module, name, phase, seconds, running):
             return function(*rest, **kwargs)
         running.append(name)
         start = now()
-        try:
-            return function(*rest, **kwargs)
-        finally:
-            seconds[phase] += now() - start
-            running.clear()
+        result = function(*rest, **kwargs)
+        seconds[phase] += now() - start
+        running.clear()
+        return result
 
     setattr(module, name, wrapper)
 
 
 def peak_memory():
-    """Bytes: the most held since the last call, on the GPU or in RAM on Linux; 0 elsewhere."""
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return peak
+    """MiB: the most held since the last call, on the GPU or in RAM on Linux; 0 elsewhere."""
     process = Path("/proc/self")
-    if not (process / "clear_refs").exists():
-        return 0
-    peak = int((process / "status").read_text().split("VmHWM:")[1].split()[0])
-    (process / "clear_refs").write_text("5")  # the peak begins anew, at what is held now
-    return 1024 * peak
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+    elif (process / "clear_refs").exists():
+        peak = int((process / "status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
+        (process / "clear_refs").write_text("5")  # the peak begins anew, at what is held now
+    else:
+        peak = 0
+    return peak
 
 
 def told_to_go_on(connection):
@@ -149,10 +148,8 @@ def worker(connection, args, flags):
     held = peak_memory()  # imports are not an iteration's
     with tempfile.TemporaryDirectory() as folder:
         make_model(args, Path(folder))
-        own = (
-            f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl --eval-samples 1"
-        )
-        own += f" --reward experiments.bench:lengths_reward --output-dir {folder}"
+        own = f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl"
+        own += f" --reward experiments.bench:lengths_reward --output-dir {folder} --eval-samples 1"
         own += f" --batch-size {args.batch} --response-length {args.response}"
         train_args = parse_args([*own.split(), *flags])
         run = build(train_args)
@@ -168,7 +165,7 @@ def worker(connection, args, flags):
         start = now()
         experience, _ = train.collect(run, train_args)
         train.update(run, train_args, experience)
-        total, memory = now() - start, (peak_memory() - held) / 2**20
+        total, memory = now() - start, peak_memory() - held
         rest, tokens = total - sum(seconds.values()), int(experience.rollout.mask.sum())
         found = {"rest": rest, "total": total, "tokens/s": tokens / total, "peak MiB": memory}
         connection.send({**seconds, **found})
@@ -195,12 +192,11 @@ def measure(rows, iterations):
                 sys.exit(f"bench: {name} failed, see above")
             if turn > 1:
                 found[name].append(result)
-    medians = {}
     for name, results in found.items():
         rows[name].send(False)
         columns = results[0].keys()
-        medians[name] = {c: statistics.median(row[c] for row in results) for c in columns}
-    return medians
+        found[name] = {c: statistics.median(row[c] for row in results) for c in columns}
+    return found
 
 
 def print_table(table):
@@ -221,20 +217,16 @@ def print_table(table):
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--prompt", type=int, help="tokens; default 64, or 16 if --ragged")
-    parser.add_argument("--response", type=int, help="most tokens; default 64, or 112 if --ragged")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens; 16 if --ragged")
+    parser.add_argument("--response", type=int, default=64, help="most tokens; 112 if --ragged")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--ragged", action="store_true", help="responses end at random, from 8 on")
     parser.add_argument("--iterations", type=int, default=5)
     parser.add_argument("--vary", default="algo=dvpo", help="NAME=VALUE,VALUE,...")
     parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
+    if "--ragged" in sys.argv:
+        parser.set_defaults(prompt=16, response=112)
     return parser
-
-
-def with_lengths(args):
-    prompt, response = (16, 112) if args.ragged else (64, 64)
-    given = {"prompt": args.prompt or prompt, "response": args.response or response}
-    return argparse.Namespace(**{**vars(args), **given})
 
 
 def main():
@@ -246,7 +238,7 @@ def main():
             own = make_parser().parse_args([f"--{name}", value], own)
         else:
             flags += [f"--{name}", value]
-        rows[f"{name} {value}"] = start(worker, with_lengths(own), flags)
+        rows[f"{name} {value}"] = start(worker, own, flags)
     print_table(measure(rows, args.iterations))
 
 

@@ -37,8 +37,7 @@ class Turn(TrainerCallback):
 
     def on_step_end(self, *_, **__):
         total = time.perf_counter() - self.start
-        memory = (bench.peak_memory() - self.held) / 2**20
-        self.connection.send({"total": total, "peak MiB": memory})
+        self.connection.send({"total": total, "peak MiB": bench.peak_memory() - self.held})
         self.on_train_begin()
 
 
@@ -84,7 +83,7 @@ def worker(connection, args, flags):
 
 
 def main():
-    args = bench.with_lengths(bench.make_parser().parse_args())
+    args = bench.make_parser().parse_args()
     rows = {"TRL PPO": bench.start(worker, args, [])}
     for algo in ("dvpo", "ppo"):
         rows[algo] = bench.start(bench.worker, args, ["--algo", algo, *args.flags])

@@ -78,7 +78,7 @@ def main():
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
     parser.add_argument("--max-tokens", type=int, default=128, help="of the policy's prompts")
-    run_script(parser, write_parts, parser.parse_args())
+    run_script(parser, write_parts)
 
 
 if __name__ == "__main__":

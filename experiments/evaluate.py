@@ -17,20 +17,15 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import torch
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from experiments.seeds import interval, run_script
+from experiments.seeds import COUNT, DEVICE, interval, load_policy, run_script
 from harness.checkpoints import newest_checkpoint
-from harness.flags import number_in
-from harness.setup import context_of, load, stop_token_ids
+from harness.setup import context_of, stop_token_ids
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, load_prompts
 from tasks.rewards import load_reward, score
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def policy_of(name):
@@ -45,31 +40,30 @@ def policy_of(name):
     return str(newest_checkpoint(Path(name)) / "policy"), flags
 
 
-def respond(model, tokenizer, stop_ids, prompt_ids, args):
+def respond(model, tokenizer, stop_ids, prompt_ids, response_length):
     """Greedy responses as texts; prompts of similar lengths go together."""
     order, texts = sorted(range(len(prompt_ids)), key=lambda row: len(prompt_ids[row])), {}
-    for start in trange(0, len(order), args.batch_size, leave=False):
-        rows = order[start : start + args.batch_size]
+    for start in trange(0, len(order), 32, leave=False):
+        rows = order[start : start + 32]
         ids = [prompt_ids[row] for row in rows]
-        sampled = rollout.sample(model, ids, stop_ids[0], stop_ids, args.response_length, 0.0)
+        sampled = rollout.sample(model, ids, stop_ids[0], stop_ids, response_length, 0.0)
         texts |= zip(rows, rollout.completion_texts(sampled, tokenizer, stop_ids))
     return [texts[row] for row in range(len(prompt_ids))]
 
 
 def evaluate(name, rewards, args):
-    """One policy on all of args.sets -> [{policy, set, reward, rows, score, words}]."""
+    """One policy on all of args.set -> [{policy, set, reward, rows, score, words}]."""
     folder, flags = policy_of(name)
-    model = load(AutoModelForCausalLM, folder, "policy").to(DEVICE)
-    tokenizer = load(AutoTokenizer, folder, "policy")
+    model, tokenizer = load_policy(folder, "policy")
     stop_ids = stop_token_ids(model, tokenizer, flags.get("stop_token"))
     template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
     results, answered = [], {}  # two rewards for one file: its responses are sampled once
-    for file, reward in args.sets:
+    for file, reward in args.set:
         if file not in answered:
             data = load_prompts("--set", file, "train", tokenizer, room, template)
             data = data.select(range(min(args.rows, len(data))))
-            texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args)
-            answered[file] = data.to_dict(), texts
+            ids, length = data[PROMPT_IDS], args.response_length
+            answered[file] = data.to_dict(), respond(model, tokenizer, stop_ids, ids, length)
         batch, texts = answered[file]
         mean = score(rewards[reward], batch, texts).mean().item()
         words = statistics.fmean(len(text.split()) for text in texts)
@@ -94,7 +88,7 @@ def print_means(results):
 
 
 def compare(args):
-    rewards, results = {name: load_reward(name, DEVICE) for _, name in args.sets}, []
+    rewards, results = {name: load_reward(name, DEVICE) for _, name in args.set}, []
     for policy in args.policies:
         for result in evaluate(policy, rewards, args):
             what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
@@ -109,16 +103,13 @@ def compare(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    count, names = number_in("[1, inf)", int), ("FILE", "REWARD")
+    names = ("FILE", "REWARD")
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
-    parser.add_argument(
-        "--set", nargs=2, action="append", required=True, metavar=names, dest="sets"
-    )
-    parser.add_argument("--rows", type=count, default=200, help="the first so many of each set")
-    parser.add_argument("--response-length", type=count, default=64)
-    parser.add_argument("--batch-size", type=count, default=32)
+    parser.add_argument("--set", nargs=2, action="append", required=True, metavar=names)
+    parser.add_argument("--rows", type=COUNT, default=200, help="the first so many of each set")
+    parser.add_argument("--response-length", type=COUNT, default=64)
     parser.add_argument("--output", type=Path, help="a jsonl file to add to")
-    run_script(parser, compare, parser.parse_args())
+    run_script(parser, compare)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME
 """
 
 import argparse
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -21,30 +20,23 @@ from tqdm import tqdm
 
 from critic import quantile_levels
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
-from experiments.seeds import RESULTS, current_commit, interval, json_lines
+from experiments.seeds import RESULTS, current_commit, interval, read_rows, run_script
 from risk import RiskConfig
+from tasks import InputError
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
 RED, BLUE = "#D55E00", "#0072B2"
 MEASURES = ("in domain, sampled", "out of domain, sampled")
-LEVEL, RETURN, STEP = "probability level", "return (reward units)", "iteration (128 responses each)"
+STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
+STYLE |= {"legend.loc": "upper left", "legend.frameon": False, "legend.fontsize": 8}
 
 
 def rounded(values):
     return [round(value, 4) for value in values.tolist()]
 
 
-def label(ax, title, x="", y="", legend=None, **more):
-    """The words of a panel; legend: where it stands, None for no legend."""
-    ax.set(title=title, xlabel=x, ylabel=y, **more)
-    if legend:
-        ax.legend(loc=legend, frameon=False, fontsize=8)
-
-
-# ---- terms: what each risk term does
-
-
 def terms_data(steps=700, m=64):
+    """What each risk term does to a fit."""
     alone = {f"+ {term}": {**OFF, term: getattr(RiskConfig, term)} for term in OFF}
     configs = {"core": OFF, **alone, "all": {}}
     fits = {kind: {} for kind in RETURNS}
@@ -66,8 +58,8 @@ def draw_fit(above, below, levels, row, name, fit):
 
 
 def draw_terms(figure, data):
-    pairs = [(fits["+ shape"]["mean"], fits["core"]["mean"]) for fits in data["fits"].values()]
-    moved = max(abs(shape - core) for shape, core in pairs)
+    means = [{name: fit["mean"] for name, fit in fits.items()} for fits in data["fits"].values()]
+    moved = max(abs(mean["+ shape"] - mean["core"]) for mean in means)
     figure.suptitle(
         "DVPO's terms contract the lower tail (a coin has none to contract) and expand the upper "
         f"one;\nthe mean stays, which the shape term alone would move by up to {moved:.2f}"
@@ -80,34 +72,27 @@ def draw_terms(figure, data):
         lower = [fit["mean"] - fit["worst"] for fit in (core, full)]
         upper = [fit["best"] - fit["mean"] for fit in (core, full)]
         title = "returns: {}\nlower tail {:.2f} -> {:.2f}\nupper tail {:.2f} -> {:.2f}"
-        label(above, title.format(kind, *lower, *upper), LEVEL, xlim=(0, 1))
-        label(below, "", RETURN, yticks=range(len(fits)), yticklabels=fits)
+        above.set(title=title.format(kind, *lower, *upper), xlabel="probability level", xlim=(0, 1))
+        below.set(xlabel="return (reward units)", yticks=range(len(fits)), yticklabels=fits)
         below.invert_yaxis()
-    axes[0, 0].set_ylabel(RETURN)
+    axes[0, 0].set_ylabel("return (reward units)")
     axes[1, 0].set_ylabel("worst tenth, mean,\nbest tenth")
-    axes[0, 0].legend(loc="upper left", frameon=False)
+    axes[0, 0].legend()
 
 
-# ---- first: training over seeds, and two fits
-
-
-def curves_of(runs, measure):
-    """{algo: {iteration: that evaluation, a value per seed}}; iteration 0: the one before."""
-    curves, key = {}, "eval/" + measure.replace(", ", "/").replace(" ", "_")
+def bands_of(runs, measure):
+    """{algo: iterations, means and half-widths over seeds}; iteration 0: before training."""
+    curves, bands, key = {}, {}, "eval/" + measure.replace(", ", "/").replace(" ", "_")
     for run in runs:
         curve = curves.setdefault(run["algo"], {})
         curve.setdefault(0, []).append(run["before"][measure])
         for row in run["curve"]:
             if key in row:
                 curve.setdefault(row["iteration"], []).append(row[key])
-    return curves
-
-
-def band_of(curve):
-    """{iteration: values} as lists to draw: iterations, means and half-widths of intervals."""
-    steps = sorted(curve)
-    mean, half = zip(*(interval(curve[step]) for step in steps))
-    return {"iteration": steps, "mean": mean, "half": half}
+    for algo, curve in curves.items():
+        mean, half = zip(*(interval(curve[step]) for step in sorted(curve)))
+        bands[algo] = {"iteration": sorted(curve), "mean": mean, "half": half}
+    return bands
 
 
 def draw_band(ax, band, colour, text, style="-"):
@@ -117,11 +102,9 @@ def draw_band(ax, band, colour, text, style="-"):
 
 
 def first_data(steps=1200, m=200):
-    runs, fits = json_lines(RESULTS / "default.jsonl"), {}
-    bands = {}
-    for measure in MEASURES:
-        curves = curves_of(runs, measure)
-        bands[measure] = {algo: band_of(curve) for algo, curve in curves.items()}
+    """Training over seeds, and two fits."""
+    runs, fits = read_rows(RESULTS / "default.jsonl"), {}
+    bands = {measure: bands_of(runs, measure) for measure in MEASURES}
     for name, config in (("quantile regression", None), ("+ DVPO's terms", RiskConfig())):
         q = fitted_quantiles("heavy lower tail", config, m=m, steps=steps)
         fits[name] = {"quantiles": rounded(q), "tails": tails(q)}
@@ -135,15 +118,18 @@ def draw_first(figure, data):
     for ax, measure, title in zip(axes, MEASURES, (seeds, "the same models, longer dialogues")):
         draw_band(ax, data["bands"][measure]["dvpo"], RED, "DVPO")
         draw_band(ax, data["bands"][measure]["ppo"], BLUE, "PPO", "--")
-        label(ax, title, STEP, "held-out accuracy, sampled", "upper left", ylim=(0.15, 1.0))
+        words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, sampled"}
+        ax.set(title=title, ylim=(0.15, 1.0), **words)
+        ax.legend()
     for (name, fit), colour in zip(data["fits"].items(), (BLUE, RED)):
         mean, low, up = fit["tails"]
         text = f"{name}\nmean {mean:.2f}, tails -{low:.2f} / +{up:.2f}"
         last.plot(data["levels"], fit["quantiles"], color=colour, label=text)
-    for start in (0, 0.9):
-        last.axvspan(start, start + 0.1, color="0.9", zorder=0)
-    title = "What the critic believes: heavy lower tail"
-    label(last, title, "probability level (tails grey)", "return", "upper left", xlim=(0, 1))
+    last.axvspan(0, 0.1, color="0.9", zorder=0)
+    last.axvspan(0.9, 1, color="0.9", zorder=0)
+    words = {"xlabel": "probability level (tails grey)", "ylabel": "return"}
+    last.set(title="What the critic believes: heavy lower tail", xlim=(0, 1), **words)
+    last.legend()
 
 
 FIGURES = {  # name: what computes the data, what draws it, width and height in inches
@@ -152,33 +138,32 @@ FIGURES = {  # name: what computes the data, what draws it, width and height in 
 }
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("name", choices=FIGURES)
-    parser.add_argument("--redraw", action="store_true", help="from the stored data")
-    args = parser.parse_args(argv)
-    if not importlib.util.find_spec("matplotlib"):
-        parser.exit(2, "figures.py: error: it needs matplotlib: see requirements-dev.txt\n")
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
+def draw_one(args):
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("it needs matplotlib: see requirements-dev.txt") from error
     torch.set_num_threads(1)
     compute, draw, size = FIGURES[args.name]
     stored = RESULTS / f"figure-{args.name}.json"
     target = RESULTS / "figure.png" if args.name == "first" else stored.with_suffix(".png")
-    try:
-        if not args.redraw:
-            about = {"commit": current_commit(), "torch": torch.__version__}
-            stored.write_text(json.dumps(about | compute()) + "\n")
-        data = json.loads(stored.read_text())
-    except FileNotFoundError as error:
-        parser.exit(2, f"figures.py: error: {error}\n")
-    style = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False}
-    with rc_context({**style, "axes.spines.right": False}):
+    if not args.redraw:
+        about = {"commit": current_commit(), "torch": torch.__version__}
+        stored.write_text(json.dumps(about | compute()) + "\n")
+    data = json.loads(stored.read_text())
+    with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure, data)
         figure.savefig(target, dpi=140)
     print(f"written: {target}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=FIGURES)
+    parser.add_argument("--redraw", action="store_true", help="from the stored data")
+    run_script(parser, draw_one)
 
 
 if __name__ == "__main__":

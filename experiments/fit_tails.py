@@ -57,11 +57,8 @@ def fitted_quantiles(
 
 def tails(quantiles):
     """(mean, S_low, S_up) at alpha = beta = 0.1."""
-    low, mean, up = (
-        lower_tail_mean(quantiles, 0.1),
-        quantiles.mean(),
-        upper_tail_mean(quantiles, 0.1),
-    )
+    low, up = lower_tail_mean(quantiles, 0.1), upper_tail_mean(quantiles, 0.1)
+    mean = quantiles.mean()
     return mean.item(), (mean - low).item(), (up - mean).item()
 
 

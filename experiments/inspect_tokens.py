@@ -26,9 +26,9 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
-from experiments.seeds import run_script
+from experiments.seeds import COUNT, run_script
 from harness.checkpoints import newest_checkpoint, restore
-from harness.flags import number_in, parse_args
+from harness.flags import parse_args
 from harness.setup import autocast, build, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError
@@ -37,7 +37,6 @@ from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
-ADVANTAGES = ("advantage", "scalar_advantage")
 # Or two critics predict different things.
 SAME = "task dataset_name model_name_or_path reward user max_turns seed gamma kl_coef".split()
 
@@ -59,9 +58,9 @@ def forward(run, args, rollout, function, model, *rest):
         return ro.in_micro_batches(function, model, rollout, *limits, *rest)
 
 
-def answer(run, args, batch, greedy):
+def answer(run, args, batch):
     """Responses, their scores without noise (B,), and token rewards (B, T)."""
-    rollout = respond(run, args, batch, 0.0 if greedy else args.temperature)
+    rollout = respond(run, args, batch, args.temperature)
     off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
     scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
     logprobs, reference = (
@@ -117,19 +116,17 @@ def visible(text):
     return "".join(shown.get(c, c if c.isprintable() else "·") for c in text)
 
 
-def look(run, args, batch, greedy, scalar):
+def look(run, args, batch, scalar):
     """[{prompt, score, truncated, tokens: [{text, before, quantiles, shown, std, mean, ...}]}]
 
     Floats in reward units; shown: at SHOWN, Q(p) the least quantile with a share of p or more at or
-    below it. before: what a user said since the policy's last
-    token, with the chat template's own tokens; else "".
+    below it. before: what a user said since the policy's last token, as the template has it, or "".
     """
-    rollout, scores, rewards = answer(run, args, batch, greedy)
+    rollout, scores, rewards = answer(run, args, batch)
     quantiles, advantages = judged_by(run.critic, run, args, rollout, rewards)
     values, scalar_advantages = judged_by(scalar, run, args, rollout, rewards)
     at_shown = [tail_size(quantiles.shape[-1], p) - 1 for p in SHOWN]
     columns = {
-        "id": rollout.response_ids,
         "quantiles": quantiles,
         "shown": quantiles[..., at_shown],
         "std": quantiles.std(dim=-1, unbiased=False),
@@ -140,15 +137,15 @@ def look(run, args, batch, greedy, scalar):
         "reward": rewards,
         "return": dvpo.discounted_returns(rewards, rollout.mask, args.gamma),
     }
-    columns, shown = {name: column.tolist() for name, column in columns.items()}, []
+    columns = {name: c.double().round(decimals=5).tolist() for name, c in columns.items()}
+    shown = []
     for row, (prompt_ids, score) in enumerate(zip(batch[PROMPT_IDS], scores.tolist())):
-        tokens, begin = [], len(rollout.mask[row]) - int(rollout.lengths[row, 1])
+        ids, tokens = rollout.response_ids[row].tolist(), []
+        begin = len(ids) - int(rollout.lengths[row, 1])
         for t in rollout.mask[row].nonzero().flatten().tolist():
-            ids = columns["id"][row]
-            token = {name: column[row][t] for name, column in columns.items()}
-            token["text"] = visible(run.tokenizer.decode([ids[t]]))
-            token["before"] = visible(run.tokenizer.decode(ids[begin:t]))
-            tokens.append(token)
+            texts = [visible(run.tokenizer.decode(part)) for part in (ids[begin:t], [ids[t]])]
+            token = {"before": texts[0], "text": texts[1], "id": ids[t]}
+            tokens.append(token | {name: column[row][t] for name, column in columns.items()})
             begin = t + 1
         found = {"prompt": run.tokenizer.decode(prompt_ids), "tokens": tokens}
         shown.append({**found, "score": score, "truncated": rollout.truncated[row].item()})
@@ -181,47 +178,38 @@ def print_rows(shown):
         print(f"   response     {'|'.join(texts)}\n{table(row)}")
 
 
-def rounded(value):
-    return [rounded(item) for item in value] if isinstance(value, list) else round(value, 4)
-
-
-def cell(token, key, scale):
-    """A token in one critic's colour, as HTML; the second row is for the eye alone."""
-    value, text = token[key], html.escape(token["text"]) or "&nbsp;"
-    tint = f'class="{"up" if value >= 0 else "down"}" style="--share:{abs(value) / scale:.3f}"'
-    return f"<span {tint}{' aria-hidden=true' * (key != 'advantage')}>{text}</span>"
-
-
 def section(index, row, scale):
-    """One response as HTML."""
-    names, buttons = "<span>distribution</span><span>scalar</span>", ""
+    """One response as HTML: a button per token, in the colours of both critics' advantages."""
+    buttons = ""
     for column, token in enumerate(row["tokens"]):
         if token["before"]:
             buttons += f'<span class="user">{html.escape(token["before"])}</span>'
         place = f'data-row="{index}" data-column="{column}"'
-        both = "".join(cell(token, name, scale) for name in ADVANTAGES)
-        buttons += f'<button type="button" class="token" {place}>{both}</button>'
-    head = f"<h2>{index + 1}. {html.escape(scored(row))}</h2>"
-    head += f'<p class="prompt">{html.escape(row["prompt"])}</p>'
-    line = f'<div class="line"><span class="names">{names}</span><span>{buttons}</span></div>'
-    numbers = f"<summary>All numbers</summary><pre>{html.escape(table(row))}</pre>"
-    detail = '<div class="detail" aria-live="polite"></div>'
-    return f"<section>{head}{line}{detail}<details>{numbers}</details></section>"
+        buttons += f'<button type="button" class="token" {place}>'
+        for value in (token["advantage"], token["scalar_advantage"]):
+            kind, text = "up" if value >= 0 else "down", html.escape(token["text"]) or "&nbsp;"
+            buttons += (
+                f'<span class="{kind}" style="--share:{abs(value) / scale:.3f}">{text}</span>'
+            )
+        buttons += "</button>"
+    return f"""<section><h2>{index + 1}. {html.escape(scored(row))}</h2>
+<p class="prompt">{html.escape(row["prompt"])}</p>
+<div class="line"><span class="names"><span>distribution</span><span>scalar</span></span>
+<span>{buttons}</span></div><div class="detail" aria-live="polite"></div>
+<details><summary>All numbers</summary><pre>{html.escape(table(row))}</pre></details></section>"""
 
 
 def page(shown, said):
     """The whole HTML page as text. Texts are escaped here; the script gets numbers alone."""
-    tokens = [token for row in shown for token in row["tokens"]]
-    found = [abs(token[name]) for token in tokens for name in ADVANTAGES]
+    rows, names = [row["tokens"] for row in shown], ("quantiles", "shown", "reward", *CELLS)
+    numbers = [[{name: token[name] for name in names} for token in tokens] for tokens in rows]
+    advantages = ("advantage", "scalar_advantage")
+    found = [abs(token[name]) for tokens in rows for token in tokens for name in advantages]
     scale = max(found, default=0) or 1.0  # the advantage that gets full colour
-    sections = [section(index, row, scale) for index, row in enumerate(shown)]
-    names, numbers = ("quantiles", "shown", "reward", *CELLS), []
-    for row in shown:
-        numbers.append([{name: rounded(token[name]) for name in names} for token in row["tokens"]])
-    parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}"}
-    parts |= {"NUMBERS": json.dumps(numbers), "SECTIONS": "\n".join(sections)}
+    sections = "\n".join(section(index, row, scale) for index, row in enumerate(shown))
     template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
-    for name, value in parts.items():
+    parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}"}
+    for name, value in {**parts, "NUMBERS": json.dumps(numbers), "SECTIONS": sections}.items():
         template = template.replace(f"<!--{name}-->", value)
     return template
 
@@ -234,10 +222,9 @@ def inspect(args):
     batch = next(iter(run.evals.values()))[: args.rows]
     scalar, which = scalar_critic(run, flags, args.scalar, args.samples)
     torch.manual_seed(args.seed)  # the same responses whichever critic stands beside
-    shown = look(run, flags, batch, args.greedy, scalar)
-    mode = "greedy" if args.greedy else f"sampled at temperature {flags.temperature:g}"
-    said = f"{args.run}, {mode}, gamma {flags.gamma:g}, lambda {flags.lam:g}"
-    said += f", KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
+    shown = look(run, flags, batch, scalar)
+    said = f"{args.run}, temperature {flags.temperature:g}, gamma {flags.gamma:g}"
+    said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
     print(said)
     print_rows(shown)
     if args.html:
@@ -247,15 +234,13 @@ def inspect(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    count, seeds = number_in("[1, inf)", int), number_in("[0, 2147483647]", int)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
-    parser.add_argument("--rows", type=count, default=4, help="how many held-out prompts")
+    parser.add_argument("--rows", type=COUNT, default=4, help="how many held-out prompts")
     parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
-    parser.add_argument("--samples", type=count, default=512, help="responses to fit it on")
+    parser.add_argument("--samples", type=COUNT, default=512, help="responses to fit it on")
     parser.add_argument("--html", type=Path, help="also write a page to this file")
-    parser.add_argument("--greedy", action="store_true", help="the most probable token each time")
-    parser.add_argument("--seed", type=seeds, default=0)
-    run_script(parser, inspect, parser.parse_args())
+    parser.add_argument("--seed", type=int, default=0)
+    run_script(parser, inspect)
 
 
 if __name__ == "__main__":

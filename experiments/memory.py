@@ -3,7 +3,7 @@
     python experiments/memory.py Qwen/Qwen3-1.7B --prompt 256        # behind --: train.py's flags
     python experiments/memory.py Qwen/Qwen3-1.7B -- --kl-coef 0 --gradient-checkpointing
 
-Reads the models' config only (a hub name, or a folder). Bytes, P a model's parameters:
+Reads the models' config only (a hub name or folder). Bytes, P a model's parameters:
 
     held     policy 16 P and critic 16 P (fp32 weight, gradient, Adam's two moments), reference 4 P,
              bf16 sampler 2 P; a critic's P are its trunk's and hidden * N * M for its heads
@@ -28,8 +28,8 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from experiments.seeds import run_script
-from harness.flags import ALGORITHMS, number_in, parse_args
+from experiments.seeds import COUNT, run_script
+from harness.flags import ALGORITHMS, parse_args
 from tasks import InputError, one_line
 
 
@@ -57,15 +57,11 @@ def kept_for_backward(config, few, checkpointing):
 
 def needs(policy, critic, args, prompt):
     """{part: bytes} of a run with these configs and train.py's flags, and "peak"."""
-    half, num_policy, kind = (
-        args.dtype != "float32",
-        count_parameters(policy),
-        ALGORITHMS[args.algo],
-    )
-    few, num_critic, configs = 2 if half else 4, 0, [policy]
-    if kind.critic != "none":
-        heads = 1 if kind.critic == "scalar" else args.num_heads
-        outputs = heads * (args.num_quantiles if kind.critic == "quantiles" else 1)
+    half, kind = args.dtype != "float32", ALGORITHMS[args.algo].critic
+    few, num_policy, num_critic, configs = 2 if half else 4, count_parameters(policy), 0, [policy]
+    if kind != "none":
+        heads = 1 if kind == "scalar" else args.num_heads
+        outputs = heads * (args.num_quantiles if kind == "quantiles" else 1)
         num_critic = count_parameters(critic, AutoModel) + outputs * (critic.hidden_size + 1)
         configs.append(critic)
     response = args.response_length * (args.max_turns if args.user else 1)
@@ -73,19 +69,15 @@ def needs(policy, critic, args, prompt):
     rows = max(1, min(args.micro_batch_size, args.micro_batch_tokens // length, minibatch))
     # Policy and critic take turns.
     kept = max(kept_for_backward(each, few, args.gradient_checkpointing) for each in configs)
-    held = {
-        "policy": 16 * num_policy,
-        "critic": 16 * num_critic,
-        "reference": 4 * num_policy if args.kl_coef > 0 else 0,
-        "sampler": 2 * num_policy if half else 0,
-    }
+    held = {"policy": 16 * num_policy, "critic": 16 * num_critic}
+    held["reference"] = 4 * num_policy if args.kl_coef > 0 else 0
+    held["sampler"] = 2 * num_policy if half else 0
     update = {
         "casts": 2 * max(num_policy, num_critic) if half else 0,
         "activations": rows * length * sum(kept),
         "logits": rows * response * 2 * few * policy.vocab_size,
     }
-    per_layer = args.batch_size * length * 2 * few * widths(policy)[2]
-    cache = policy.num_hidden_layers * per_layer
+    cache = policy.num_hidden_layers * args.batch_size * length * 2 * few * widths(policy)[2]
     peak = sum(held.values()) + max(cache, sum(update.values()))
     return {**held, **update, "KV cache": cache, "peak": peak}
 
@@ -102,11 +94,8 @@ def read_config(name):
 
 def show(own):
     args = parse_args(["--model-name-or-path", own.model, *own.flags])
-    policy = critic = read_config(own.model)
-    if args.critic_model_name_or_path:
-        critic = read_config(args.critic_model_name_or_path)
-    found = needs(policy, critic, args, own.prompt)
-    for name, size in found.items():
+    names = (own.model, args.critic_model_name_or_path or own.model)
+    for name, size in needs(*map(read_config, names), args, own.prompt).items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")
     print("peak: the first four, and the larger of KV cache and casts + activations + logits")
 
@@ -114,12 +103,9 @@ def show(own):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--prompt", type=number_in("[1, inf)", int), default=256, help="tokens")
-    words = sys.argv[1:]
-    at = words.index("--") if "--" in words else len(words)
-    own = parser.parse_args(words[:at])
-    own.flags = words[at + 1 :]
-    run_script(parser, show, own)
+    parser.add_argument("--prompt", type=COUNT, default=256, help="tokens")
+    parser.add_argument("flags", nargs="*", help="of train.py, behind --")
+    run_script(parser, show)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
     python experiments/noise.py --grid tuning --jobs 2     # or ladder, quantiles, risk, lam, flags
-    python experiments/noise.py --quick                    # short runs; their numbers mean nothing
+    python experiments/noise.py --grid quick               # short runs; their numbers mean nothing
     python experiments/noise.py --table                    # print what results/ holds
 
-Finished runs stand in experiments/results/noise-*.jsonl and are skipped: a grid may be stopped and
-gone on with, and grids share what they have in common. Per seed all methods get the same warm
-start, number of completions, and order of prompts and noise.
+Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
+a grid may be stopped and gone on with, and grids share what they have in common. Per seed all
+methods get the same warm start, number of completions, and order of prompts and noise.
 """
 
 import argparse
@@ -24,8 +24,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-from experiments.seeds import RESULTS, ROOT, current_commit, interval, json_lines, train
-from harness.flags import number_in
+from experiments.seeds import COUNT, RESULTS, current_commit, interval, read_rows, run_script, train
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn. At
 # a critic's learning rate of 1e-3 they had learned no offset in 20 iterations.
@@ -63,7 +62,6 @@ ONE_FLAG = """
 ONE_FLAG = [flag.strip() for flag in ONE_FLAG.split(",")]
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
-FILES = ("args", "results")
 WINDOW = 5  # a curve is a mean over as many iterations
 
 
@@ -98,7 +96,7 @@ FEW = {name: ALL[name] for name in ("ppo", "dvpo")}
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
-    "quick": (FEW, ("none", "offset, outliers"), range(2)),
+    "quick": (FEW, ("none",), range(2)),
     **{name: (methods, SOME, range(3)) for name, methods in SWEEPS.items()},
 }
 
@@ -121,50 +119,42 @@ def run(flags, seed):
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         train([*flags.split(), *f"--seed {seed} --reward-noise-seed {seed}".split()], folder)
-        rows = json_lines(folder / "metrics.jsonl")
-        named = {name: key for name, key in CURVES.items() if key in rows[0]}
-        curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
-        about, results = (json.loads((folder / f"{file}.json").read_text()) for file in FILES)
-    return {**about["versions"], **results, **curves}
+        rows = read_rows(folder / "metrics.jsonl")
+        versions = json.loads((folder / "args.json").read_text())["versions"]
+        results = json.loads((folder / "results.json").read_text())
+    named = {name: key for name, key in CURVES.items() if key in rows[0]}
+    curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
+    return {**versions, **results, **curves}
 
 
-def run_grid(name, jobs, methods, noises, seeds):
+def run_grid(name, jobs, seeds):
     """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    commit, finished = current_commit(), {(row["flags"], row["seed"]) for row in finished_runs()}
-    todo, failed = [], 0
-    for seed, noise, method in itertools.product(seeds, noises, methods):
-        flags = flags_of(name, method, noise)
-        if (flags, seed) not in finished:
-            key = {"method": method, "noise": noise, "seed": seed, "flags": flags}
-            todo.append({**key, "commit": commit})
+    (methods, noises, _), commit = GRIDS[name], current_commit()
+    finished, failed = {(row["flags"], row["seed"]) for row in finished_runs()}, 0
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = {pool.submit(run, key["flags"], key["seed"]): key for key in todo}
+        futures = {}
+        for seed, noise, method in itertools.product(seeds, noises, methods):
+            flags = flags_of(name, method, noise)
+            if (flags, seed) not in finished:
+                key = {"method": method, "noise": noise, "seed": seed, "flags": flags}
+                futures[pool.submit(run, flags, seed)] = {**key, "commit": commit}
         try:
             done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(todo), desc=f"{name}, {jobs} at a time"):
+            for future in tqdm(done, total=len(futures), desc=f"{name}, {jobs} at a time"):
                 if future.exception():
                     tqdm.write(f"noise.py: {future.exception()}", file=sys.stderr)
                     failed += 1
                     continue
                 with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
                     out.write(json.dumps(futures[future] | future.result()) + "\n")
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            pool.shutdown(cancel_futures=True)  # Ctrl-C
     return failed
 
 
 def finished_runs():
-    """All of them, whichever grid made them; a torn line ends the program with its place."""
-    runs = []
-    for file in sorted(RESULTS.glob("noise-*.jsonl")):
-        for number, line in enumerate(file.read_text().splitlines(), 1):
-            try:
-                runs.append(json.loads(line))
-            except ValueError:
-                found = f"expected a run as JSON, found {line[:40]!r}: delete the line"
-                sys.exit(f"noise.py: {file}, line {number}: {found}")
-    return runs
+    """All of them, whichever grid made them."""
+    return [row for file in sorted(RESULTS.glob("noise-*.jsonl")) for row in read_rows(file)]
 
 
 def current(name):
@@ -177,19 +167,11 @@ def current(name):
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
-def steps_to(rows, target):
-    """The last iteration of the first window whose mean over rows reaches target, or "never"."""
-    for number, values in enumerate(zip(*(row["true"] for row in rows)), 1):
-        if statistics.fmean(values) >= target:
-            return WINDOW * number
-    return "never"
-
-
 def summarise(found, reference):
-    """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance, steps)."""
+    """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance at the end)."""
     table = []
     for (noise, method), own in found.items():
-        base, clean = found[noise, reference], found.get(("none", reference), {})
+        base = found[noise, reference]
         seeds = sorted(own.keys() & base.keys())
         if len(seeds) < 2:
             continue
@@ -202,58 +184,41 @@ def summarise(found, reference):
             columns[split] = interval(after)
             # Paired by seed.
             columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])
-        runs, explained, steps = [own[seed] for seed in seeds], "", ""
-        if "ev" in runs[0]:
-            explained = round(statistics.fmean(run["ev"][-1] for run in runs), 2)
-        if clean.keys() >= set(seeds):
-            goal = 0.9 * statistics.fmean(clean[seed]["true"][-1] for seed in seeds)
-            steps = steps_to(runs, goal)
-        table.append((noise, method, seeds, columns, explained, steps))
+        explained = [own[seed]["ev"][-1] for seed in seeds if "ev" in own[seed]]
+        explained = round(statistics.fmean(explained), 2) if explained else ""
+        table.append((noise, method, seeds, columns, explained))
     return table
 
 
 def print_table(table, reference):
     heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in SPLITS)
-    print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}{'steps':>7}")
-    for noise, method, seeds, columns, explained, steps in table:
+    print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
+    for noise, method, seeds, columns, explained in table:
         cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
-        print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}{steps:>7}")
-    print("mean ± half of Student's 95 % interval over seeds; differences paired by seed. ev: the")
-    print("critic's explained variance at the end. steps: iterations until accuracy while training")
-    print(f"(sampled, noise-free) is 90 % of what {reference} ends with when there is no noise.")
+        print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
+    print("mean ± half of Student's 95 % interval over seeds; differences paired by seed.")
+    print("ev: the critic's explained variance at the end.")
+
+
+def run_and_print(args):
+    if args.grid == "quick":
+        global RESULTS
+        RESULTS = Path("runs/noise-quick")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+    (reference, *_), _, seeds = GRIDS[args.grid]
+    failed = 0 if args.table else run_grid(args.grid, args.jobs, seeds[: args.seeds])
+    print_table(summarise(current(args.grid), reference), reference)
+    if failed:
+        sys.exit(f"noise.py: {failed} runs failed")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--grid", choices=GRIDS, default="main")
-    count = number_in("[1, inf)", int)
-    parser.add_argument("--jobs", type=count, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=count, help="only so many of the grid's")
-    parser.add_argument("--noises", nargs="+", help="only these of the grid's")
-    parser.add_argument("--quick", action="store_true", help="--grid quick, into runs/noise-quick/")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
+    parser.add_argument("--seeds", type=COUNT, help="only so many of the grid's")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    args = parser.parse_args()
-    grid = args.grid
-    if args.quick:
-        global RESULTS
-        RESULTS, grid = ROOT / "runs" / "noise-quick", "quick"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    methods, noises, seeds = GRIDS[grid]
-    kinds, seeds = args.noises or noises, seeds[: args.seeds]
-    if unknown := set(kinds) - set(noises):
-        found = f"found {', '.join(unknown)}"
-        parser.error(f"--noises: expected some of {', '.join(noises)}; {found}")
-    reference, failed = next(iter(methods)), 0
-    if not args.table:
-        try:
-            failed = run_grid(grid, args.jobs, methods, kinds, seeds)
-        except KeyboardInterrupt:
-            sys.exit("noise.py: stopped; finished runs are kept, and the same command goes on")
-    found = {key: runs for key, runs in current(grid).items() if key[0] in kinds}
-    table = summarise(found, reference)
-    print_table(table, reference)
-    if failed:
-        sys.exit(f"noise.py: {failed} runs failed")
+    run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,10 @@ if __name__ == "__main__":
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
-from experiments.seeds import run_script
-from harness.flags import number_in
-from harness.setup import context_of, load, stop_token_ids
+from experiments.seeds import COUNT, load_policy, run_script
+from harness.setup import context_of, stop_token_ids
 from tasks import verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
@@ -72,9 +70,7 @@ def report(done, total):
 
 
 def label(args):
-    model = load(AutoModelForCausalLM, args.model, "model")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load(AutoTokenizer, args.model, "model")
+    model, tokenizer = load_policy(args.model, "model")
     stop_ids, room = stop_token_ids(model, tokenizer), context_of(model) - args.response_length
     data = load_prompts("data", args.data, "train", tokenizer, room)
     lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
@@ -84,7 +80,7 @@ def label(args):
     first = done[-1]["row"] + 1 if done else 0
     with open(args.output, "a") as out:
         for row in tqdm(range(first, len(data)), desc="problems"):
-            torch.manual_seed(args.seed * 1_000_003 + row)
+            torch.manual_seed(row)
             prompts, limits = [data[row][PROMPT_IDS]] * args.samples, (args.response_length, 1.0)
             sampled = rollout.sample(model, prompts, stop_ids[0], stop_ids, *limits)
             texts = rollout.completion_texts(sampled, tokenizer, stop_ids)
@@ -97,14 +93,12 @@ def label(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    count = number_in("[1, inf)", int)
     parser.add_argument("model", help="the one that will be trained: a folder or a hub name")
     parser.add_argument("data", help="rows with prompt, and choices if the answer is a letter")
     parser.add_argument("output", type=Path, help="a jsonl file")
-    parser.add_argument("--samples", type=count, default=8, help="votes per problem")
-    parser.add_argument("--response-length", type=count, default=256)
-    parser.add_argument("--seed", type=int, default=0)
-    run_script(parser, label, parser.parse_args())
+    parser.add_argument("--samples", type=COUNT, default=8, help="votes per problem")
+    parser.add_argument("--response-length", type=COUNT, default=256)
+    run_script(parser, label)
 
 
 if __name__ == "__main__":

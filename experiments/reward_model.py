@@ -23,33 +23,22 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments.seeds import run_script
+from experiments.seeds import DEVICE, read_rows, run_script
 from harness.setup import load
 from tasks import InputError, one_line
 from tasks.rewards import judged_text
 from tasks.warm_start import fine_tune
 
 
-def row_of(line, name, number):
-    """A line of a jsonl file as a row; raises InputError naming file and line."""
-    try:
-        row = json.loads(line)
-        kinds = [{"prompt", "reference"} <= row.keys()]
-        kinds.append({"prompt", "completion", "reward"} <= row.keys() and row["reward"] in (0, 1))
-    except (ValueError, AttributeError) as error:
-        found = f"expected a JSON object, found {line[:60]!r}"
-        raise InputError(f"data: {name}, line {number}: {found}") from error
-    if not any(kinds):
-        expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
-        raise InputError(f"data: {name}, line {number}: {expected}")
-    return {**row, "dialogue_id": f"{name} {row.get('dialogue_id', number)}"}
-
-
 def read(name):
     """A jsonl file's rows with a judgement each: [(prompt, completion, 0 or 1, dialogue)]."""
-    lines = Path(name).read_text().splitlines()
-    rows = [row_of(line, name, number) for number, line in enumerate(lines, 1)]
-    judged, rng = [], random.Random(0)
+    rows, judged, rng = read_rows(name), [], random.Random(0)
+    for number, row in enumerate(rows, 1):
+        is_judged = row.keys() >= {"prompt", "completion", "reward"} and row["reward"] in (0, 1)
+        if not is_judged and not row.keys() >= {"prompt", "reference"}:
+            expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
+            raise InputError(f"data: {name}, line {number}: {expected}")
+        row["dialogue_id"] = f"{name} {row.get('dialogue_id', number)}"
     for row in rows:
         prompt, dialogue = row["prompt"], row["dialogue_id"]
         if "reward" in row:
@@ -65,10 +54,10 @@ def read(name):
     return judged
 
 
-def split(judged, share, seed):
+def split(judged, share):
     """Whole dialogues held out: about `share` of them."""
     names = sorted({row[3] for row in judged})
-    out = random.Random(seed).sample(names, max(1, round(share * len(names))))
+    out = random.Random(0).sample(names, max(1, round(share * len(names))))
     return [row for row in judged if row[3] not in out], [row for row in judged if row[3] in out]
 
 
@@ -87,7 +76,7 @@ def accuracy(scores, rows):
 
 
 def logits_of(model, tokenizer, rows):
-    texts = [judged_text(prompt, completion, tokenizer) for prompt, completion, *_ in rows]
+    texts = [judged_text(*row[:2], tokenizer) for row in rows]
     options = {"truncation": True, "padding": True, "return_tensors": "pt"}
     inputs = tokenizer(texts, add_special_tokens=not tokenizer.chat_template, **options)
     return model(**inputs.to(model.device)).logits.float()
@@ -113,10 +102,9 @@ def batches_of(batches, model, tokenizer, probe, args, curve):
     for step, rows in enumerate(batches, 1):
         yield rows.tolist()
         if step % args.eval_steps == 0:
-            curve.append(
-                {"step": step, "accuracy": accuracy(judge(model, tokenizer, probe), probe)}
-            )
-            if curve[-1]["accuracy"] >= args.stop_at:
+            right = accuracy(judge(model, tokenizer, probe), probe)
+            curve.append({"step": step, "accuracy": right})
+            if right >= args.stop_at:
                 return
 
 
@@ -131,16 +119,16 @@ def load_both(name, max_length):
         raise InputError(f"encoder: cannot load {name!r}: {one_line(error)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").train(), tokenizer
+    return model.to(DEVICE).train(), tokenizer
 
 
 def train_judge(args):
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     (model, tokenizer), files = load_both(args.encoder, args.max_length), args.data.split(",")
-    train, held_out = split([row for name in files for row in read(name)], 0.1, args.seed)
+    train, held_out = split([row for name in files for row in read(name)], 0.1)
     if not train:
         raise InputError("data: expected rows of at least two dialogues, found one")
-    probe, curve = random.Random(args.seed).sample(held_out, min(400, len(held_out))), []
+    probe, curve = random.Random(0).sample(held_out, min(400, len(held_out))), []
     batches = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(16)]
     watched = batches_of(batches, model, tokenizer, probe, args, curve)
     loss, rate = functools.partial(loss_of, tokenizer), args.learning_rate
@@ -166,8 +154,7 @@ def main():
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=192, help="tokens; the last are kept")
     parser.add_argument("--eval-steps", type=int, default=25)
-    parser.add_argument("--seed", type=int, default=0)
-    run_script(parser, train_judge, parser.parse_args())
+    run_script(parser, train_judge)
 
 
 if __name__ == "__main__":

@@ -19,13 +19,19 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import torch
 from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from harness.flags import number_in
 from harness.reports import quiet
+from harness.setup import load
 from tasks import InputError
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+COUNT = number_in("[1, inf)", int)
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t at 97.5 % of 2, 3, ... values
 KEPT = ("iteration", "objective/", "val/explained_var", "quantile/", "eval/")  # of metrics.jsonl
 
@@ -36,17 +42,34 @@ def interval(values):
     return statistics.mean(values), half
 
 
-def run_script(parser, function, args):
-    """function(args); what cannot work ends the program with one line and status 2."""
+def run_script(parser, function):
+    """function(flags); what cannot work ends the program with one line and status 2."""
+    args = parser.parse_intermixed_args()  # flags may stand between the others
     quiet()
     try:
         function(args)
     except (InputError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: stopped\n")
 
 
-def json_lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def load_policy(name, flag):
+    """A causal language model, on the GPU if there is one, and its tokenizer."""
+    model = load(AutoModelForCausalLM, name, flag).to(DEVICE)
+    return model, load(AutoTokenizer, name, flag)
+
+
+def read_rows(path):
+    """The objects of a jsonl file, a line each; raises InputError naming file and line."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            found = f"expected a JSON object, found {line[:60]!r}"
+            raise InputError(f"{path}, line {number}: {found}") from error
+    return rows
 
 
 def current_commit():
@@ -83,7 +106,7 @@ def run(algo, seed, extra, folder):
         # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
         seeds = f"--seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
         train(["--algo", algo, *seeds, *extra], folder)
-    rows = json_lines(folder / "metrics.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
     files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
     return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}

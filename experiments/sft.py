@@ -16,13 +16,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import rollout
 from dvpo import masked_mean
-from experiments.seeds import run_script
+from experiments.seeds import COUNT, load_policy, run_script
 from harness.flags import number_in
-from harness.setup import context_of, load, stop_token_ids
+from harness.setup import context_of, stop_token_ids
 from tasks import InputError
 from tasks.conversations import turns_between
 from tasks.prompts import PROMPT_IDS, load_prompts
@@ -83,11 +82,9 @@ def read(name, tokenizer, end_id):
 
 def tune(args):
     torch.manual_seed(args.seed)
-    model = load(AutoModelForCausalLM, args.model, "model")
-    tokenizer = load(AutoTokenizer, args.model, "model")
+    model, tokenizer = load_policy(args.model, "model")
     if args.layers is not None:
         first_layers(model, args.layers)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
     end_id = end_of_turn(tokenizer, stop_token_ids(model, tokenizer))
     if end_id is None:
         raise InputError("model: expected a tokenizer with an end-of-sequence token, found none")
@@ -104,7 +101,7 @@ def tune(args):
         starts = range(0, len(order), args.batch_size)
         batches += [order[start : start + args.batch_size] for start in starts]
     fit = (response_loss, batches[:num_steps], num_steps, args.learning_rate, args.bf16)
-    losses = fine_tune(model, examples, *fit)
+    losses = fine_tune(model.train(), examples, *fit)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     early, late = (statistics.fmean(part) for part in (losses[:20], losses[-20:]))
@@ -114,18 +111,18 @@ def tune(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    count, rate = number_in("[1, inf)", int), number_in("(0, inf)", float)
+    positive = number_in("(0, inf)", float)
     parser.add_argument("model")
     parser.add_argument("data", help="hub names, json, jsonl or parquet files, commas between")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--layers", type=count, help="keep only so many of the model's, the first")
-    parser.add_argument("--max-length", type=count, default=512, help="tokens of a whole row")
-    parser.add_argument("--epochs", type=rate, default=1.0)
-    parser.add_argument("--batch-size", type=count, default=16)
-    parser.add_argument("--learning-rate", type=rate, default=2e-4)
+    parser.add_argument("--layers", type=COUNT, help="keep only so many of the model's, the first")
+    parser.add_argument("--max-length", type=COUNT, default=512, help="tokens of a whole row")
+    parser.add_argument("--epochs", type=positive, default=1.0)
+    parser.add_argument("--batch-size", type=COUNT, default=16)
+    parser.add_argument("--learning-rate", type=positive, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="matrix products; weights stay fp32")
     parser.add_argument("--seed", type=int, default=0)
-    run_script(parser, tune, parser.parse_args())
+    run_script(parser, tune)
 
 
 if __name__ == "__main__":
