@@ -1,10 +1,8 @@
 """Where an iteration's time and memory go, on train.py's own code, for a random model.
 
     export OMP_NUM_THREADS=1
-    python experiments/bench.py --vary algo=dvpo,ppo            # 5 M weights, responses of 64
-    python experiments/bench.py --vary algo=dvpo,ppo --ragged   # responses of 8 to 112
-    python experiments/bench.py --vary num-quantiles=8,50,200,800
-    python experiments/bench.py --vary response=64,256,1024,4096 --batch 2
+    python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights, responses of 64
+    python experiments/bench.py --vary algo=dvpo,ppo --ragged    # of 8 to 112
     python experiments/bench.py --shape qwen3-1.7b --response 2048 --batch 64    # a GPU's
 
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind --
@@ -44,7 +42,6 @@ SIZES = f"{SIZES} num_key_value_heads vocab_size".split()
 SHAPES = {
     "tiny": (64, 128, 3, 4, 4, 64),
     "small": (256, 1024, 4, 4, 4, 2048),
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 151936),
 }
 # Functions of train.py, and the phase that each is. scoring: log-probs; values: the critic's.
@@ -123,15 +120,13 @@ def timed(module, name, phase, seconds, running):
 
 def peak_memory():
     """MiB: the most held since the last call, on the GPU or in RAM on Linux; 0 elsewhere."""
-    process = Path("/proc/self")
+    peak, process = 0, Path("/proc/self")
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
     elif (process / "clear_refs").exists():
         peak = int((process / "status").read_text().split("VmHWM:")[1].split()[0]) / 2**10
         (process / "clear_refs").write_text("5")  # the peak begins anew, at what is held now
-    else:
-        peak = 0
     return peak
 
 

@@ -103,9 +103,9 @@ def compare(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    names = ("FILE", "REWARD")
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
-    parser.add_argument("--set", nargs=2, action="append", required=True, metavar=names)
+    sets = {"nargs": 2, "action": "append", "required": True, "metavar": ("FILE", "REWARD")}
+    parser.add_argument("--set", **sets)
     parser.add_argument("--rows", type=COUNT, default=200, help="the first so many of each set")
     parser.add_argument("--response-length", type=COUNT, default=64)
     parser.add_argument("--output", type=Path, help="a jsonl file to add to")

@@ -34,18 +34,16 @@ def sampled(returns, count, generator):
     return normal - 6 * (hit < 0.1) * size
 
 
-def fitted_quantiles(
-    returns, config, regularizer=risk_regularizer, heads=4, m=64, steps=700, kappa=0.01
-):
-    """The heads' mean (M,), sorted, after Adam on 256 returns a step; config None: no terms."""
+def fitted_quantiles(returns, config, regularizer=risk_regularizer, m=64, steps=700):
+    """The 4 heads' mean (M,), sorted, after Adam on 256 returns a step; config None: no terms."""
     generator = torch.Generator().manual_seed(0)
-    head_quantiles = (0.01 * torch.randn(heads, m, generator=generator)).requires_grad_()
+    head_quantiles = (0.01 * torch.randn(4, m, generator=generator)).requires_grad_()
     optimizer, levels = torch.optim.Adam([head_quantiles], lr=0.05), quantile_levels(m)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
         targets = sampled(returns, 256, generator)
-        expanded = head_quantiles.expand(256, heads, m)
-        loss = quantile_huber_loss(expanded.flatten(1), targets, levels.repeat(heads), kappa).mean()
+        expanded = head_quantiles.expand(256, 4, m)
+        loss = quantile_huber_loss(expanded.flatten(1), targets, levels.repeat(4), 0.01).mean()
         if config is not None:
             loss = loss + regularizer(expanded.mean(1), targets, config)[0].mean()
             loss = loss + config.consistency * head_consistency(expanded).mean()

@@ -63,10 +63,8 @@ def answer(run, args, batch):
     rollout = respond(run, args, batch, args.temperature)
     off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
     scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
-    logprobs, reference = (
-        model and forward(run, args, rollout, ro.response_logprobs, model, args.temperature)
-        for model in (run.policy, run.reference)
-    )
+    models, what = (run.policy, run.reference), (run, args, rollout, ro.response_logprobs)
+    logprobs, reference = (model and forward(*what, model, args.temperature) for model in models)
     rewards = dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef)
     return rollout, scores, rewards
 
@@ -163,15 +161,13 @@ def table(row):
     for token in row["tokens"]:
         lines += [f"({token['before']})"] if token["before"] else []
         values = [*token["shown"], *(token[name] for name in CELLS)]
-        # + 0.0: no -0.000.
-        cells = "".join(f"{round(value, 3) + 0.0:8.3f}" for value in values)
+        cells = "".join(f"{round(value, 3) + 0.0:8.3f}" for value in values)  # no -0.000
         lines.append(f"{token['text'][:16]:16}{cells}")
     return "\n".join(lines)
 
 
 def print_rows(shown):
-    print("Per token: quantiles of the return predicted before it, their std and mean, what came")
-    print("minus the mean (by GAE), the scalar critic's value and advantage, the return that came.")
+    print("Per token: the return predicted before it, the advantage, and the scalar critic's view.")
     for index, row in enumerate(shown, 1):
         texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
         print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")

@@ -92,11 +92,10 @@ TRIED = {
     for name, lr in itertools.product(METHODS, LEARNING_RATES)
 }
 ALL = {name: tuned(name) for name in METHODS}
-FEW = {name: ALL[name] for name in ("ppo", "dvpo")}
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(10)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
-    "quick": (FEW, ("none",), range(2)),
+    "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     **{name: (methods, SOME, range(3)) for name, methods in SWEEPS.items()},
 }
 
@@ -196,8 +195,8 @@ def print_table(table, reference):
     for noise, method, seeds, columns, explained in table:
         cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
-    print("mean ± half of Student's 95 % interval over seeds; differences paired by seed.")
-    print("ev: the critic's explained variance at the end.")
+    print("mean ± half of Student's 95 % interval, differences paired by seed; ev: the critic's")
+    print("explained variance at the end")
 
 
 def run_and_print(args):

@@ -57,9 +57,7 @@ def first_layers(model, count):
     if count > len(layers):
         raise InputError(f"--layers: expected 1 to {len(layers)}, the model's own, found {count}")
     del layers[count:]
-    for name in ("num_hidden_layers", "n_layer"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, count)
+    model.config.num_hidden_layers = count  # GPT-2's n_layer, too
     if getattr(model.config, "layer_types", None):
         model.config.layer_types = model.config.layer_types[:count]
 
