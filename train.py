@@ -109,8 +109,7 @@ def collect(run, args):
     # 2. Score it. The noise is what only training sees.
     scores, true_scores = judge(run, args, batch, rollout)
 
-    # 3. How probable was each token, for the policy (if sampling has not recorded it) and for the
-    # model that it started as?
+    # 3. How probable was each token, for the policy (unless recorded) and for its starting point?
     logprobs, ref_logprobs = rollout.logprobs, None
     with autocast(run):
         if logprobs is None:
