@@ -1,7 +1,7 @@
 """The critic: a distribution of the return at every token, as N independent sets of M quantiles.
 
 Reading order: levels -> the loss as defined -> the network -> the same loss, fast -> consistency.
-Layout everywhere: heads on dim -2, quantiles on dim -1. After the network's head all is fp32.
+Layout: heads on dim -2, quantiles on dim -1. After the network's head nothing is half precision.
 """
 
 import json
@@ -31,10 +31,12 @@ def quantile_levels(num_quantiles, grid="midpoint", device=None):
 
 
 def pairwise_quantile_huber_loss(quantiles, targets, levels, kappa):
-    """The quantile Huber loss as it is defined: every quantile against every target.
+    """The quantile Huber loss as it is defined, every quantile against every target: -> (...).
 
-    Builds M x K numbers per token, so it is for tests. Shapes, units and equation: see
-    quantile_huber_loss, which returns the same numbers.
+        u_ij = y_j - q_i,  loss = mean_ij |tau_i - 1{u_ij < 0}| H_kappa(u_ij) / kappa
+
+    H_kappa(u) is u^2 / 2 within kappa, and further out the straight line that goes on from it.
+    Builds M x K numbers per token: training uses quantile_huber_loss, which says the rest.
     """
     # (..., M, K): u_ij = y_j - q_i
     u = targets.detach().unsqueeze(-2) - quantiles.unsqueeze(-1)
@@ -181,12 +183,10 @@ def loss_and_slope(quantiles, targets, levels, kappa):
 def quantile_huber_loss(quantiles, targets, levels, kappa):
     """Quantile regression with a Huber corner of half-width kappa: O(M + K) memory per token.
 
-    quantiles (..., M), targets (..., K), levels (M,) -> (...), all in reward units; no gradient
-    reaches the targets. Raises AssertionError for shapes that do not fit, ValueError for
-    kappa < 0. [reported] quantile regression; [ours] mean over both M and K, so that no weight
-    depends on M, and kappa in reward units; kappa = 0 is the pinball loss:
-
-        u_ij = y_j - q_i,  loss = mean_ij |tau_i - 1{u_ij < 0}| H_kappa(u_ij) / kappa
+    quantiles (..., M), targets (..., K), levels (M,) -> (...), in the units of the rewards; no
+    gradient reaches the targets. Raises AssertionError for shapes that do not fit, ValueError for
+    kappa < 0. Equation: pairwise_quantile_huber_loss. [reported] quantile regression; [ours] mean
+    over M and K, so that no weight depends on M; kappa = 0 is the plain quantile (pinball) loss.
     """
     shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     assert levels.shape == quantiles.shape[-1:], f"levels {tuple(levels.shape)}, {shapes}"

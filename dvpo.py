@@ -3,7 +3,7 @@
 All functions are pure. Response tensors are (B, T); `mask` (B, T) bool is True on the tokens that
 the policy chose, and whatever stands where it is False (NaN included) changes nothing. Losses are
 sums over tokens divided by `num_tokens`: pass the whole minibatch's count, and micro-batches add
-up to exactly its gradient.
+up to its gradient.
 """
 
 import torch
@@ -29,8 +29,8 @@ def masked_mean(values, mask, num_tokens=None):
 def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
-    shift_mean=False divides only and keeps the mean (for rewards). Fewer than two valid tokens:
-    centred, not scaled.
+    shift_mean=False adds the mean again: (values - mean) / std + mean, for rewards, as TRL does.
+    Fewer than two valid tokens: not scaled.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0)
@@ -73,7 +73,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """
     shapes = f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
     assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, shapes
-    rewards = torch.zeros_like(logprobs, requires_grad=False)
+    rewards = torch.zeros_like(logprobs)
     if kl_coef != 0:
         kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
         rewards = torch.where(mask, -kl_coef * kl, 0)
@@ -151,8 +151,8 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in reward
     units, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
     consistency}, scalars that add up like the loss.
-    kappa=None is the scalar critic of PPO: half the squared error of each head's mean (N = M = 1
-    there), and no tail terms.
+    K is M for DVPO, 1 for the baselines. kappa=None is the scalar critic of PPO (N = M = 1) and of
+    robust PPO (M = 1): half the squared error of each head, no tail terms, no value clipping.
     """
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes

@@ -105,8 +105,8 @@ def tail_curvature_loss(quantiles, alpha, beta):
 class RiskConfig:
     """Tail shares, the wanted ratio of tail lengths, and a weight per term: 0 turns it off exactly.
 
-    alpha, beta in (0, 1]; all others finite and >= 0; ValueError otherwise. `consistency` weighs
-    critic.head_consistency. [ours]: the smallest round weights that move the tails, not the mean.
+    alpha, beta in (0, 1], others finite and >= 0, else ValueError; consistency is of critic.py's
+    heads. [ours]: the smallest round weights that move the tails, not the mean.
     """
 
     alpha: float = 0.1
@@ -130,8 +130,8 @@ class RiskConfig:
 def risk_regularizer(quantiles, targets, config):
     """The weighted sum of the four tail terms, and each of them unweighted for the log.
 
-    quantiles (..., M), targets (..., K) -> (loss (...), {name: (...)}), the values detached.
-    Raises AssertionError for leading shapes that differ. [reported]; [ours] forms and weights.
+    quantiles (..., M), targets (..., K) -> (loss (...), {name: (...)}), the values detached. Sorts
+    first: sorting again is cheap. AssertionError for other shapes. [reported]; [ours] in form.
     """
     shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     assert quantiles.shape[:-1] == targets.shape[:-1], shapes

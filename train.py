@@ -6,7 +6,7 @@
 The loop: `train` calls `collect` and `update` in turn, and here they are, step by step. What they
 compute stands in dvpo.py, critic.py and risk.py; how it is sampled and scored, in rollout.py and
 tasks/; what a long run needs, in harness/. Every baseline runs through these same lines: what
-tells it apart is its row of ALGORITHMS (harness/flags.py) and its branch of `estimate`.
+tells it apart is its row of ALGORITHMS (harness/flags.py) and perhaps a branch of `estimate`.
 """
 
 import math
@@ -51,9 +51,8 @@ class Experience:
         rollout = self.rollout[rows]
         # An index on the CPU would wait for the GPU.
         at = rows.to(rollout.mask.device, non_blocking=True)
-        parts = []
+        parts, width = [], rollout.mask.shape[1]
         for tensor in (self.logprobs, self.ref_logprobs, self.advantages, self.targets):
-            width = rollout.mask.shape[1]
             parts.append(None if tensor is None else tensor[at, -width:])
         return Experience(rollout, *parts)
 
@@ -110,15 +109,15 @@ def collect(run, args):
     # 2. Score it. The noise is what only training sees.
     scores, true_scores = judge(run, args, batch, rollout)
 
-    # 3. How probable was each token, for the policy and for the model that it started as?
+    # 3. How probable was each token, for the policy (unless recorded) and for its starting point?
     logprobs, ref_logprobs = rollout.logprobs, None
     with autocast(run):
         if logprobs is None:
-            where = (run.policy, rollout, *limits)
-            logprobs = in_micro_batches(response_logprobs, *where, args.temperature)
+            inputs = (run.policy, rollout, *limits)
+            logprobs = in_micro_batches(response_logprobs, *inputs, args.temperature)
         if run.reference is not None:
-            where = (run.reference, rollout, *limits)
-            ref_logprobs = in_micro_batches(response_logprobs, *where, args.temperature)
+            inputs = (run.reference, rollout, *limits)
+            ref_logprobs = in_micro_batches(response_logprobs, *inputs, args.temperature)
 
     # 4. The score is the last token's reward; every token pays for its KL, unless the loss does.
     kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" else 0
@@ -133,8 +132,8 @@ def collect(run, args):
         if run.iteration == 0:
             run.critic.start_at(returns[mask])
         with autocast(run):
-            where = (run.critic, rollout, *limits)
-            head_quantiles = in_micro_batches(response_quantiles, *where, args.bootstrap_truncated)
+            inputs = (run.critic, rollout, *limits)
+            head_quantiles = in_micro_batches(response_quantiles, *inputs, args.bootstrap_truncated)
 
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
@@ -172,22 +171,19 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
     if args.algo == "reinforce++":
         returns = dvpo.discounted_returns(rewards, mask, args.gamma)
         return dvpo.masked_whiten(returns, mask), None
+    if args.algo == "robust":
+        gae, values = dvpo.robust_gae, head_quantiles[..., 0]
+    else:
+        # The ensemble is the mean of its heads.
+        gae, values = dvpo.distributional_gae, head_quantiles.mean(dim=2)
     after = None
     if args.bootstrap_truncated:
         # A response that was cut off goes on being worth what the critic says after its end.
-        cut_off = rollout.truncated[:, None, None]
-        after = torch.where(cut_off, head_quantiles[:, -1], 0)
-        head_quantiles = head_quantiles[:, :-1]
-    if args.algo == "robust":
-        after = None if after is None else after[..., 0]
-        states = (head_quantiles[..., 0], mask)
-        advantages, targets = dvpo.robust_gae(rewards, *states, args.gamma, args.lam, after)
-    else:
-        # The ensemble is the mean of its heads.
-        after = None if after is None else after.mean(dim=1)
-        states = (head_quantiles.mean(dim=2), mask)
-        advantages, targets = dvpo.distributional_gae(rewards, *states, args.gamma, args.lam, after)
-    # What the policy sees of the distribution is its mean: by the identity, PPO's advantage.
+        after = torch.where(rollout.truncated[:, None], values[:, -1], 0)
+        values = values[:, :-1]
+    advantages, targets = gae(rewards, values, mask, args.gamma, args.lam, after)
+    # What the policy sees of the distribution is its mean, and that is PPO's advantage
+    # (docs/paper-and-choices.md, the identity).
     return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
 
 
@@ -249,7 +245,7 @@ def policy_backward(run, args, part, weights, num_tokens):
     mask = part.rollout.mask
     with autocast(run):
         logprobs = response_logprobs(run.policy, part.rollout, args.temperature)
-    # A positive weight on a token's advantage is one on its loss.
+    # w A in the clipped loss is w times the loss, as w >= 0.
     weighted = weights * part.advantages
     loss, metrics = dvpo.clipped_policy_loss(
         logprobs, part.logprobs, weighted, mask, args.cliprange, num_tokens
@@ -269,7 +265,8 @@ def policy_backward(run, args, part, weights, num_tokens):
 def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
     is_distributional = ALGORITHMS[args.algo].critic == "quantiles"
-    # All that tells dvpo from ppo: without them critic_loss is the squared error of a value.
+    # Without them critic_loss is the squared error of a value: PPO, whose critic has one head of
+    # one number (build_critic).
     kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)
@@ -289,7 +286,7 @@ def main(argv=None):
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("train.py: interrupted; --resume goes on from the newest checkpoint", file=sys.stderr)
+        print("train.py: interrupted; --resume goes on from a checkpoint, if any", file=sys.stderr)
         return 130
 
 

@@ -151,7 +151,7 @@ def resume(run, args):
             cut_log(output_dir / "metrics.jsonl", run.iteration)
             print(f"going on from {folder}")
             return
-    newest_checkpoint(output_dir)
+    newest_checkpoint(output_dir)  # raises: none is left
 
 
 def set_aside(output_dir):
@@ -170,7 +170,6 @@ def set_aside(output_dir):
 def write_flags(args):
     """args.json: what --resume goes on with, and what the run was made with."""
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
-    about |= {"threads": torch.get_num_threads()}
     flags = {"flags": {**vars(args), "resume": None}, "versions": about}
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")

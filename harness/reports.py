@@ -30,6 +30,7 @@ SHOWN = {
 }
 
 
+@torch.no_grad()
 def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
     """A batch in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
 
@@ -87,7 +88,7 @@ def evaluate(run, args, num_examples=3):
                 for batch in data.iter(args.batch_size):
                     completions = completions_of(run, respond(run, args, batch, temperature))
                     found = score(run.reward, batch, completions).tolist()
-                    if not means:
+                    if not means:  # the first set's greedy ones
                         examples += zip(batch["prompt"], completions, found)
                     scores += found
                     bar.update(len(found))

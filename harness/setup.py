@@ -238,15 +238,15 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     """A response to each prompt of a batch, or with a user a whole conversation -> Rollout."""
     if run.sampler is not run.policy:
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
-    ids = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
-    settings = {"response_length": args.response_length, "temperature": temperature}
-    settings |= {"record_logprobs": record_logprobs}
-    take_turn = functools.partial(sample, run.sampler, **ids, **settings)
+    pad_id, stop_ids = run.stop_ids[0], run.stop_ids
+    limits = {"response_length": args.response_length, "temperature": temperature}
+    limits |= {"pad_id": pad_id, "stop_ids": stop_ids, "record_logprobs": record_logprobs}
+    take_turn = functools.partial(sample, run.sampler, **limits)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
-        limits = (args.max_turns, run.context - args.response_length)
-        return converse(take_turn, batch, run.user, run.tokenizer, *ids.values(), *limits)
+        ends = (pad_id, stop_ids, args.max_turns, run.context - args.response_length)
+        return converse(take_turn, batch, run.user, run.tokenizer, *ends)
 
 
 def completions_of(run, rollout):
@@ -256,7 +256,7 @@ def completions_of(run, rollout):
 
 @torch.no_grad()
 def judge(run, args, batch, rollout):
-    """The reward of each response as training sees it, and without its noise: (B,), (B,)."""
+    """Scores as training sees them, and without noise, offset and penalty: (B,), (B,)."""
     completions = completions_of(run, rollout)
     true_scores = scores = score(run.reward, batch, completions)
     if PSEUDO_LABEL in batch:
