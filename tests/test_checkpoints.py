@@ -339,13 +339,13 @@ def draws():
     return random.random(), numpy.random.rand(), torch.rand(1).item()
 
 
-def test_random_states_come_back(tmp_path):
-    """Python's, numpy's and torch's generators, through a file that unpickles nothing."""
-    path = tmp_path / "states.pt"
-    torch.save(checkpoints.random_states(), path)
-    first = draws()
-    checkpoints.set_random_states(torch.load(path, weights_only=True))
-    assert draws() == first
+def test_random_states_come_back(warm_start, tmp_path):
+    """Python's, numpy's, torch's and the noise's generators, through a file without pickles."""
+    run, _ = run_of(warm_start, tmp_path)
+    checkpoints.write_checkpoint(run, tmp_path / "checkpoint")
+    first = draws(), torch.rand(1, generator=run.noise)
+    checkpoints.restore(run, tmp_path / "checkpoint")
+    assert (draws(), torch.rand(1, generator=run.noise)) == first
 
 
 # A clean process with train imported, from which others start at once.
