@@ -10,8 +10,6 @@ import resource
 import shutil
 import signal
 import sys
-
-sys.path.insert(0, "/tmp/split")
 import threading
 import time
 from pathlib import Path

@@ -5,8 +5,6 @@ import math
 import shutil
 import subprocess
 import sys
-
-sys.path.insert(0, "/tmp/split")
 from pathlib import Path
 
 import pytest

@@ -5,8 +5,6 @@ import json
 import math
 import shutil
 import sys
-
-sys.path.insert(0, "/tmp/split")
 import types
 
 import pytest

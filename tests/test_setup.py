@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import sys
-
-sys.path.insert(0, "/tmp/split")
 from pathlib import Path
 
 import pytest

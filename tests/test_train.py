@@ -4,9 +4,6 @@ import argparse
 import collections
 import json
 import math
-import sys
-
-sys.path.insert(0, "/tmp/split")
 import traceback
 from pathlib import Path
 
