@@ -128,7 +128,7 @@ def restore(run, folder):
 def cut_log(path, iteration):
     """Cuts metrics.jsonl behind an iteration's line; raises InputError where it ends before."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if len(lines) < iteration:
+    if b"".join(lines[:iteration]).count(b"\n") < iteration:
         expected = f"expected {iteration} lines in {path}, one for each iteration"
         raise InputError(f"--resume: {expected}, found {len(lines)}")
     if lines:
@@ -136,22 +136,22 @@ def cut_log(path, iteration):
 
 
 def resume(run, args):
-    """Goes on from the newest checkpoint that loads, renames others; raises InputError if none."""
-    output_dir = Path(args.output_dir)
+    """Goes on from the newest checkpoint that loads, renames newer ones; InputError if none."""
+    output_dir, failed = Path(args.output_dir), {}
     for folder in reversed(checkpoints(output_dir).values()):
         try:
             restore(run, folder)
+            break
         except Exception as error:
-            broken = folder.with_suffix(".broken")
-            shutil.rmtree(broken, ignore_errors=True)
-            folder.rename(broken)
-            found = f"expected a whole checkpoint, found: {one_line(error)}"
-            print(f"{folder}: {found}; now {broken.name}", file=sys.stderr)
-        else:
-            cut_log(output_dir / "metrics.jsonl", run.iteration)
-            print(f"going on from {folder}")
-            return
-    newest_checkpoint(output_dir)  # raises: none is left
+            failed[folder] = f"{folder}: expected a whole checkpoint, found: {one_line(error)}"
+    else:
+        # If none loads, it may be the flags or the machine: nothing is renamed.
+        raise InputError(f"--resume: {[*failed.values(), newest_checkpoint(output_dir)][0]}")
+    cut_log(output_dir / "metrics.jsonl", run.iteration)
+    for broken, found in failed.items():
+        shutil.rmtree(broken.with_suffix(".broken"), ignore_errors=True)
+        print(f"{found}; now {broken.rename(broken.with_suffix('.broken')).name}", file=sys.stderr)
+    print(f"going on from {folder}")
 
 
 def set_aside(output_dir):

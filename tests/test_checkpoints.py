@@ -38,6 +38,7 @@ from harness import checkpoints, reports
 from harness.checkpoints import newest_checkpoint
 from harness.flags import parse_args
 from harness.setup import build, respond
+from tasks import InputError
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
@@ -111,13 +112,32 @@ def test_a_torn_checkpoint_is_renamed_with_a_line_and_the_older_one_used(
     assert torch.equal(random_state, state["random"]["torch"])
 
 
-def test_with_no_checkpoint_that_loads_there_is_one_line(finished, tmp_path, capsys):
+def test_where_no_checkpoint_loads_nothing_is_renamed(finished, tmp_path, capsys):
+    """It may be the flags or the machine: once that is put right, the run goes on."""
     some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "warm_start")
-    (tmp_path / "checkpoint-000024" / "state.pt").write_bytes(b"torn")
-    (tmp_path / "checkpoint-000024" / "policy" / ".cache").touch()  # of someone else
-    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected a checkpoint", "found none")
-    refused(capsys, ["--resume", str(tmp_path)], "--resume", "expected a checkpoint", "found none")
-    assert log(tmp_path) == log(finished) and (tmp_path / "checkpoint-000024.broken").is_dir()
+    state = tmp_path / "checkpoint-000024" / "state.pt"
+    whole = state.read_bytes()
+    state.write_bytes(b"torn")
+    for _ in range(2):
+        said = ("--resume", "checkpoint-000024", "expected a whole checkpoint")
+        refused(capsys, ["--resume", str(tmp_path)], *said)
+        assert log(tmp_path) == log(finished) and state.exists()
+    state.write_bytes(whole)
+    args = parse_args(["--resume", str(tmp_path)])
+    run = build(args)
+    checkpoints.resume(run, args)
+    assert run.iteration == 24
+
+
+def test_a_torn_line_of_metrics_is_refused_and_not_cut(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"iteration": 1}\n{"iter')
+    for _ in range(2):
+        with pytest.raises(InputError, match="expected 2 lines in .*metrics.jsonl"):
+            checkpoints.cut_log(path, 2)
+        assert path.read_bytes() == b'{"iteration": 1}\n{"iter'
+    checkpoints.cut_log(path, 1)
+    assert path.read_bytes() == b'{"iteration": 1}\n'
 
 
 def test_a_checkpoint_that_breaks_twice_is_renamed_twice(finished, tmp_path):
