@@ -51,8 +51,8 @@ class QuantileCritic(nn.Module):
     """A transformer trunk and N independent linear heads of M quantiles each.
 
     trunk: what AutoModel gives (or a causal LM's `.base_model`). [paper] shared trunk, N light
-    heads, ensemble = mean over heads. [ours] The heads start at `bias` (reward units) within
-    1e-3: zero weights but for a tiny spread drawn from `seed`.
+    heads, ensemble = mean over heads. [ours] The heads count in units of `scale`, 1 until start_at
+    sets it, and start at `bias` within 1e-3: zero weights but for a tiny spread drawn from `seed`.
     """
 
     def __init__(self, trunk, num_heads=4, num_quantiles=200, grid="midpoint", bias=0.0, seed=0):
@@ -60,6 +60,7 @@ class QuantileCritic(nn.Module):
         self.trunk = trunk
         self.settings = {"num_heads": num_heads, "num_quantiles": num_quantiles, "grid": grid}
         self.register_buffer("levels", quantile_levels(num_quantiles, grid), persistent=False)
+        self.register_buffer("scale", torch.ones(()))
         hidden_size = trunk.config.hidden_size
         self.heads = nn.Linear(hidden_size, num_heads * num_quantiles)
         generator = torch.Generator().manual_seed(seed)
@@ -73,7 +74,7 @@ class QuantileCritic(nn.Module):
         """Moves a fresh critic's heads to the quantiles of returns (R,); to their mean if M = 1.
 
         [ours] From 0, the heads' first steps would go into the spread of all returns, and not
-        into telling states apart. Reward units.
+        into telling states apart. scale: the returns' standard deviation; 1 if they do not vary.
         """
         assert returns.dim() == 1 and len(returns), f"returns {tuple(returns.shape)}"
         # torch.quantile takes 2^24 numbers at most.
@@ -81,7 +82,10 @@ class QuantileCritic(nn.Module):
         start = returns.mean(0, keepdim=True)
         if len(self.levels) > 1:
             start = returns.quantile(self.levels)
-        self.heads.bias.copy_(start.repeat(self.settings["num_heads"]))
+        # What rounding leaves of equal returns is no spread.
+        std, least = returns.double().std(correction=0), 1e-6 * returns.abs().max()
+        self.scale.copy_(torch.where(std > least, std, 1))
+        self.heads.bias.copy_((start / self.scale).repeat(self.settings["num_heads"]))
 
     def forward(self, input_ids, attention_mask, position_ids, last=None):
         """The quantiles of the return from every position on: (B, L) each -> (B, L, N, M) fp32.
@@ -94,13 +98,13 @@ class QuantileCritic(nn.Module):
             hidden = hidden[:, -last:]
         with torch.autocast(hidden.device.type, enabled=False):
             quantiles = self.heads(hidden.float())
-        return quantiles.unflatten(-1, (self.settings["num_heads"], len(self.levels)))
+        return self.scale * quantiles.unflatten(-1, (self.settings["num_heads"], len(self.levels)))
 
     def save_pretrained(self, folder):
         """Writes the trunk as transformers does, and beside it the heads and their settings."""
         self.trunk.save_pretrained(folder)
         heads = {name: value.contiguous() for name, value in self.heads.state_dict().items()}
-        save_file(heads, Path(folder) / "critic_heads.safetensors")
+        save_file(heads | {"scale": self.scale}, Path(folder) / "critic_heads.safetensors")
         settings = json.dumps(self.settings, indent=2) + "\n"
         (Path(folder) / "critic_config.json").write_text(settings)
 
@@ -111,7 +115,9 @@ class QuantileCritic(nn.Module):
         # safetensors only: nothing is unpickled.
         options = {"dtype": torch.float32, "use_safetensors": True}
         critic = cls(trunk_class.from_pretrained(folder, **options), **settings)
-        critic.heads.load_state_dict(load_file(Path(folder) / "critic_heads.safetensors"))
+        heads = load_file(Path(folder) / "critic_heads.safetensors")
+        critic.scale.copy_(heads.pop("scale"))
+        critic.heads.load_state_dict(heads)
         return critic
 
 

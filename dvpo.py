@@ -30,13 +30,16 @@ def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
     shift_mean=False adds the mean again: (values - mean) / std + mean, for rewards, as TRL does.
-    Fewer than two valid tokens: not scaled.
+    Fewer than two valid tokens: not scaled. [ours]: std is at least 1e-6 of the largest |value|, so
+    that rounding is not blown up, and no constant has a unit.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0)
     count = mask.sum()
-    variance = centred.square().sum() / (count - 1).clamp(min=1)
-    scaled = torch.where(count < 2, centred, centred * (variance + 1e-8).rsqrt())
+    std = (centred.square().sum() / (count - 1).clamp(min=1)).sqrt()
+    least = 1e-6 * torch.where(mask, values, 0).abs().amax()
+    std = torch.where((count < 2) | (std + least == 0), 1, torch.maximum(std, least))
+    scaled = centred / std
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
 
 
@@ -117,8 +120,55 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
 
 
 def scalar_advantage(advantages):
-    """What the policy sees of a distributional advantage, its mean: (B, T, M) -> (B, T). [ours]"""
+    """The mean of a distributional advantage: (B, T, M) -> (B, T). Scalar GAE on the mean value."""
     return advantages.mean(dim=-1)
+
+
+@torch.no_grad()
+def advantage_readout(quantiles, targets, mask, readout, width=1.0):
+    """What the policy sees of the distribution: an advantage for every token.
+
+    quantiles (B, T, M), targets (B, T, K), mask (B, T) -> (B, T), 0 where mask is False. Raises
+    ValueError for another readout or width <= 0. With the surprise x = mean_j y_j - mean_i q_i:
+
+        mean:    x, reward units: scalar_advantage, and so PPO's
+        spread:  BOUND(x / (width * spread(q)))  [ours]: no surprise counts for more than 1
+
+    spread(q): FORM, at least a tenth of the standard deviation of the batch's targets,
+    as a nearly certain state would blow up a small error. M = 1 has none: there the median |x| of
+    the batch stands in, and PPO with it is the control that needs no distribution.
+    """
+    shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
+    assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
+    if not width > 0:
+        raise ValueError(f"width: expected > 0, found {width}")
+    surprise = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
+    if readout == "mean":
+        return surprise
+    bound, _, form = readout.partition("-")
+    if quantiles.shape[-1] == 1:
+        valid = surprise[mask].abs()
+        spread = valid.median() if len(valid) else valid.sum()
+    else:
+        q = quantiles.sort(dim=-1).values
+        count = q.shape[-1]
+        if form == "sd":
+            spread = q.std(dim=-1, correction=0)
+        elif form == "gini":
+            index = torch.arange(count, device=q.device, dtype=q.dtype)
+            spread = (q * (2 * index + 1 - count)).sum(dim=-1) * 2 / count**2
+        else:
+            spread = (q[..., count - 1 - count // 4] - q[..., count // 4]) / 2
+        flat = targets.mean(dim=-1)
+        spread = torch.maximum(spread, 0.1 * masked_variance(flat, mask).sqrt())
+    x = surprise / (width * spread).clamp(min=torch.finfo(spread.dtype).tiny)
+    if bound == "tanh":
+        y = x.tanh()
+    elif bound == "clip":
+        y = x.clamp(-1, 1)
+    else:
+        y = torch.where(x < 0, x.tanh(), x)
+    return torch.where(mask, y, 0)
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):

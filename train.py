@@ -181,10 +181,11 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
         # A response that was cut off goes on being worth what the critic says after its end.
         after = torch.where(rollout.truncated[:, None], values[:, -1], 0)
         values = values[:, :-1]
-    advantages, targets = gae(rewards, values, mask, args.gamma, args.lam, after)
-    # What the policy sees of the distribution is its mean, and that is PPO's advantage
-    # (docs/paper-and-choices.md, the identity).
-    return dvpo.masked_whiten(dvpo.scalar_advantage(advantages), mask), targets
+    _, targets = gae(rewards, values, mask, args.gamma, args.lam, after)
+    if args.algo == "robust":
+        values = values.mean(dim=-1, keepdim=True)
+    readout = dvpo.advantage_readout(values, targets, mask, args.readout, args.readout_width)
+    return dvpo.masked_whiten(readout, mask), targets
 
 
 def update(run, args, experience):
@@ -270,7 +271,9 @@ def critic_backward(run, args, part, num_tokens):
     kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)
-    states = (head_quantiles, part.targets, part.rollout.mask)
+    # In the critic's own units, whatever the reward is counted in.
+    scale = run.critic.scale
+    states = (head_quantiles / scale, part.targets / scale, part.rollout.mask)
     loss, terms = dvpo.critic_loss(*states, run.critic.levels, kappa, risk, num_tokens)
     loss.backward()
     metrics = {f"loss/critic_{name}": value for name, value in terms.items()}

@@ -75,6 +75,13 @@ FLAGS = {
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
     "distributional critic (dvpo)": [
+        (
+            "readout",
+            "mean",
+            ["mean", *(f"{b}-{s}" for b in ("tanh", "clip", "neg") for s in ("sd", "gini", "iqr"))],
+            "what the policy sees of the distribution",
+        ),
+        ("readout-width", 1.0, "(0, inf)", "of spread: a surprise of so many spreads counts 0.76"),
         ("num-quantiles", 200, "[1, inf)", "M"),
         ("num-heads", 4, "[1, inf)", "N"),
         ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in reward units"),
@@ -92,7 +99,8 @@ FLAGS = {
         ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
         ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
         ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P, lose to SCALE"),
-        ("reward-offset", 0.0, "[0, 1000000]", "gain up to this, by the prompt: learnable levels"),
+        ("reward-noise-model", 0.0, "[0, 1000000]", "noise of a reward model, uneven over domains"),
+        ("reward-noise-failure", [0.0, 0.0], "[0, 1000000]", "with probability P, -SCALE or SCALE"),
         ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),
         ("reward-noise-seed", 0, "[0, 2147483647]", "seed of all of these"),
     ],
@@ -215,8 +223,9 @@ def check(args):
     for flag, value in usual.items():
         needed = getattr(args, flag) != value
         require(has_data or not needed, "dataset-name", f"one with --{flag.replace('_', '-')}")
-    share = args.reward_noise_outlier[0]
-    require(share <= 1, "reward-noise-outlier", "P in [0, 1]", share)
+    for flag in ("reward_noise_outlier", "reward_noise_failure"):
+        share = getattr(args, flag)[0]
+        require(share <= 1, flag, "P in [0, 1]", share)
     flips = args.reward_noise_fp or args.reward_noise_fn
     unflippable = flips and str(args.reward).startswith("model:")
     flag = "reward-noise-fp, --reward-noise-fn"

@@ -19,7 +19,7 @@ from rollout import completion_texts, response_logprobs, sample
 from tasks import InputError, one_line
 from tasks.builtin import BUILT_IN
 from tasks.conversations import converse, turns_between
-from tasks.noise import PSEUDO_LABEL, noisy_scores, prompt_offsets, pseudo_labels
+from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
 from tasks.prompts import PROMPT_IDS, assert_known_ids, load_prompts
 from tasks.rewards import load_function, load_reward, score
 from tasks.warm_start import warm_start
@@ -45,6 +45,7 @@ class Run:
     risk: RiskConfig
     half: bool  # whether matrix products are in bf16
     noise: torch.Generator  # of the rewards' noise alone
+    domain_at: int  # the first token in which prompts differ says what a prompt is about
     start: float
     trust_recorded: bool = False  # whether sampling's log-probs are those of scoring
     iteration: int = 0
@@ -227,6 +228,7 @@ def build(args):
         risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
         half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
+        domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,
     )
     # In bf16 they never are: nobody asks.
@@ -261,11 +263,13 @@ def judge(run, args, batch, rollout):
     true_scores = scores = score(run.reward, batch, completions)
     if PSEUDO_LABEL in batch:
         scores = score(run.reward, batch, completions, PSEUDO_LABEL)
+    if args.reward_noise_model:
+        domains = [ids[min(run.domain_at, len(ids) - 1)] for ids in batch[PROMPT_IDS]]
+        uneven = (args.reward_noise_model, args.reward_noise_seed, run.noise)
+        scores = model_scores(scores, domains, *uneven)
     flips = (args.reward_noise_fp, args.reward_noise_fn)
-    scores = noisy_scores(scores, *flips, args.reward_noise_outlier, run.noise)
-    if args.reward_offset:
-        vocab_size, seed = run.policy.config.vocab_size, args.reward_noise_seed
-        scores = scores + prompt_offsets(batch[PROMPT_IDS], args.reward_offset, vocab_size, seed)
+    wild = (args.reward_noise_outlier, args.reward_noise_failure)
+    scores = noisy_scores(scores, *flips, *wild, run.noise)
     # A response that was cut off has no end: that may cost something.
     scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
     return scores.to(rollout.mask.device), true_scores
