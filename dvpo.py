@@ -206,26 +206,25 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     """
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
-    # Zeros on padding, not boolean indexing: a NaN there stays out of the gradient, and no GPU
-    # has to wait for a count.
-    head_quantiles = torch.where(mask[..., None, None], head_quantiles, 0)
-    targets = torch.where(mask[..., None], targets.detach(), 0)
+    # (tokens, N, M), (tokens, K): no work on padding, and no NaN of it in the gradient.
+    head_quantiles, targets = head_quantiles[mask], targets.detach()[mask]
+    count = torch.as_tensor(len(targets) if num_tokens is None else num_tokens).clamp(min=1)
     if kappa is None:
         error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
-        return masked_mean(error.square().mean(dim=-1) / 2, mask, num_tokens), {}
+        return (error.square().mean(dim=-1) / 2).sum() / count, {}
     # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the
     # mean over it is over heads too.
-    levels = levels.repeat(head_quantiles.shape[2])
-    token_loss = quantile_huber_loss(head_quantiles.flatten(2), targets, levels, kappa)
+    levels = levels.repeat(head_quantiles.shape[1])
+    token_loss = quantile_huber_loss(head_quantiles.flatten(1), targets, levels, kappa)
     terms = {"quantile": token_loss}
     if risk is not None:
-        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=2), targets, risk)
+        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=1), targets, risk)
         terms |= tail_terms | {"consistency": head_consistency(head_quantiles)}
         token_loss = token_loss + tail_loss
         if risk.consistency != 0:
             token_loss = token_loss + risk.consistency * terms["consistency"]
-    metrics = {name: masked_mean(term.detach(), mask, num_tokens) for name, term in terms.items()}
-    return masked_mean(token_loss, mask, num_tokens), metrics
+    metrics = {name: term.detach().sum() / count for name, term in terms.items()}
+    return token_loss.sum() / count, metrics
 
 
 def masked_variance(values, mask):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 
@@ -42,7 +43,8 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     except Exception as error:  # datasets raises many kinds, and their cause says most
         found = one_line(error.__cause__ or error)
         raise InputError(f"{flag}: cannot load {name!r}: {found}") from error
-    data = data.add_column(PROMPT_IDS, prompt_ids)
+    # As an arrow array: datasets hashes a list number by number.
+    data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))
     fitting = [row for row, ids in enumerate(prompt_ids) if len(ids) <= max_tokens]
     expected = f"expected at most {max_tokens} tokens, the context less --response-length"
     if not fitting:
@@ -54,15 +56,17 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    templated = tokenizer.chat_template and use_chat_template
-    encoded = []
+    templated, texts = tokenizer.chat_template and use_chat_template, {True: {}, False: {}}
     for row, prompt in enumerate(prompts):
-        if isinstance(prompt, str) and prompt and not templated:
-            encoded.append(tokenizer(prompt)["input_ids"])
-        else:  # the template writes its own special tokens: no second BOS
-            text = render_chat(prompt, tokenizer, row)
-            encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return encoded
+        is_plain = isinstance(prompt, str) and prompt != "" and not templated
+        texts[is_plain][row] = prompt if is_plain else render_chat(prompt, tokenizer, row)
+    encoded = {}
+    for is_plain, found in texts.items():
+        if found:
+            # A template writes its own special tokens: no second BOS.
+            ids = tokenizer([*found.values()], add_special_tokens=is_plain)["input_ids"]
+            encoded |= zip(found, ids)
+    return [encoded[row] for row in range(len(prompts))]
 
 
 def render_chat(prompt, tokenizer, row=0):
