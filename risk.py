@@ -1,7 +1,7 @@
 """Asymmetric tail regularisation: contract the lower tail, expand the upper one, keep the mean.
 
-Every function takes the ensemble-mean quantiles and sorts them itself: a tail of unsorted
-quantiles is not a tail. Tail means are exact integrals, so any M and alpha in (0, 1] will do.
+The tail functions take the ensemble-mean quantiles and sort them: a tail of unsorted quantiles is
+not a tail. Tail means are exact integrals, so any M and alpha in (0, 1] will do.
 """
 
 import math
@@ -16,7 +16,7 @@ def tail_size(length, share):
     return max(1, math.ceil(share * length - 1e-6))
 
 
-def lowest(values, share):
+def first_share(values, share):
     """Mean over the first `share` of the last dim, with a fraction of the entry at the boundary."""
     if not 0 < share <= 1:
         raise ValueError(
@@ -34,7 +34,7 @@ def lower_tail_mean(quantiles, alpha):
     quantiles (..., M) -> (...), reward units; Q is the step function through the sorted quantiles.
     Raises ValueError for alpha outside (0, 1]. [reported]
     """
-    return lowest(quantiles.sort(dim=-1).values, alpha)
+    return first_share(quantiles.sort(dim=-1).values, alpha)
 
 
 def upper_tail_mean(quantiles, beta):
@@ -42,22 +42,22 @@ def upper_tail_mean(quantiles, beta):
 
     quantiles (..., M) -> (...), reward units. Raises ValueError for beta outside (0, 1]. [reported]
     """
-    return lowest(quantiles.sort(dim=-1, descending=True).values, beta)
+    return first_share(quantiles.sort(dim=-1, descending=True).values, beta)
 
 
 def tail_calibration_loss(quantiles, targets, alpha, beta):
-    """Pulls both tail means towards the true tail means of the sampled returns.
+    """Pulls both tail means towards those of what the targets are drawn from.
 
     quantiles (..., M), targets (..., K) -> (...), squared reward units. Raises as the tail means.
-    [reported] "tail calibration"; [ours] in form (Rockafellar-Uryasev), since a sampled return
-    has no tails of its own:
+    [reported] "tail calibration"; [ours] in form (Rockafellar-Uryasev), since the tails of one
+    state's targets, at its last token all the same number, are not the tails of its returns:
 
         (CVaR_alpha(q) - t_low)^2 + (gain_beta(q) - t_up)^2
         t_low = v - mean_j (v - y_j)_+ / alpha,  v = stop_grad Q(alpha)
         t_up  = w + mean_j (y_j - w)_+ / beta,   w = stop_grad Q(1 - beta)
     """
     q, targets = quantiles.sort(dim=-1).values, targets.detach()
-    low, high = lowest(q, alpha), lowest(q.flip(-1), beta)
+    low, high = first_share(q, alpha), first_share(q.flip(-1), beta)
     # The boundary quantile of each tail.
     v = q[..., tail_size(q.shape[-1], alpha) - 1].detach()
     w = q[..., -tail_size(q.shape[-1], beta)].detach()
@@ -67,7 +67,7 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
 
 
 def mean_shift_loss(quantiles, targets):
-    """Holds the mean while the tails move, as the policy reads it: (mean_i q_i - mean_j y_j)^2.
+    """Holds the mean while the tails move: (mean_i q_i - mean_j y_j)^2, as a scalar critic's loss.
 
     quantiles (..., M), targets (..., K) -> (...), squared reward units. [reported]; [ours] in form.
     """
@@ -81,7 +81,7 @@ def tail_shape_loss(quantiles, alpha, beta, ratio):
     """
     q = quantiles.sort(dim=-1).values
     mean = q.mean(dim=-1)
-    s_low, s_up = mean - lowest(q, alpha), lowest(q.flip(-1), beta) - mean
+    s_low, s_up = mean - first_share(q, alpha), first_share(q.flip(-1), beta) - mean
     return (s_low - ratio * s_up).clamp(min=0)
 
 
@@ -97,7 +97,7 @@ def tail_curvature_loss(quantiles, alpha, beta):
     if q.shape[-1] < 3:
         return q.sum(dim=-1) * 0
     bend = q.diff(n=2, dim=-1)
-    first, last = lowest(bend, alpha), lowest(bend.flip(-1), beta)
+    first, last = first_share(bend, alpha), first_share(bend.flip(-1), beta)
     return (-first).clamp(min=0) + (-last).clamp(min=0)
 
 

@@ -2,7 +2,7 @@
 
 Two rules keep the importance ratio honest. What was sampled is what is trained on: token ids in,
 token ids out, text only for the reward. And the old log-probs are those of the update's own
-forward pass, or have been checked against them.
+forward pass, or of sampling where the two were seen to agree.
 
 One layout: everything stands flush right. Padding is on the left alone, a row's last token is in
 the last column, and a response is a slice of the last T columns, of ids, logits and values alike.
@@ -112,7 +112,7 @@ class LogprobRecorder:
         self.note(input_ids)
         if self.temperature > 0:
             self.distribution = (logits / self.temperature).log_softmax(dim=-1)
-        # On a GPU, drawing from NaN ends the process. What was recorded stays NaN and is found.
+        # On a GPU, drawing from NaN ends the process. What is recorded, or scored, shows it.
         return torch.where(logits.amax(dim=-1, keepdim=True).isfinite(), logits, 0)
 
     def note(self, input_ids):
@@ -212,7 +212,7 @@ def token_logprobs(logits, ids, temperature, chunk_size=2**24):
 
 
 def response_logprobs(model, rollout, temperature):
-    """The log-prob of every response token under what it was sampled from: -> (B, T) fp32, nats.
+    """The log-prob of every response token at the sampling temperature: -> (B, T) fp32, nats.
 
     0 off the mask. The logits one position before a token are the ones that chose it; only those
     of the last T positions are computed.

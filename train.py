@@ -39,7 +39,7 @@ class Experience:
     """A batch of responses, and all that the losses need to know of it. No gradient in it."""
 
     rollout: Rollout
-    # (B, T) of the sampled tokens: under the policy that sampled them, and under the reference.
+    # (B, T) of the sampled tokens, under the policy before the update and under the reference.
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
     # (B, T) what the policy learns from, and (B, T, K) what the critic learns to predict.
@@ -138,8 +138,8 @@ def collect(run, args):
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
     experience = Experience(rollout, logprobs, ref_logprobs, advantages, targets)
-    found = {"scores": scores, "logprobs": logprobs, "ref_logprobs": ref_logprobs}
-    assert_finite(run.iteration + 1, found | {"quantiles": head_quantiles} | vars(experience))
+    found = {"scores": scores, "quantiles": head_quantiles} | vars(experience)
+    assert_finite(run.iteration + 1, found)
     metrics = reports.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
     metrics |= reports.response_metrics(rollout, true_scores, run.stop_ids)
     if head_quantiles is not None:
@@ -192,7 +192,7 @@ def update(run, args, experience):
     """Epochs of minibatch steps on one batch -> metrics, means over the steps.
 
     The policy rests during the critic's warm-up. Raises InputError before a step with numbers that
-    are not finite, as Adam never forgets them. Nothing else in the loop waits for a GPU.
+    are not finite, as Adam never forgets them.
     """
     train_policy = run.critic is None or run.iteration >= args.critic_warmup_steps
     models = []
@@ -267,7 +267,7 @@ def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
     is_distributional = ALGORITHMS[args.algo].critic == "quantiles"
     # Without them critic_loss is the squared error of a value: PPO, whose critic has one head of
-    # one number (build_critic).
+    # one number, and robust PPO, with N (build_critic).
     kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)

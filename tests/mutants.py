@@ -31,7 +31,7 @@ ROOT, TIMEOUT = Path(__file__).parent.parent, 120
 SLOW = {"risk.py": "not tail_contracts and not off_the_targets_own"}  # pytest -k; 3 to 10 s each
 PAIRS = (
     "+ -|* /|< <=|> >=|== !=|and or|is is not|min max|amin amax|minimum maximum|mean sum|any all|"
-    "_lowest _highest|lower_tail_mean upper_tail_mean"
+    "lower_tail_mean upper_tail_mean"
 )
 SWAPS = {"is": "is not", "is not": "is", "in": "not in", "&": "|", "|": "&", "//": "*", "%": "//"}
 SWAPS |= {"**": "*", "<<": ">>", "ceil": "floor", "expm1": "exp", "zeros_like": "ones_like"}
