@@ -121,9 +121,9 @@ class QuantileCritic(nn.Module):
         return critic
 
 
-# pairwise_quantile_huber_loss again, in O((M + K) log K) a token. For a fixed q_i it is a polynomial
-# in q_i between the points y_j and y_j +- kappa. So: sort the targets once, keep prefix sums of y
-# and y^2, and look up three edges per quantile.
+# The loss at the top again, in O((M + K) log K) a token. For a fixed q_i it is a polynomial in q_i
+# between the points y_j and y_j +- kappa. So: sort the targets once, keep prefix sums of y and
+# y^2, and look up three edges per quantile.
 
 # Numbers per block of rows: on a CPU they should stay in its cache.
 CHUNK_SIZE = {"cpu": 2**16, "gpu": 2**23}

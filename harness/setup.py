@@ -268,8 +268,8 @@ def judge(run, args, batch, rollout):
         uneven = (args.reward_noise_model, args.reward_noise_seed, run.noise)
         scores = model_scores(scores, domains, *uneven)
     flips = (args.reward_noise_fp, args.reward_noise_fn)
-    wild = (args.reward_noise_outlier, args.reward_noise_failure)
-    scores = noisy_scores(scores, *flips, *wild, run.noise)
+    outlier, failure = args.reward_noise_outlier, args.reward_noise_failure
+    scores = noisy_scores(scores, *flips, outlier, run.noise, failure)
     # A response that was cut off has no end: that may cost something.
     scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
     return scores.to(rollout.mask.device), true_scores

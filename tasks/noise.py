@@ -7,7 +7,7 @@ from tasks import InputError
 PSEUDO_LABEL = "_pseudo_label"  # a column of ours beside the user's
 
 
-def noisy_scores(scores, fp, fn, outlier, failure, generator):
+def noisy_scores(scores, fp, fn, outlier, generator, failure=(0.0, 0.0)):
     """Scores (B,) as a careless judge gives them: with fp a 0 is 1, with fn a 1 is 0. [ours]
 
     outlier (p, scale): with probability p a score loses scale * U(0, 1), a heavy negative tail.
@@ -30,8 +30,8 @@ def model_scores(scores, domains, scale, seed, generator):
 
         a_d + b_d score + s_d N(0, 1),  a ~ N(0, 1), b ~ exp(0.5 N), s ~ scale exp(0.8 N)  [ours]
 
-    At scale 1.05 it ranks right above wrong in 72 to 75 of 100 pairs, as the paper's does
-    [reported: 71.8]. A critic can learn a_d, and how much noise there is at which prompt.
+    At scale 1.05 it ranks right above wrong in 77 of 100 pairs of one domain and in 67 of two; the
+    paper's reward model in 72 [reported]. A critic can learn a_d and how noisy a domain is.
     """
     drawn = {}
     for domain in set(domains):

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from tasks import InputError
-from tasks.builtin import task_rows, task_tokenizer
-from tasks.noise import noisy_scores, prompt_offsets, pseudo_labels
-from tasks.prompts import encode_prompts
+from tasks.noise import model_scores, noisy_scores, pseudo_labels
 
 NO_OUTLIER = (0.0, 0.0)
 
@@ -41,24 +39,45 @@ def test_noise_does_not_depend_on_the_scores_and_flips_need_0_or_1():
         noisy_scores(torch.tensor([1.0, 0.5]), 0.1, 0.0, NO_OUTLIER, torch.Generator())
 
 
-def test_offsets_depend_on_the_prompt_alone_and_span_the_scale():
-    rows = task_rows("dialogue", "train", 500, 0)
-    tokenizer = task_tokenizer("dialogue")
-    ids = encode_prompts([row["prompt"] for row in rows], tokenizer)
-    offsets = prompt_offsets(ids, 3.0, len(tokenizer), 0)
-    assert 0 <= offsets.min() and offsets.max() <= 3 and offsets.std() > 0.7
-    assert torch.equal(prompt_offsets(ids[5:9], 3.0, len(tokenizer), 0), offsets[5:9])
-    assert prompt_offsets([ids[0]] * 2, 1.0, 40, 1).diff() == 0
-    assert not torch.equal(prompt_offsets(ids, 3.0, len(tokenizer), 1), offsets)
-    words = torch.zeros(500, len(tokenizer))
-    for row, prompt in enumerate(ids):
-        words[row, prompt] = 1.0
-    # Pairs of words predict most of it, on prompts not seen too.
-    pairs = (words[:, :, None] * words[:, None, :]).flatten(1)
-    seen = pairs[:400]
-    ridge = seen.T @ seen + torch.eye(pairs.shape[1])
-    weights = torch.linalg.solve(ridge, seen.T @ offsets[:400, None])
-    assert (pairs[400:] @ weights - offsets[400:, None]).var() < 0.5 * offsets[400:].var()
+def test_a_judge_that_fails_gives_an_end_of_its_scale():
+    generator = torch.Generator().manual_seed(0)
+    noisy = noisy_scores(torch.ones(40_000), 0.0, 0.0, NO_OUTLIER, generator, (0.03, 5.0))
+    for end in (-5, 5):
+        assert (noisy == end).float().mean().item() == pytest.approx(0.015, abs=0.003)
+    assert (noisy == 1).float().mean().item() == pytest.approx(0.97, abs=0.005)
+
+
+def test_a_reward_models_level_slope_and_noise_belong_to_the_domain():
+    """Within a domain scores are a + b score + s N; the same a, b, s in every batch of a seed."""
+    lines = []
+    for seed in (0, 1):
+        for domain in (3, 4):
+            scores = torch.tensor([0.0, 1.0]).repeat_interleave(20_000)
+            generator = torch.Generator().manual_seed(seed)
+            noisy = model_scores(scores, [domain] * 40_000, 1.05, 7, generator)
+            zeros, ones = noisy.chunk(2)
+            assert zeros.std().item() == pytest.approx(ones.std().item(), rel=0.05)
+            lines.append([zeros.mean(), ones.mean() - zeros.mean(), zeros.std()])
+    lines = torch.tensor(lines)
+    torch.testing.assert_close(lines[:2], lines[2:], rtol=0.1, atol=0.1)
+    assert ((lines[0] - lines[1]).abs() > 0.1).all() and (lines[:, 1:] > 0).all()
+
+
+def test_a_reward_model_ranks_right_above_wrong_as_often_as_its_docstring_says():
+    """In one domain the mean of Phi(b / (s sqrt 2)) = 0.767; 0.675 by the same sum for two."""
+    count = 20_000
+    right, wrong = (
+        model_scores(
+            torch.full((count,), value),
+            list(range(count)),
+            1.05,
+            0,
+            torch.Generator().manual_seed(int(value)),
+        )
+        for value in (1.0, 0.0)
+    )
+    assert (right > wrong).float().mean().item() == pytest.approx(0.767, abs=0.015)
+    assert (right > wrong.roll(1)).float().mean().item() == pytest.approx(0.675, abs=0.015)
 
 
 def test_pseudo_labels_are_wrong_for_a_fixed_share():
