@@ -105,16 +105,15 @@ class QuantileCritic(nn.Module):
         self.trunk.save_pretrained(folder)
         heads = {name: value.contiguous() for name, value in self.heads.state_dict().items()}
         save_file(heads | {"scale": self.scale}, Path(folder) / "critic_heads.safetensors")
-        settings = json.dumps(self.settings, indent=2) + "\n"
-        (Path(folder) / "critic_config.json").write_text(settings)
+        (Path(folder) / "critic_config.json").write_text(json.dumps(self.settings, indent=2) + "\n")
 
     @classmethod
     def from_pretrained(cls, folder, trunk_class=AutoModel):
         """Reads what save_pretrained wrote; fp32."""
         settings = json.loads((Path(folder) / "critic_config.json").read_text())
         # safetensors only: nothing is unpickled.
-        options = {"dtype": torch.float32, "use_safetensors": True}
-        critic = cls(trunk_class.from_pretrained(folder, **options), **settings)
+        trunk = trunk_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
+        critic = cls(trunk, **settings)
         heads = load_file(Path(folder) / "critic_heads.safetensors")
         critic.scale.copy_(heads.pop("scale"))
         critic.heads.load_state_dict(heads)
@@ -203,11 +202,8 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
     y = targets.detach().reshape(-1, targets.shape[-1])
     chunk_size = CHUNK_SIZE["cpu" if quantiles.device.type == "cpu" else "gpu"]
     num_rows = max(1, chunk_size // (q.shape[-1] + y.shape[-1]))
-    losses, slopes = [], []
-    for rows in zip(q.split(num_rows), y.split(num_rows)):
-        loss, slope = loss_and_slope(*rows, levels, kappa)
-        losses.append(loss)
-        slopes.append(slope)
+    parts = zip(q.split(num_rows), y.split(num_rows))
+    losses, slopes = zip(*(loss_and_slope(*part, levels, kappa) for part in parts))
     loss = torch.cat(losses).to(quantiles.dtype).view(quantiles.shape[:-1])
     slope = torch.cat(slopes).to(quantiles.dtype).view(quantiles.shape)
     # The value is `loss`, the gradient exactly `slope`, and autograd keeps one tensor only.

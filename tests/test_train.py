@@ -13,6 +13,7 @@ from conftest import (
     MODEL,
     SMALL,
     log,
+    own,
     rows_of,
     run_of,
     some_of,
@@ -568,3 +569,39 @@ def test_a_truncated_conversation_counts_on_the_state_after_its_last_token():
     quantiles = values[:, :, None, None]
     _, targets = train.estimate(args, torch.zeros(2), torch.zeros(2, 4), quantiles, rollout)
     assert targets[..., 0][mask].tolist() == [30.0, 30.0, 50.0, 50.0, 50.0]
+
+
+# ---- no absolute units
+
+
+def learned(model_folder, folder, factor, offset, flags):
+    """The policy's numbers after three iterations with rewards times factor, plus offset."""
+    data = write_rows(folder / "data.jsonl", rows_of())
+    args = parse_args([*own(model_folder, data, "exact"), *flags.split(), *UNITLESS])
+    run = build(args)
+    run.reward = lambda prompts, completions, **columns: [
+        (len(str(completion)) % 7 - 3.0) * factor + offset for completion in completions
+    ]
+    torch.manual_seed(0)
+    for run.iteration in range(3):
+        train.update(run, args, train.collect(run, args)[0])
+    return torch.cat([parameter.detach().flatten() for parameter in run.policy.parameters()])
+
+
+UNITLESS = "--kl-coef 0 --learning-rate 1e-3 --critic-learning-rate 3e-3".split()
+# Not --whiten-rewards, which adds the rewards' mean to numbers without a unit.
+CRITICS = ("--readout tanh-sd", "--readout mean")
+CRITICS += ("--algo ppo", "--algo ppo --readout tanh-sd", "--algo robust")
+
+
+@pytest.mark.parametrize("flags", CRITICS)
+def test_rewards_have_no_unit(flags, model_folder, tmp_path):
+    """Times a power of two the same policy bit for bit; times any number, plus any, to rounding."""
+    base = learned(model_folder, tmp_path, 1.0, 0.0, flags)
+    for power in (-20, 3, 20):
+        assert torch.equal(learned(model_folder, tmp_path, 2.0**power, 0.0, flags), base)
+    moved = (base - learned(model_folder, tmp_path, 0.0, 0.0, flags)).abs().mean()
+    assert moved > 1e-4
+    for factor, offset in ((1e-6, 0.0), (1e6, 0.0), (1e-3, 2.0), (1.0, 2e3)):
+        other = learned(model_folder, tmp_path, factor, offset, flags)
+        assert (other - base).abs().mean() < 0.02 * moved, (factor, offset)
