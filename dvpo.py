@@ -2,8 +2,7 @@
 
 All functions are pure. Response tensors are (B, T); `mask` (B, T) bool is True on the tokens that
 the policy chose, and whatever stands where it is False (NaN included) changes nothing. Losses are
-sums over tokens divided by `num_tokens`: pass the whole minibatch's count, and micro-batches add
-up to its gradient.
+sums over tokens divided by `num_tokens`: with the minibatch's count, micro-batches add up to it.
 """
 
 import torch
@@ -11,8 +10,7 @@ import torch
 from critic import head_consistency, quantile_huber_loss
 from risk import lower_tail_mean, risk_regularizer, tail_size, upper_tail_mean
 
-# exp(20) = 5e8: far outside any trust region, far inside fp32
-LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far inside fp32
 
 
 def masked_mean(values, mask, num_tokens=None):
@@ -29,17 +27,14 @@ def masked_mean(values, mask, num_tokens=None):
 def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
-    shift_mean=False adds the mean again: (values - mean) / std + mean, for rewards, as TRL does.
-    Fewer than two valid tokens: not scaled. [ours]: std is at least 1e-6 of the largest |value|, so
-    that rounding is not blown up, and no constant has a unit.
+    shift_mean=False adds the mean again, as TRL does to rewards. A single valid token: 0. [ours]:
+    std is at least 1e-6 of the largest |value|: rounding is not blown up, no constant has a unit.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0)
-    count = mask.sum()
-    std = (centred.square().sum() / (count - 1).clamp(min=1)).sqrt()
-    least = 1e-6 * torch.where(mask, values, 0).abs().amax()
-    std = torch.where((count < 2) | (std + least == 0), 1, torch.maximum(std, least))
-    scaled = centred / std
+    std = (centred.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
+    std = torch.maximum(std, 1e-6 * torch.where(mask, values, 0).abs().amax())
+    scaled = centred / torch.where(std > 0, std, 1)
     return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
 
 
@@ -71,8 +66,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of every token: -kl_coef * k1 on each, plus the row's score on its last True slot.
 
     scores (B,), the rest (B, T) -> (B, T), reward units, without gradient. ref_logprobs may be
-    None if kl_coef is 0. A row without a True slot (an empty completion) gets no reward at all.
-    [ours]: KL in the reward, as in InstructGPT and TRL.
+    None if kl_coef is 0. An empty row gets no reward. [ours]: KL in it, as InstructGPT and TRL.
     """
     shapes = f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
     assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, shapes
@@ -88,12 +82,11 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, successors=None):
     """Generalised advantage estimation for each quantile index by itself, over the policy's tokens.
 
-    rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), reward units, 0
-    where mask is False.
+    rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), 0 off the mask.
     bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for cut-off rows.
-    successors (B, T, M) or None: what a state is worth seen from the one before it; None = its
-    quantiles. [ours], after the [paper]'s token-level value distributions; index j is paired with
-    index j over time, as if returns rose and fell together:
+    successors (B, T, M) or None: what a state is worth seen from the one before; None = quantiles.
+    [ours], after the [paper]'s token-level value distributions; index j is paired with index j
+    over time, as if returns rose and fell together:
 
         delta_j = r_t + gamma q_j(s_{t+1}) - q_j(s_t)
         A_j = delta_j + gamma lam A_j(next),  y_j = q_j + A_j
@@ -120,55 +113,35 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
 
 
 def scalar_advantage(advantages):
-    """The mean of a distributional advantage: (B, T, M) -> (B, T). Scalar GAE on the mean value."""
+    """The mean of a distributional advantage, scalar GAE's: (B, T, M) -> (B, T)."""
     return advantages.mean(dim=-1)
 
 
 @torch.no_grad()
 def advantage_readout(quantiles, targets, mask, readout, width=1.0):
-    """What the policy sees of the distribution: an advantage for every token.
+    """What the policy sees of the distribution: one advantage for every token.
 
     quantiles (B, T, M), targets (B, T, K), mask (B, T) -> (B, T), 0 where mask is False. Raises
-    ValueError for another readout or width <= 0. With the surprise x = mean_j y_j - mean_i q_i:
+    ValueError for another readout. With the surprise x = mean_j y_j - mean_i q_i:
 
         mean:    x, reward units: scalar_advantage, and so PPO's
-        spread:  BOUND(x / (width * spread(q)))  [ours]: no surprise counts for more than 1
+        spread:  tanh(x / (width * spread)): none counts for more than one [ours]
 
-    spread(q): FORM, at least a tenth of the standard deviation of the batch's targets,
-    as a nearly certain state would blow up a small error. M = 1 has none: there the median |x| of
-    the batch stands in, and PPO with it is the control that needs no distribution.
+    spread: q's standard deviation, at least a tenth of the batch's targets': a nearly certain state
+    would blow a small error up. M = 1: the batch's median |x|, the control without a distribution.
     """
     shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
-    if not width > 0:
-        raise ValueError(f"width: expected > 0, found {width}")
-    surprise = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
+    if readout not in ("mean", "spread"):
+        raise ValueError(f"readout: expected 'mean' or 'spread', found {readout!r}")
+    x = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
     if readout == "mean":
-        return surprise
-    bound, _, form = readout.partition("-")
+        return x
+    least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
     if quantiles.shape[-1] == 1:
-        valid = surprise[mask].abs()
-        spread = valid.median() if len(valid) else valid.sum()
-    else:
-        q = quantiles.sort(dim=-1).values
-        count = q.shape[-1]
-        if form == "sd":
-            spread = q.std(dim=-1, correction=0)
-        elif form == "gini":
-            index = torch.arange(count, device=q.device, dtype=q.dtype)
-            spread = (q * (2 * index + 1 - count)).sum(dim=-1) * 2 / count**2
-        else:
-            spread = (q[..., count - 1 - count // 4] - q[..., count // 4]) / 2
-        flat = targets.mean(dim=-1)
-        spread = torch.maximum(spread, 0.1 * masked_variance(flat, mask).sqrt())
-    x = surprise / (width * spread).clamp(min=torch.finfo(spread.dtype).tiny)
-    if bound == "tanh":
-        y = x.tanh()
-    elif bound == "clip":
-        y = x.clamp(-1, 1)
-    else:
-        y = torch.where(x < 0, x.tanh(), x)
-    return torch.where(mask, y, 0)
+        least = torch.where(mask, x.abs(), torch.nan).nanmedian()
+    spread = width * torch.maximum(quantiles.std(dim=-1, correction=0), least)
+    return torch.where(mask, x / spread.clamp(min=torch.finfo(x.dtype).tiny), 0).tanh()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
@@ -186,23 +159,21 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
-    approx_kl = kl_estimate(log_ratio.detach(), 0.0, "k2")
-    metrics = {
-        "clipfrac": masked_mean((clipped > unclipped).float(), mask, num_tokens),
-        "approx_kl": masked_mean(approx_kl, mask, num_tokens),
-        "ratio": masked_mean(ratio.detach(), mask, num_tokens),
+    per_token = {
+        "clipfrac": (clipped > unclipped).float(),
+        "approx_kl": kl_estimate(log_ratio, 0.0, "k2"),
+        "ratio": ratio,
     }
-    return loss, metrics
+    return loss, {k: masked_mean(v.detach(), mask, num_tokens) for k, v in per_token.items()}
 
 
 def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=None):
     """Every head regressed on the targets, plus the tail terms on the heads' mean and consistency.
 
-    head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in reward
-    units, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
-    consistency}, scalars that add up like the loss.
-    K is M for DVPO, 1 for the baselines. kappa=None is the scalar critic of PPO (N = M = 1) and of
-    robust PPO (M = 1): half the squared error of each head, no tail terms, no value clipping.
+    head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in their
+    unit, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
+    consistency}, scalars that add up like the loss. kappa=None is the scalar critic of PPO and
+    robust PPO (M = K = 1): half the squared error of each head, no tail terms, no value clipping.
     """
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
@@ -235,8 +206,7 @@ def masked_variance(values, mask):
 def explained_variance(values, targets, mask):
     """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors, as a scalar.
 
-    1 perfect, 0 no better than a constant; NaN where the targets do not vary or fewer than two
-    tokens are valid. Meant for a whole batch: averages of it mislead.
+    1 perfect, 0 no better than a constant; NaN where the targets do not vary. Of a whole batch.
     """
     spread = masked_variance(targets, mask)
     unexplained = masked_variance(targets - values, mask)
@@ -247,22 +217,19 @@ def explained_variance(values, targets, mask):
 def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     """What the critic believes, and whether it is right, as scalars over the True slots of mask.
 
-    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns ->
-    crossing_frac: share of neighbouring quantiles out of order; std, lower_tail, upper_tail:
-    spread, S_low, S_up (reward units); coverage: share of returns within [Q(alpha), Q(1 - beta)],
-    calibrated at 1 - alpha - beta or more (ties count as inside); head_spread: root mean square
-    distance of a head from the heads' mean (reward units).
+    head_quantiles (B, T, N, M), returns (B, T) the sampled (lam = 1) returns, reward units ->
+    crossing_frac: share of neighbouring quantiles out of order; std; lower_tail, upper_tail: S_low,
+    S_up; coverage: share of returns within [Q(alpha), Q(1 - beta)], ties inside; head_spread: root
+    mean square distance of a head from the heads' mean.
     """
-    # (tokens, N, M), (tokens,): no work on padding
     head_quantiles, returns = head_quantiles[mask], returns[mask]
     unsorted = head_quantiles.mean(dim=1)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
     low = q[..., tail_size(num_quantiles, alpha) - 1]
     high = q[..., num_quantiles - tail_size(num_quantiles, beta)]
-    crossings = (unsorted.diff(dim=-1) < 0).float().sum(dim=-1)
     per_token = {
-        "crossing_frac": crossings / max(num_quantiles - 1, 1),
+        "crossing_frac": (unsorted.diff(dim=-1) < 0).sum(dim=-1) / max(num_quantiles - 1, 1),
         "std": q.std(dim=-1, unbiased=False),
         "lower_tail": mean - lower_tail_mean(q, alpha),
         "upper_tail": upper_tail_mean(q, beta) - mean,
@@ -283,21 +250,18 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
 
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
-    shapes = f"rewards {tuple(rewards.shape)}, head_values {tuple(head_values.shape)}"
-    assert rewards.shape == mask.shape == head_values.shape[:2], shapes
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
     after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
     return distributional_gae(rewards, mean, mask, gamma, lam, after, worst)
 
 
 def discounted_returns(rewards, mask, gamma):
-    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T).
+    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T), masked.
 
-    Over the policy's tokens; 0 off the mask. Whitened over the batch, Reinforce++'s advantage.
+    Whitened over the batch, Reinforce++'s advantage.
     """
     no_values = torch.zeros_like(rewards).unsqueeze(-1)
-    returns, _ = distributional_gae(rewards, no_values, mask, gamma, 1.0)
-    return returns.squeeze(-1)
+    return distributional_gae(rewards, no_values, mask, gamma, 1.0)[0].squeeze(-1)
 
 
 def group_advantages(scores, group_size, divide_by_std):
@@ -309,8 +273,8 @@ def group_advantages(scores, group_size, divide_by_std):
     """
     assert scores.dim() == 1, f"scores {tuple(scores.shape)}"
     if group_size < 2 or len(scores) % group_size:
-        expected = f"at least 2 and a divisor of {len(scores)} scores"
-        raise ValueError(f"group_size: expected {expected}, found {group_size}")
+        expected = f"expected at least 2 and a divisor of {len(scores)} scores"
+        raise ValueError(f"group_size: {expected}, found {group_size}")
     groups = scores.view(-1, group_size)
     # Equal scores are then exactly 0, whatever rounding a mean has.
     groups = groups - groups[:, :1]
@@ -323,9 +287,8 @@ def group_advantages(scores, group_size, divide_by_std):
 def token_weights(kind, mask, most_tokens):
     """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
 
-    kind token: 1. response: mean_length / length (GRPO), so that a sum over tokens divided by
-    their count is the mean over responses of their means. constant (Dr. GRPO): the same whatever
-    the lengths, 1 where all responses have most_tokens.
+    kind token: 1. response: mean_length / length (GRPO), so that the loss is the mean over
+    responses of their means. constant (Dr. GRPO): the same whatever the lengths, 1 at most_tokens.
     """
     weights = torch.ones(mask.shape, device=mask.device)
     if kind == "response":

@@ -75,16 +75,11 @@ FLAGS = {
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
     "distributional critic (dvpo)": [
-        (
-            "readout",
-            "mean",
-            ["mean", *(f"{b}-{s}" for b in ("tanh", "clip", "neg") for s in ("sd", "gini", "iqr"))],
-            "what the policy sees of the distribution",
-        ),
-        ("readout-width", 1.0, "(0, inf)", "of spread: a surprise of so many spreads counts 0.76"),
+        ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
+        ("readout-width", 1.0, "(0, inf)", "spreads that a surprise of 0.76 is worth"),
         ("num-quantiles", 200, "[1, inf)", "M"),
         ("num-heads", 4, "[1, inf)", "N"),
-        ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in reward units"),
+        ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in the critic's unit"),
         ("tau-grid", "midpoint", ["midpoint", "right"], "levels (j - 1/2)/M or j/M"),
         ("alpha", 0.1, "(0, 1]", "share of the lower tail"),
         ("beta", 0.1, "(0, 1]", "share of the upper tail"),
@@ -230,8 +225,9 @@ def check(args):
     unflippable = flips and str(args.reward).startswith("model:")
     flag = "reward-noise-fp, --reward-noise-fn"
     require(not unflippable, flag, "both at 0 with --reward model:NAME", "others")
-    has_value = algorithm.critic != "none" or not args.bootstrap_truncated
-    require(has_value, "bootstrap-truncated", "an --algo with a critic", args.algo)
+    for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
+        has_critic = algorithm.critic != "none" or getattr(args, flag) == value
+        require(has_critic, flag, "an --algo with a critic", args.algo)
     written = args.chat_template == "auto" or not args.user
     require(written, "chat-template", "auto with --user, whose turns it writes", "never")
     installed = args.report_to == "none" or importlib.util.find_spec(args.report_to)

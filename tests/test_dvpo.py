@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from critic import pairwise_quantile_huber_loss, quantile_levels
 from dvpo import (
+    advantage_readout,
     clipped_policy_loss,
     critic_loss,
     discounted_returns,
@@ -1009,3 +1010,75 @@ def test_quantile_metrics_are_those_of_a_loop_over_tokens(
 def test_shapes_are_asserted(call):
     with pytest.raises(AssertionError):
         call()
+
+
+# ---- the readout
+
+
+def test_readout_by_hand():
+    """q = (0, 2): mean 1, standard deviation 1. Targets 3: a surprise of 2, two spreads.
+
+    The second token's q = (1, 1) has no spread: a tenth of the batch's, of targets 3 and 1, is 0.1.
+    """
+    quantiles = torch.tensor([[[0.0, 2.0], [1.0, 1.0]]])
+    targets, mask = torch.tensor([[[2.0, 4.0], [0.0, 2.0]]]), torch.ones(1, 2, dtype=torch.bool)
+    assert advantage_readout(quantiles, targets, mask, "mean").tolist() == [[2, 0]]
+    found = advantage_readout(quantiles, targets, mask, "spread")
+    assert found[0].tolist() == pytest.approx([math.tanh(2), 0])
+    found = advantage_readout(quantiles, targets + 0.05, mask, "spread", width=0.5)
+    assert found[0].tolist() == pytest.approx([math.tanh(2.05 / 0.5), math.tanh(0.05 / 0.05)])
+    with pytest.raises(ValueError, match="found 'median'"):
+        advantage_readout(quantiles, targets, mask, "median")
+
+
+def test_readout_of_one_number_counts_in_the_batchs_median_surprise():
+    """Surprises 1, -2 and 6: the median size is 2. Off the mask stands NaN."""
+    values, mask = torch.zeros(2, 2, 1), ragged_mask([2, 1], 2)
+    targets = hidden(torch.tensor([[[1.0], [-2.0]], [[6.0], [9.0]]]), mask)
+    found = advantage_readout(values, targets, mask, "spread")
+    assert found.flatten().tolist() == pytest.approx(
+        [math.tanh(0.5), math.tanh(-1), math.tanh(3), 0]
+    )
+
+
+@given(**SHAPES, m=st.integers(2, 5))
+def test_readout_is_bounded_has_the_means_sign_and_is_odd_under_reflection(batch, length, seed, m):
+    generator = torch.Generator().manual_seed(seed)
+    quantiles = torch.randn(batch, length, m, generator=generator)
+    targets = quantiles + 3 * torch.randn(batch, length, 1, generator=generator)
+    mask = random_mask(generator, batch, length)
+    mean = advantage_readout(quantiles, targets, mask, "mean")
+    spread = advantage_readout(quantiles, targets, mask, "spread")
+    assert spread.abs().max() <= 1 and torch.equal(spread.sign(), mean.sign())
+    # The mean is the identity's: what scalar GAE on the mean value gives.
+    expected = torch.where(mask, scalar_advantage(targets - quantiles), 0)
+    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-5)
+    reflected = advantage_readout(-quantiles, -targets, mask, "spread")
+    torch.testing.assert_close(reflected, -spread, rtol=1e-4, atol=1e-6)
+    nan = advantage_readout(hidden(quantiles, mask), hidden(targets, mask), mask, "spread")
+    assert torch.equal(nan, spread)
+
+
+@given(seed=st.integers(0, 2**31))
+def test_a_level_and_a_scale_of_the_prompts_own_drop_out_of_the_spread_readout(seed):
+    """As long as no state is nearly certain; the mean readout takes them for news."""
+    generator = torch.Generator().manual_seed(seed)
+    quantiles = torch.rand(4, 3, 1, generator=generator) + torch.tensor([-1.0, 0.0, 1.0])
+    targets = quantiles + torch.randn(4, 3, 1, generator=generator)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    level = torch.randn(4, 1, 1, generator=generator)
+    scale = torch.rand(4, 1, 1, generator=generator) + 0.5
+    found = [
+        advantage_readout(*pair, mask, readout)
+        for readout in ("spread", "mean")
+        for pair in ((quantiles, targets), (level + scale * quantiles, level + scale * targets))
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(found[2], found[3], rtol=1e-3, atol=1e-4)
+
+
+def test_readout_where_nothing_varies_or_no_token_is_valid_is_0():
+    for m in (1, 3):
+        values = torch.full((2, 2, m), 7.0)
+        for mask in (torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)):
+            assert advantage_readout(values, values, mask, "spread").tolist() == [[0, 0], [0, 0]]
