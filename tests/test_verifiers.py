@@ -5,6 +5,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
+from conftest import own, refused, rows_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -399,6 +400,18 @@ def test_a_data_set_whose_answers_are_no_numbers_is_refused_with_its_row(answer)
     assert_readable(["72", 5, 2.5, "so\n#### 1,234", r"\frac{1}{2}", "x=5", "18 dollars"])
     with pytest.raises(InputError, match=r"row 1: .*a number.*found .*docs/your-own.md"):
         assert_readable(["72", answer])
+
+
+@pytest.mark.parametrize("flag", ["--dataset-name", "--eval-dataset-name"])
+def test_a_run_refuses_answers_that_are_no_numbers(model_folder, tmp_path, capsys, flag):
+    """Of the rows of the file, before they are shuffled; another reward takes them."""
+    rows = rows_of(answer="7")
+    good = write_rows(tmp_path / "good.jsonl", rows)
+    rows[9]["answer"] = r"\frac{x}{2}"
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    flags = [*own(model_folder, good, "math"), "--output-dir", str(tmp_path / "run"), flag, bad]
+    refused(capsys, flags, flag, "row 9", "a number", "frac{x}{2}", "docs/your-own.md")
+    assert not (tmp_path / "run").exists()
 
 
 # ---- hostile text
