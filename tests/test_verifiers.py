@@ -1,8 +1,11 @@
 """tasks/verifiers.py: answers by hand, and hostile text in linear time."""
 
+import re
+import signal
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import pytest
 from conftest import own, refused, rows_of, write_rows
@@ -412,6 +415,20 @@ def test_a_run_refuses_answers_that_are_no_numbers(model_folder, tmp_path, capsy
     flags = [*own(model_folder, good, "math"), "--output-dir", str(tmp_path / "run"), flag, bad]
     refused(capsys, flags, flag, "row 9", "a number", "frac{x}{2}", "docs/your-own.md")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_reward_for_latex_that_the_docs_show():
+    pytest.importorskip("math_verify")
+    page = (Path(__file__).parent.parent / "docs" / "your-own.md").read_text()
+    (code,) = [block for block in re.findall("```python\n(.*?)```", page, re.S) if "parse" in block]
+    namespace, before = {}, signal.getsignal(signal.SIGALRM)
+    exec(code, namespace)
+    answers = [r"\frac{x}{2}", r"\left( 3, \pi/2 \right)", "x^2+1"]
+    right = [r"so $\boxed{x/2}$", r"\boxed{(3, \frac{\pi}{2})}", r"\boxed{1 + x^2}"]
+    wrong = [r"so $\boxed{2x}$", [{"role": "assistant", "content": r"\boxed{(3, \pi)}"}], "no idea"]
+    assert namespace["reward"]([""] * 3, right, answers) == [1.0] * 3
+    assert namespace["reward"]([""] * 3, wrong, answers) == [0.0] * 3
+    signal.signal(signal.SIGALRM, before)
 
 
 # ---- hostile text
