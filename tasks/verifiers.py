@@ -23,6 +23,7 @@ PLAIN = [
     (POWER, lambda found: str(Fraction(found[1]) ** int(found[2]))),
     (rf"\\[dtc]?frac{PART}{PART}", r" \1\2/\3\4 "),  # also \frac12
     (r"\| ?-? ?([0-9.]+) ?\|", r"(\1)"),  # |-4|
+    (r"(?<=[0-9]) (?=(?:hundred|thousand|[mb]illion)s?\b)", "^"),  # no unit: not read
 ]
 # A whole answer: a name, sums that it equals, the number, its units.
 SUMS = r"(?:([A-Za-z\\°](?:[\w\\|°'{} $]|\([^()]*\))*)=)?(?:[-+*/^()0-9.!°÷$\s]*=)*[\s$*([]*"

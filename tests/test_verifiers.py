@@ -253,6 +253,8 @@ MATH = [  # (completion, answer column, right)
     (r"The answer is $\sqrt{513}$.", "513", False),
     ("The answer is 513x.", "513", False),
     ("The answer is ±513.", "513", False),
+    ("The answer is 5 million.", "5", False),
+    ("5 apples", "5", True),
     ("- 5 apples\n- 6 apples", "6", True),
     # Several boxes.
     (r"It is 513 at least, but I cannot solve it. $\boxed{}$", "513", False),
