@@ -12,6 +12,7 @@ import struct
 import sys
 import termios
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ import train
 from harness import reports
 from harness.reports import rollout_metrics
 from tasks import InputError
+
+README = Path(__file__).parent.parent / "README.md"
 
 
 def test_metrics_have_trls_names_and_the_quantile_ones(finished):
@@ -128,6 +131,8 @@ def test_the_end_shows_scores_sample_completions_and_paths(warm_start, tmp_path,
     for folder in (tmp_path, tmp_path / "checkpoint-000002"):
         assert f"in {folder}: {' '.join(sorted(path.name for path in folder.iterdir()))}\n" in out
     assert "8 in domain, 8 out of domain\n" in out and "libraries were loaded" in out
+    (header,) = re.findall("^ +(mean score.*)$", README.read_text(), re.M)
+    assert f"\n{header}\n" in out
 
 
 def evaluation_of(rows):
