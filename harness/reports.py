@@ -18,7 +18,7 @@ from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS
 from harness.setup import completions_of, respond
-from tasks import as_messages
+from tasks import InputError, as_messages
 from tasks.builtin import BUILT_IN
 from tasks.rewards import score
 
@@ -77,7 +77,11 @@ def evaluate(run, args):
         for (name, data), mode in itertools.product(run.evals.items(), modes):
             rows, name, total = [], f"{name}, {mode}", math.ceil(len(data) / size)
             for batch in tqdm(data.iter(size), name, total, leave=False, disable=None):
-                completions = completions_of(run, respond(run, args, batch, modes[mode]))
+                rollout = respond(run, args, batch, modes[mode], record_logprobs=modes[mode] > 0)
+                if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
+                    found = "others: is a learning rate too high?"
+                    raise InputError(f"evaluation: expected finite log-probs, found {found}")
+                completions = completions_of(run, rollout)
                 found = score(run.reward, batch, completions).tolist()
                 rows += zip(batch["prompt"], completions, found)
             scores[name] = torch.tensor([row[-1] for row in rows])

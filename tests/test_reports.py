@@ -304,6 +304,13 @@ def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_
     assert metrics["objective/scores"] < 0 < metrics["objective/true_scores"]
 
 
+def test_evaluation_of_a_policy_whose_logits_are_not_finite_says_so(warm_start, tmp_path):
+    run, args = run_of(warm_start, tmp_path, "--eval-samples", "4")
+    run.policy.lm_head.weight.data[3] = math.nan
+    with pytest.raises(InputError, match="evaluation: expected finite log-probs"):
+        reports.evaluate(run, args)
+
+
 def test_rollout_metrics_by_hand():
     """Two rows of two and one token, kl_coef 2.
 
