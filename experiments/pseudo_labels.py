@@ -29,12 +29,11 @@ from tasks.prompts import PROMPT_IDS, load_prompts
 
 
 def final_answer(text, choices=()):
-    """What a response ends in: a letter, a number or what stands in \\boxed{}; or None."""
+    """The letter or the number that a response answers with; or None."""
     if choices:
         return verifiers.chosen_letter(text, choices)
-    given = verifiers.boxed(text)
-    number = verifiers.last_number(text) if given is None else verifiers.one_number(given)
-    return str(number) if number is not None else given and verifiers.plain_answer(given)
+    found = verifiers.final_number(text)
+    return found and str(found[1])
 
 
 def majority(answers):
@@ -46,7 +45,8 @@ def majority(answers):
 
 def labelled(problem, texts, row):
     """A problem's row with the label that its samples vote for, or None without one."""
-    choices = verifiers.option_texts(problem.get("choices"))
+    choices = problem.get("choices") or []
+    choices = choices["text"] if isinstance(choices, dict) else choices
     answer, agreement = majority([final_answer(text, choices) for text in texts])
     if answer is None:
         return None

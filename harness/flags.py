@@ -65,7 +65,7 @@ FLAGS = {
         ("learning-rate", (1e-4, 1e-06), "(0, inf)", "policy, AdamW"),
         ("critic-learning-rate", (1e-3, 1e-05), "(0, inf)", "critic, AdamW"),
         ("max-grad-norm", 1.0, "(0, inf)", "gradient norm above which a step is scaled down"),
-        ("cliprange", 0.2, "(0, inf)", "the ratio stays within 1 +- this"),
+        ("cliprange", 0.2, "(0, inf)", "no gain from a ratio beyond 1 +- this"),
         ("gamma", 1.0, "[0, 1]", "discount per token"),
         ("lam", 0.95, "[0, 1]", "GAE lambda"),
         ("kl-coef", (0.02, 0.05), "[0, inf)", "per nat to the starting policy; 0: no reference"),

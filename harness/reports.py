@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import itertools
 import json
 import logging
 import math
@@ -17,17 +18,14 @@ from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS
 from harness.setup import completions_of, respond
+from tasks import InputError, as_messages
+from tasks.builtin import BUILT_IN
 from tasks.rewards import score
 
-# What the bar shows beside its own iteration and time left.
-SHOWN = {
-    "tok/s": "tps",
-    "score": "objective/scores",
-    "true": "objective/true_scores",
-    "kl": "objective/kl",
-    "ev": "val/explained_var",
-    "clip": "policy/clipfrac_avg",
-}
+# The bar: iteration, time left and these, within 80 columns.
+BAR = "{n}/{total} |{bar}| {remaining}{postfix}"
+SHOWN = {"tps": "tps", "score": "objective/scores", "true": "objective/true_scores"}
+SHOWN |= {"kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipfrac_avg"}
 
 
 @torch.no_grad()
@@ -50,10 +48,9 @@ def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
 def response_metrics(rollout, true_scores, stop_ids):
     """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
     mask, stops = rollout.mask, torch.tensor(stop_ids, device=rollout.mask.device)
-    is_eos = torch.isin(rollout.response_ids, stops) & mask
     return {
         "objective/true_scores": true_scores.mean(),
-        "val/num_eos_tokens": is_eos.sum(),
+        "val/num_eos_tokens": (torch.isin(rollout.response_ids, stops) & mask).sum(),
         "completions/mean_length": mask.sum(dim=1).float().mean(),
         "completions/clipped_ratio": rollout.truncated.float().mean(),
     }
@@ -70,32 +67,27 @@ def critic_metrics(args, head_quantiles, targets, returns, mask):
     return metrics
 
 
-def plain(turns):
-    """The turns of a conversation as a text; a text, or a score, as it is."""
-    return " / ".join(turn["content"] for turn in turns) if isinstance(turns, list) else turns
-
-
 @torch.no_grad()
-def evaluate(run, args, num_examples=3):
-    """-> noise-free {"NAME, greedy or sampled": mean score}, [{prompt, completion, score}]."""
-    means, examples, total = {}, [], 2 * sum(map(len, run.evals.values()))
-    bar = tqdm(total=total, desc="evaluating", leave=False)
-    with torch.random.fork_rng(), bar:
+def evaluate(run, args):
+    """-> {"NAME, greedy or sampled": noise-free scores (n,)}, the first ones with their texts."""
+    scores, examples, size = {}, [], args.batch_size
+    modes = {"greedy": 0.0, "sampled": args.temperature}
+    with torch.random.fork_rng():
         torch.manual_seed(args.seed + 1)
-        for name, data in run.evals.items():
-            for mode, temperature in (("greedy", 0.0), ("sampled", args.temperature)):
-                scores = []
-                for batch in data.iter(args.batch_size):
-                    completions = completions_of(run, respond(run, args, batch, temperature))
-                    found = score(run.reward, batch, completions).tolist()
-                    if not means:  # the first set's greedy ones
-                        examples += zip(batch["prompt"], completions, found)
-                    scores += found
-                    bar.update(len(found))
-                means[f"{name}, {mode}"] = torch.tensor(scores).mean().item()
-    keys = ("prompt", "completion", "score")
-    shown = [dict(zip(keys, map(plain, row))) for row in examples[:num_examples]]
-    return means, shown
+        for (name, data), mode in itertools.product(run.evals.items(), modes):
+            rows, name, total = [], f"{name}, {mode}", math.ceil(len(data) / size)
+            for batch in tqdm(data.iter(size), name, total, leave=False, disable=None):
+                rollout = respond(run, args, batch, modes[mode], record_logprobs=modes[mode] > 0)
+                if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
+                    found = "others: is a learning rate too high?"
+                    raise InputError(f"evaluation: expected finite log-probs, found {found}")
+                completions = completions_of(run, rollout)
+                found = score(run.reward, batch, completions).tolist()
+                rows += zip(batch["prompt"], completions, found)
+            scores[name] = torch.tensor([row[-1] for row in rows])
+            rows = [dict(zip(("prompt", "completion", "score"), row)) for row in rows]
+            examples = examples or rows
+    return scores, examples
 
 
 @contextlib.contextmanager
@@ -107,8 +99,8 @@ def open_log(run, args, num_iterations):
         tracker = tensorboard.SummaryWriter(args.output_dir, purge_step=episode + 1)
     elif args.report_to != "none":
         tracker = importlib.import_module(args.report_to).init(project="dvpo", config=vars(args))
-    bar = tqdm(total=num_iterations, initial=run.iteration, desc=args.algo)
-    with open(Path(args.output_dir) / "metrics.jsonl", "a") as file, bar:
+    bar = tqdm(total=num_iterations, initial=run.iteration, bar_format=BAR, disable=None)
+    with open(Path(args.output_dir) / "metrics.jsonl", "a", buffering=1) as file, bar:
         yield file, bar, tracker
     if tracker is not None:
         (tracker.close if args.report_to == "tensorboard" else tracker.finish)()
@@ -120,64 +112,84 @@ def log_iteration(log, run, args, metrics):
     speed = {"episode": episode, "eps": episode / (time.time() - run.start)}
     metrics = metrics | {"lr": args.learning_rate, **speed}
     if args.eval_steps and run.iteration % args.eval_steps == 0:
-        for name, value in evaluate(run, args)[0].items():
-            metrics[f"eval/{name.replace(', ', '/').replace(' ', '_')}"] = value
-    known = {"iteration": run.iteration} | {name: float(v) for name, v in metrics.items()}
-    known = {name: value for name, value in known.items() if math.isfinite(value)}
+        for name, scores in evaluate(run, args)[0].items():
+            metrics[f"eval/{name.replace(', ', '/').replace(' ', '_')}"] = scores.mean()
+    metrics = {"iteration": run.iteration} | {name: float(v) for name, v in metrics.items()}
+    known = {name: value for name, value in metrics.items() if math.isfinite(value)}
     # JSON has no NaN.
-    numbers = dict.fromkeys(["iteration", *metrics]) | known
+    numbers = dict.fromkeys(metrics) | known
     file.write(json.dumps(numbers) + "\n")
-    file.flush()
     if args.report_to == "tensorboard":
         for name, value in known.items():
             tracker.add_scalar(name, value, episode)
     elif tracker is not None:
         tracker.log(numbers, step=episode)
-    shown = {name: f"{known[key]:.2f}" if key in known else "-" for name, key in SHOWN.items()}
-    bar.set_postfix(shown)
+    # + 0: never -0.00.
+    values = {name: round(known[key], 2) + 0 for name, key in SHOWN.items() if key in known}
+    shown = [f"{name}={v:.{0 if abs(v) >= 10 else 2}f}" for name, v in values.items()]
+    bar.set_postfix_str(" ".join(shown), refresh=False)
     bar.update()
+    # Every tenth of the run, a line that stays.
+    if 10 * run.iteration % bar.total < 10:
+        with bar.external_write_mode():
+            print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
 
 
 def announce(run, args, num_iterations):
     """What is about to happen, in a line or two."""
     sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items()) or "none"
-    print(f"{len(run.data)} prompts to train on; held out: {sizes}")
+    print(f"{len(run.data)} prompts to train on; evaluated on {sizes}")
+    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][0]:
+        print(f"note: --reward {args.reward} takes the place of the one of --task {args.task}")
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"
         print(f"note: {what} iterations: the policy will not change")
     if run.iteration:
         print(f"{run.iteration} of {num_iterations} iterations are done")
+    elif run.before and (scores := torch.cat([*run.before.values()])).min() == scores.max():
+        print(f"note: at first all {len(scores)} scores are {scores[0]:g}: nothing to learn from?")
 
 
-def shortened(text, width=90):
-    """One line of at most so many characters: the end of a prompt, where the question stands."""
-    text = " ".join(text.split())
+def shortened(said, width=90):
+    """A text, or turns, in one line of at most so many characters: the end of a long one."""
+    text = " / ".join(" ".join(turn["content"].split()) or "(empty)" for turn in as_messages(said))
     return text if len(text) <= width else "..." + text[3 - width :]
 
 
+def interval(scores):
+    """-> mean over prompts, half the width of its 95 % interval (NaN for a single score)."""
+    error = scores.std().item() / scores.numel() ** 0.5 if scores.numel() > 1 else math.nan
+    return scores.mean().item(), 1.96 * error
+
+
 def report(run, args, folder):
-    """The last evaluation, as results.json and as a table of what changed, and where all is."""
-    output_dir, pairs = Path(args.output_dir), []
-    after, examples = evaluate(run, args)
+    """The last evaluation: results.json, a table, three examples (changed ones first), paths."""
+    (after, examples), output_dir, pairs = evaluate(run, args), Path(args.output_dir), []
+    results = {"before": {}, "after": {}, "interval": {}}
+    results["seconds"] = round(time.time() - run.start, 1)
+    table = [f"\n{'mean score, 95 % interval':27}before          after           change"]
+    for name, new in after.items():
+        old = torch.as_tensor(run.before[name])
+        # Prompt by prompt, unless an older checkpoint has but the mean.
+        change = new - old if new.shape == old.shape else new.mean() - old.mean()
+        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, change))
+        table.append(f"{name:24}{a:9.3f} ±{of_a:.3f}{b:9.3f} ±{of_b:.3f}{c:+9.3f} ±{of_c:.3f}")
+        results["before"][name], results["after"][name] = a, b
+        results["interval"][name] = [None if math.isnan(x) else x for x in (of_a, of_b, of_c)]
     for old, new in zip(run.examples, examples):
         pair = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
         pairs.append(pair | {"scores": [old["score"], new["score"]]})
-    seconds = round(time.time() - run.start, 1)
-    results = {"before": run.before, "after": after, "seconds": seconds}
-    text = json.dumps(results | {"examples": pairs}, indent=2) + "\n"
-    write_whole(output_dir / "results.json", text)
-    print(f"\n{'mean score':24} before    after   change")
-    for name, value in run.before.items():
-        print(f"{name:24} {value:6.3f}   {after[name]:6.3f}   {after[name] - value:+6.3f}")
-    for pair in pairs:
+    results["examples"] = sorted(pairs, key=lambda pair: pair["before"] == pair["after"])[:3]
+    write_whole(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+    print("\n".join(table))
+    for pair in results["examples"]:
         print(f"\nprompt  {shortened(pair['prompt'])}")
         for when, value in zip(("before", "after"), pair["scores"]):
             print(f"{when:7} {shortened(pair[when])}  ({value:g})")
-    print(f"\npolicy and tokenizer: {folder / 'policy'}")
-    if run.critic is not None:
-        print(f"critic: {folder / 'critic'}")
-    names = sorted(path.name for path in output_dir.iterdir() if path != folder)
-    print(f"also in {output_dir}: {', '.join(names)}\n{seconds:.0f} s in all")
+    print()
+    for place in (folder, output_dir):
+        print(f"in {place}:", *sorted(path.name for path in place.iterdir()))
+    print(f"{results['seconds']:.0f} s since the libraries were loaded")
 
 
 def quiet():

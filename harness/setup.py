@@ -96,13 +96,14 @@ def stop_token_ids(model, tokenizer, stop_token=None):
     return sorted(ids - {None})
 
 
-def load_splits(args, tokenizer, context):
+def load_splits(args, tokenizer, context, reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
     load = functools.partial(
         load_prompts,
         tokenizer=tokenizer,
         max_tokens=context - args.response_length,
         use_chat_template=args.chat_template == "auto",
+        reward=reward,
         prompt_column=args.prompt_column,
     )
     evals = {}
@@ -199,7 +200,7 @@ def build(args):
         expected = f"expected less than the model's context of {context} tokens"
         raise InputError(f"--response-length: {expected}, found {args.response_length}")
     reward, user = load_functions(args, device, tokenizer)
-    data, evals = load_splits(args, tokenizer, context)
+    data, evals = load_splits(args, tokenizer, context, reward)
     for prompts in (data, *evals.values()):
         assert_known_ids(prompts, policy.config.vocab_size)
     critic = build_critic(args, policy, context)

@@ -18,8 +18,8 @@ def in_order(values):
     return " ".join(f"{slot} {values[slot]}" for slot in SLOTS if slot in values)
 
 
-def booking_row(num_slots, rare, rng):
-    """`book area food thai`: ask `area`, hear `area north`, rarely also `food greek`, and book."""
+def booking_row(num_slots, odd, rng):
+    """`book area food thai`: ask `area`, hear `area north`, perhaps also `food greek`, and book."""
     values = {slot: rng.choice(SLOTS[slot]) for slot in rng.sample(list(SLOTS), num_slots)}
     given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
     opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
@@ -28,7 +28,7 @@ def booking_row(num_slots, rare, rng):
     replies, completion = {}, []
     for slot in asked:
         replies[slot] = f"{slot} {values[slot]}"
-        if rng.random() < rare:
+        if rng.random() < odd:
             changed = rng.choice(known)
             others = [value for value in SLOTS[changed] if value != values[changed]]
             values[changed] = rng.choice(others)

@@ -10,7 +10,7 @@ from tasks.booking import SLOTS, booking_reward, booking_row, in_order, scripted
 from tasks.verifiers import exact_reward, math_reward
 
 # Per split: least and most terms, user turns or slots, and the share of long sums or of turns that
-# revise an earlier one: few in the warm start, so that something is left for RL to learn.
+# revise an earlier one. The warm start knows both, a little: something is left for RL to learn.
 TASKS = {
     "sums": dict(warm=(2, 3, 0.1), train=(2, 4, 0.0), test=(2, 4, 0.0), ood=(5, 6, 0.0)),
     "dialogue": dict(warm=(2, 5, 0.03), train=(2, 5, 0.5), test=(2, 5, 0.5), ood=(6, 8, 0.5)),
@@ -30,9 +30,9 @@ CHAT_TEMPLATE = (
 )
 
 
-def sums_row(length, rare, rng):
+def sums_row(length, odd, rng):
     """`12+7+40=` -> `19,59#59`: running totals and then the answer."""
-    if rng.random() < rare:
+    if rng.random() < odd:
         length = rng.randint(4, 6)
     terms = [rng.randint(1, 20) for _ in range(length)]
     totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
@@ -41,12 +41,12 @@ def sums_row(length, rare, rng):
     return {"prompt": prompt, "answer": totals[-1], "completion": completion}
 
 
-def dialogue_row(length, rare, rng):
+def dialogue_row(length, odd, rng):
     """A user fills slots in `length` turns, sometimes one again, and asks for what stands then."""
     values, messages = {}, []
     for _ in range(length):
         unset = [slot for slot in SLOTS if slot not in values]
-        revise = values and (not unset or rng.random() < rare)
+        revise = values and (not unset or rng.random() < odd)
         slot = rng.choice(list(values) if revise else unset)
         values[slot] = rng.choice([value for value in SLOTS[slot] if value != values.get(slot)])
         messages += as_messages(f"{slot} {values[slot]}") + as_messages("ok", "assistant")
@@ -58,10 +58,10 @@ def task_rows(task, split, num_rows, seed):
     """Seeded {prompt, answer or replies, completion} with num_rows distinct prompts. [ours]"""
     rng = random.Random(f"{task}/{split}/{seed}")
     make_row = {"sums": sums_row, "dialogue": dialogue_row, "booking": booking_row}[task]
-    low, high, rare = TASKS[task][split]
+    low, high, odd = TASKS[task][split]
     rows = {}
     while len(rows) < num_rows:
-        row = make_row(rng.randint(low, high), rare, rng)
+        row = make_row(rng.randint(low, high), odd, rng)
         rows[str(row["prompt"])] = row
     return list(rows.values())
 

@@ -8,6 +8,7 @@ from datasets import Dataset, load_dataset
 
 from tasks import InputError, as_messages, one_line
 from tasks.builtin import task_rows
+from tasks.verifiers import assert_readable, math_reward
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
@@ -35,10 +36,14 @@ def load_data(name, split, config=None, prompt_column="prompt"):
     return data
 
 
-def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, **source):
+def load_prompts(
+    flag, name, split, tokenizer, max_tokens, use_chat_template=True, reward=None, **source
+):
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
     try:
         data = load_data(name, split, **source)
+        if reward is math_reward and "answer" in data.column_names:
+            assert_readable(data["answer"])
         prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
     except Exception as error:  # datasets raises many kinds, and their cause says most
         found = one_line(error.__cause__ or error)

@@ -4,14 +4,38 @@ import re
 from fractions import Fraction
 from string import ascii_uppercase
 
-WHOLE = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)"
-NUMBER = re.compile(r"(?<![0-9)])-?" + WHOLE + r"?(?:\.[0-9]+|(?<=[0-9]))(?:\s*/\s*[0-9]+)?")
-UNIT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{[^{}]*\}(?:\^\{?[23]\}?)?|\^\{?\\circ\}?|\\[%$]")
-POWER = r"(?<![\w.,)}\]])([0-9]{1,4})\s*\^\s*(?:\{\s*([0-9]{1,2})\s*\}|([0-9]))(?!\s*[\w^!'])"
-FRACTION = r"\\frac\s*\{\s*(-?[0-9]{1,50})\s*\}\s*\{\s*([0-9]{1,50})\s*\}"
-MARKUP = r"\\(?:text|mbox|mathrm|left|right|displaystyle|,|;|:| )|[\s$]"
-# What may not stand beside a number that is the whole answer: 2k, x/8, 5!, (1, 2), 8 -.
-NOT_ALONE = r"[0-9\\(){}\[\]^_=+*<>!']|-$|^[A-Za-z]$|[-/]\s*[A-Za-z]$|^[A-Za-z]\s*/"
+from tasks import InputError
+
+DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
+PART = rf" ?(?:\{{ ?([-+]?{DECIMAL}) ?\}}|([0-9]))"  # of a fraction
+POWER = r"(?<![\w.,)}\]^])(?<![0-9] )([1-9][0-9]{0,3}) ?\^ ?([-+]?[0-9]{1,2})(?! ?[\^0-9])"
+# In this order: one spelling for what has many; a unit becomes °.
+PLAIN = [
+    (r"<<[^<>]*>>|\\!\s*|\\(?:left|right)(?![a-z])|\\(?=[$%])|\{(?=,\})|(?<=\{,)\}", ""),
+    (r"\\(?:text|math|mbox|f?box)[a-z]*\s*\{\s*([-+0-9.][^{}]*)\}", r" \1 "),
+    (r"(?:[^\S\n]|\\[,;:() \[\]]|\\q?quad\b|~|\\f?box(?:ed)?\s*\{?)+", " "),
+    (r"\^ ?\{ ?([-+]?[0-9]+|\\circ) ?\}", r"^\1 "),
+    (r"\\(?:text|mathrm|mbox)[a-z]* ?\{(?![^{}]* or )(?:[^{}0-9]|\^-?[0-9])*\}|\^ ?\\circ|%", "°"),
+    (r"[\u2212\u2013]", "-"),
+    (r"(?<=[0-9])(?<![0-9]{4})[, ](?=[0-9]{3}(?![0-9/]))", ""),  # 2,000
+    (r"\\(?:times|cdot)(?![a-z])|[×·]|(?<=[0-9]) ?x ?(?=[0-9])", "*"),
+    (r"(?<![\w.])([0-9.]+) ?\* ?10 ?\^ ?([-+]?[0-9]{1,3})(?![0-9])", r"\1e\2"),  # 2 * 10^3
+    (POWER, lambda found: str(Fraction(found[1]) ** int(found[2]))),
+    (rf"\\[dtc]?frac{PART}{PART}", r" \1\2/\3\4 "),  # also \frac12
+    (r"\| ?-? ?([0-9.]+) ?\|", r"(\1)"),  # |-4|
+    (r"(?<=[0-9]) (?=(?:hundred|thousand|[mb]illion)s?\b)", "^"),  # no unit: not read
+]
+# A whole answer: a name, sums that it equals, the number, its units.
+SUMS = r"(?:([A-Za-z\\°](?:[\w\\|°'{} $]|\([^()]*\))*)=)?(?:[-+*/^()0-9.!°÷$\s]*=)*[\s$*([]*"
+VALUE = rf"(?:([-+])[ $]*)?(?:([0-9]+) +(?=[0-9]+ ?/))?({DECIMAL})(?: ?/ ?(-?0*[1-9][0-9]*))?"
+UNIT = r"°|(?!and\b|not\b)[A-Za-z]{3,}|[cdkmn]m|[km]g|m[Lls]|[kM]?Hz|eV|ft|in|(?<= )[mgsLCFJKNVW]"
+UNITS = rf"(?:[ $]*[-/]?(?:{UNIT})(?![A-Za-z])(?:/ ?[A-Za-z]\b)?(?:\^-?\d|[²³])?)*[\s$*()\]]*\.?"
+BOX = r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)\}"
+LISTED = r"(?:[^a-z0-9\\]|\\(?!f?box)[a-z]*|\b(?:and|or|also|else|maybe|perhaps|possibly)\b)*"
+CUE = r"(?i)(?:####|\banswer\b[^.0-9]{0,60}?(?:\bis\b|\bequals?\b|[:=]))(?=[^0-9]{0,50}[0-9])"
+# What stands between two numbers: words, one that is denied, all but signs, ends of lines.
+WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,})"
+BREAK = WORDS + r"|\b[ai] |\n(?:- )?|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π-]"
 WORD = r"\b(?i:answer|option|choice)\b"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a letter, or a digit; tried in this order.
@@ -35,83 +59,58 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def boxed(text):
-    """What stands in the last \\boxed{...} of text, braces balanced; None if there is none."""
-    _, found, rest = text.rpartition("\\boxed{")
-    depth = 1
-    for end, letter in enumerate(rest):
-        depth += {"{": 1, "}": -1}.get(letter, 0)
-        if found and depth == 0:
-            return rest[:end]
-    return None
+def plain(text):
+    for pattern, written in PLAIN:
+        text = re.sub(pattern, written, text)
+    return text.lstrip("\n $*")
 
 
-def power(found):
-    return str(int(found[1]) ** int(found[2] or found[3]))
+def as_number(text):
+    """The number that text is, with its name: `x = 2 \\cdot 3 = 6 cm` -> ("x", 6); or None."""
+    found = re.fullmatch(SUMS + VALUE + UNITS, plain(text)) if len(text) < 1000 else None
+    if not found:
+        return None
+    name, sign, whole, above, below = found.groups("")
+    value = int(whole or 0) + Fraction(above) / int(below or 1)
+    return re.sub("[ $]", "", name), -value if sign == "-" else value
 
 
-def mixed_fraction(found):
-    return f"{int(found[1]) * int(found[3]) + int(found[2])}/{found[3]}"
+def final_number(text):
+    """The number that text answers with, as as_number has it; None for none, or for several."""
+    *_, boxes = [None, *re.finditer(f"(?i)(?:{BOX}{LISTED})+", text[-10_000:])]
+    if boxes:
+        numbers = {as_number(box) for box in set(re.findall(BOX, boxes[0]))}
+        return numbers.pop() if len(numbers) == 1 else None
+    *others, said = re.split(CUE, plain(text[-2000:]))
+    runs = [run for run in re.split(BREAK, said) if re.search("[0-9]", run)]
+    return as_number(runs[0 if others else -1]) if runs else None
 
 
-def plain_latex(text):
-    """Powers as numbers, fractions as a/b, mixed ones too; one way to write a comma or a minus."""
-    text = text.replace("\\!", "").replace("{,}", ",").replace("\u2212", "-").replace("\\$", "$")
-    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("\\\\", ";")
-    text = re.sub(POWER, power, text)
-    text = re.sub(r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\b([0-9]{1,50})\s*" + FRACTION, mixed_fraction, text)
-    return re.sub(FRACTION, r"\1/\2", text)
-
-
-def last_number(text):
-    """The last number in text, commas, decimals and fractions read, as a Fraction; or None."""
-    for found in reversed(NUMBER.findall(plain_latex(text[-4000:]))):  # answers stand at the end
-        whole, _, denominator = re.sub(r"[,\s]", "", found).partition("/")
-        if len(whole) + len(denominator) <= 100 and int(denominator or 1) != 0:
-            return Fraction(whole) / int(denominator or 1)
-    return None
-
-
-def plain_unit(found):
-    return " " + re.sub(r"[^0-9.,]", " ", found[0].split("}")[0])
-
-
-def one_number(text):
-    """The number that text is, a unit or `x =` aside, as a Fraction; None for tuples, roots, 2x."""
-    text = UNIT.sub(plain_unit, plain_latex(text))
-    text = re.sub(r"^\s*(?:[A-Za-z]\s*=\s*)?\+?", "", text)
-    rest = NUMBER.sub("", text, count=1).strip(" .$%")
-    return None if re.search(NOT_ALONE, rest) else last_number(text)
-
-
-def plain_answer(text):
-    """A LaTeX answer as a bare string, to compare answers that are not numbers."""
-    text = re.sub(MARKUP, "", plain_latex(text))
-    return re.sub(r"\{(\w)\}", r"\1", text).rstrip(".").lower()
+def assert_readable(answers):
+    """Raises InputError at the first answer that is no number to math_reward."""
+    for row, answer in enumerate(answers):
+        if as_number(str(answer).split("####")[-1]) is None:
+            found = f"found {answer!r:.60} (docs/your-own.md: a reward for LaTeX)"
+            raise InputError(f"row {row}: expected a number as answer for --reward math, {found}")
 
 
 def math_reward(prompts, completions, answer, **columns):
-    """1.0 where what is in \\boxed{}, else the last number, is the answer: as a number, or text."""
-    scores = []
-    for completion, expected in zip(completions, answer):
-        text, expected = text_of(completion), str(expected).split("####")[-1]  # GSM8K: #### 72
-        given, target = boxed(text), one_number(expected)
-        if target is None:
-            right = given is not None and plain_answer(given) == plain_answer(expected)
-        else:
-            right = target == (last_number(text) if given is None else one_number(given))
-        scores.append(float(right))
+    """1.0 where the number in \\boxed{}, after `answer is`, or else the last one, is the answer."""
+    scores = [0.0] * len(completions)
+    for row, (completion, expected) in enumerate(zip(completions, answer)):
+        given = final_number(text_of(completion))
+        target = as_number(str(expected).split("####")[-1])
+        if given and target and given[0] in ("", target[0] or given[0]):
+            # A float stands for the short decimal nearby.
+            near = abs(target[1]) / 10**9 if isinstance(expected, float) and target[1] % 1 else 0
+            scores[row] = float(abs(given[1] - target[1]) <= near)
     return scores
 
 
 def first_found(patterns, text, allowed):
     """What the first pattern that finds something allowed finds, in capitals; or None."""
-    for pattern in patterns:
-        found = re.search(pattern, text)
-        if found and found[1].upper() in allowed:
-            return found[1].upper()
-    return None
+    found = (re.search(pattern, text) for pattern in patterns)
+    return next((one[1].upper() for one in found if one and one[1].upper() in allowed), None)
 
 
 def chosen_letter(text, choices):
@@ -122,20 +121,16 @@ def chosen_letter(text, choices):
     return first_found(LETTERED, text, letters) or (named[0] if len(named) == 1 else None)
 
 
-def option_texts(choices):
-    """The texts to choose from, of choices as choice_reward takes them -> a list."""
-    return choices["text"] if isinstance(choices, dict) else choices or []
-
-
 def choice_reward(prompts, completions, answer, choices=None, **columns):
     """1.0 where the option named is the answer; choices: texts, or the hub's {text, label}."""
     scores = []
     for completion, expected, options in zip(completions, answer, choices or [None] * len(answer)):
         text, expected = text_of(completion).strip()[:10_000], str(expected).strip().upper()
-        labels = [str(label) for label in (options["label"] if isinstance(options, dict) else [])]
+        options = options if isinstance(options, dict) else {"text": options or [], "label": []}
+        labels = [str(label) for label in options["label"]]
         letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC
         number = first_found(NUMBERED, text, "0123456789") if letters else None
-        letter = letters.get(number) if number else chosen_letter(text, option_texts(options))
+        letter = letters.get(number) if number else chosen_letter(text, options["text"])
         scores.append(float(letter is not None and letter == letters.get(expected, expected)))
     return scores
 
@@ -143,4 +138,4 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
 def exact_reward(prompts, completions, answer, **columns):
     """1.0 where the completion is the answer column's text, white space aside, else 0.0."""
     pairs = zip(completions, answer)
-    return [float(text_of(said).split() == str(expected).split()) for said, expected in pairs]
+    return [float(text_of(said).split() == str(right).split()) for said, right in pairs]

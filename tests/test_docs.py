@@ -2,9 +2,11 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.flags import FLAGS
 
@@ -93,15 +95,53 @@ def test_names_stand_in_the_files_that_the_page_says(page):
         assert set(re.findall(r"`(\w+)`", names)) <= definitions(ROOT / file).keys(), (names, file)
 
 
-def test_the_copied_losses_run_alone():
+def test_the_copied_losses_run_alone(tmp_path):
+    """Each in a clean file of its own, with nothing but what its row names."""
     section = README.split("## Copying a piece")[1].split("\n## ")[0]
     rows = re.findall(r"^(\w+)\.py \| (.*) \| (.*)$", section, re.M)
-    example = re.search("```python\n(.*?)```", section, re.S)[1]
-    source, namespace = "", {}
-    for module, names, imports in rows:
+    examples = re.search("```python\n(.*?)```", section, re.S)[1].split("\n\n")
+    made = {}
+    for (module, names, imports), example in zip(rows, examples, strict=True):
         found = definitions(ROOT / f"{module}.py")
         parts = [ast.unparse(found[name]) for name in re.findall(r"`(\w+)`", names)]
-        source += "\n".join([*re.findall("`([^`]*)`", imports), *parts, ""])
-    exec(source + example, namespace)
-    assert {module for module, *_ in rows} == {"critic", "dvpo"}
-    assert namespace["loss"].dim() == 0 and set(namespace["metrics"]) >= {"clipfrac", "ratio"}
+        file = tmp_path / f"copied_{module}.py"
+        file.write_text("\n".join([*re.findall("`([^`]*)`", imports), *parts, example]))
+        made[module] = runpy.run_path(str(file))
+    assert made["critic"]["loss"].shape == (512,) and made["critic"]["loss"].isfinite().all()
+    assert made["dvpo"]["loss"].dim() == 0 and set(made["dvpo"]["metrics"]) >= {"clipfrac", "ratio"}
+    # A ratio beyond what fp32 holds: the limit came along.
+    old, mask = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
+    loss, _ = made["dvpo"]["clipped_policy_loss"](old + 1000, old, -torch.ones(1, 1), mask, 0.2)
+    assert loss.isfinite() and loss > 1e6
+
+
+def test_the_example_reward_is_answered_best_by_an_answer():
+    code = re.search("```python\n(# rewards.py.*?)```", README, re.S)[1]
+    exec(code, namespace := {})
+    reward = namespace[re.search(r"--reward rewards:(\w+)", README)[1]]
+    texts = ["", "a word or two", "one two three four five six seven eight nine ten", "on " * 19]
+    silence, short, best, long = reward(prompts=["p"] * 4, completions=texts)
+    assert best == 0 > short > silence and best > long > silence
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": texts[2]}]
+    assert reward(prompts=["p"], completions=[turns]) == [0]
+
+
+GUIDES = [page for page in PAGES if page.parent.name != "experiments"]
+
+
+@pytest.mark.parametrize("page", sorted(GUIDES), ids=lambda page: page.stem)
+def test_commands_have_a_budget_and_say_how_long_they_take(page):
+    """In their own paragraph or a neighbouring one.
+
+    Of train.py: --total-episodes, or the default run, which the README times; or it is resumed.
+    """
+    paragraphs = re.sub(r" *\\\n *", " ", page.read_text()).split("\n\n")
+    for number, text in enumerate(paragraphs):
+        commands = re.findall(r"python (?:train\.py|experiments/\w+\.py|-m pytest)[^`\n#;]*", text)
+        commands = [line.strip() for line in commands if "--help" not in line and "..." not in line]
+        for line in commands:
+            free = not line.startswith("python train.py") or line == "python train.py"
+            bounded = re.search("--total-episodes|--resume", line)
+            assert free or bounded, line
+        around = " ".join(paragraphs[max(number - 1, 0) : number + 2])
+        assert not commands or re.search(r"\b(hours?|minutes?|seconds?)\b", around), commands

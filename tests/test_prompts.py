@@ -8,7 +8,14 @@ from datasets import Dataset
 
 from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
-from tasks.prompts import PROMPT_IDS, assert_known_ids, encode_prompts, load_data, load_prompts
+from tasks.prompts import (
+    PROMPT_IDS,
+    assert_known_ids,
+    batch_rows,
+    encode_prompts,
+    load_data,
+    load_prompts,
+)
 
 TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -143,3 +150,12 @@ def test_tokens_that_the_model_has_no_embedding_for_are_named():
     data = Dataset.from_dict({"prompt": ["a", " "], PROMPT_IDS: [[1, 2], []]})
     with pytest.raises(InputError, match="found None in the prompt ' '"):
         assert_known_ids(data, 40)
+
+
+def test_batches_walk_through_seeded_permutations_of_the_rows():
+    """Five rows in batches of three: every five in a row are a permutation, others by the seed."""
+    rows = [row for first in range(0, 30, 3) for row in batch_rows(5, first, 3, seed=1)]
+    epochs = [tuple(rows[start : start + 5]) for start in range(0, 30, 5)]
+    assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(epochs)) > 1
+    assert batch_rows(5, 3, 12, seed=1) == rows[3:15]
+    assert any(batch_rows(5, 0, 5, seed) != rows[:5] for seed in range(2, 5))

@@ -1,17 +1,24 @@
 """tasks/verifiers.py: answers by hand, and hostile text in linear time."""
 
+import re
+import signal
 import time
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
+from conftest import own, refused, rows_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tasks import InputError
 from tasks.verifiers import (
-    boxed,
+    assert_readable,
     choice_reward,
     chosen_letter,
     exact_reward,
-    last_number,
+    final_number,
     math_reward,
 )
 
@@ -41,13 +48,13 @@ MATH = [  # (completion, answer column, right)
     ("0.50", "1/2", True),
     (".5", "0.5", True),
     ("1/0", "1", False),
-    ("1/\u0660", "1", True),
-    ("1e3", "1000", False),
+    ("1/\u0660", "1", False),
+    ("1e3", "1000", True),
     ("answer: 6 eggs", "6.0", True),
-    ("12 3", "3", True),
+    ("12 3", "3", False),
     ("1,23", "23", True),
     ("\\boxed{42} and then 7", "42", True),
-    ("\\boxed{41} \\boxed{42}", "42", True),
+    ("\\boxed{41} \\boxed{42}", "42", False),
     ("\\boxed{\\text{42 apples}}", "42", True),
     ("\\boxed{}", "42", False),
     ("\\boxed{42", "42", True),
@@ -97,18 +104,167 @@ MATH = [  # (completion, answer column, right)
     ("\\boxed{12_5^2}", "25", False),
     ("\\boxed{5^{-1}}", "5", False),
     ("\\boxed{2^{10}}", "2^{10}", True),
-    ("\\boxed{x^2+1}", "x^2 + 1", True),
-    ("\\boxed{(3, \\pi/2)}", "\\left( 3, \\pi/2 \\right)", True),
     ("\\boxed{x^2}", "x^2+1", False),
-    ("\\boxed{\\frac{\\pi}{2}}", "\\dfrac{\\pi}{2}", True),
     ("\\boxed{\\sqrt{2x}}", "\\sqrt{2}x", False),
-    ("\\boxed{[1,2]}", "[1,2]", True),
     ("72", "He has <<48/2=24>>24\n#### 72", True),
-    (
-        "\\boxed{\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}}",
-        "\\begin{pmatrix} 1 \\\\2 \\end{pmatrix}",
-        True,
-    ),
+    ("He has <<48/2=24>>24", "24", True),
+    # Whole numbers, as they are and with separators.
+    (r"In 4 steps: $\boxed{-307}$.", "-307", True),
+    (r"\boxed{3,075}", "3075", True),
+    (r"\boxed{3{,}075}", "3075", True),
+    (r"\boxed{3\,075}", "3075", True),
+    (r"\boxed{3,\!075}", "3075", True),
+    (r"\boxed{13,\! 075}", "13075", True),
+    (r"\boxed{3 075}", "3075", True),
+    ("\\boxed{3\u2009075}", "3075", True),
+    ("\\boxed{-3\u202f075\u202f000}", "-3075000", True),
+    (r"\boxed{3,07}", "3075", False),
+    (r"\boxed{3,0755}", "30755", False),
+    (r"\boxed{307, 5}", "3075", False),
+    (r"\boxed{30755}", r"3,\!075", False),
+    (r"\boxed{\$3075}", r"3,\!075", True),
+    (r"\boxed{3075}", r"\$3,\!075", True),
+    (r"\boxed{7.45}", r"\$7.45", True),
+    (r"\boxed{7.451}", r"\$7.45", False),
+    # Decorated.
+    (r"\boxed{88.}", "88", True),
+    (r"\boxed{ 88 }", "88", True),
+    (r"\boxed{\text{88}}", "88", True),
+    (r"\boxed{\mathbf{88}}", "88", True),
+    (r"\boxed{t = 88}", "88", True),
+    (r"\boxed{f(3) = 88}", "88", True),
+    (r"\boxed{\angle ABC = 88^\circ}", "88", True),
+    (r"\boxed{88\text{ kg}}", "88", True),
+    (r"\boxed{88 \text{ cubic units}}", "88", True),
+    (r"\boxed{88\ \mathrm{m}}", "88", True),
+    (r"\boxed{88\mbox{ cm}^2}", "88", True),
+    (r"\boxed{88 km/h}", "88", True),
+    (r"\boxed{88^{\circ}\text{C}}", "88", True),
+    (r"\boxed{\boxed{88}}", "88", True),
+    (r"\boxed{$88$}", "88", True),
+    (r"\boxed{+88}", "88", True),
+    (r"\boxed{- 88}", "-88", True),
+    (r"\boxed{88.00}", "88", True),
+    (r"\boxed{\left(88\right)}", "88", True),
+    (r"\boxed{|-88|}", "88", True),
+    (r"\boxed{|-88|}", "-88", False),
+    # Something else.
+    (r"\boxed{88x}", "88", False),
+    (r"\boxed{88xy}", "88", False),
+    (r"\boxed{\sqrt{88}}", "88", False),
+    (r"\boxed{88\pi}", "88", False),
+    (r"\boxed{88^2}", "88", False),
+    (r"\boxed{88!}", "88", False),
+    (r"\boxed{(88, 89)}", "88", False),
+    (r"\boxed{88, 89}", "88", False),
+    (r"\boxed{\{88, 89\}}", "88", False),
+    (r"\boxed{\pm 88}", "88", False),
+    (r"\boxed{n \ge 88}", "88", False),
+    (r"\boxed{88 \text{ or } 89}", "88", False),
+    (r"\boxed{88 \text{ and } 89}", "88", False),
+    (r"\boxed{-88}", "88", False),
+    (r"\boxed{880}", "88", False),
+    (r"\boxed{\frac{1}{88}}", "88", False),
+    (r"\boxed{88i}", "88", False),
+    (r"\boxed{88.5}", "88", False),
+    (r"\boxed{88...}", "88", False),
+    (r"\boxed{88:89}", "88", False),
+    (r"\boxed{88 + k}", "88", False),
+    (r"\boxed{80 + 8}", "89", False),
+    (r"\boxed{88_9}", "88", False),
+    (r"\boxed{88 \text{ mod } 9}", "88", False),
+    (r"\boxed{x^2 = 88}", "88", False),
+    (r"\boxed{2x = 88}", "88", False),
+    (r"\boxed{x = 1, y = 88}", "88", False),
+    # The variable of an answer that names one.
+    (r"\boxed{x=5}", "x=5", True),
+    (r"\boxed{5}", "x = 5", True),
+    (r"\boxed{y=5}", "x=5", False),
+    ("So $y = 5$.", "x=5", False),
+    # Equations.
+    (r"\boxed{81+7 = 88}", "88", True),
+    (r"\boxed{2\cdot 88 - 88 = 88}", "88", True),
+    (r"\boxed{88 - 7 = 81}", "88", False),
+    ("5 x 3 = 15", "15", True),
+    # Fractions.
+    (r"\boxed{\tfrac{7}{4}}", r"\frac{7}{4}", True),
+    (r"\boxed{\frac{21}{12}}", r"\frac{7}{4}", True),
+    (r"\boxed{ \frac {7} {4}}", r"\frac{7}{4}", True),
+    (r"\boxed{\frac{7}{4} \text{ units}}", r"\frac{7}{4}", True),
+    (r"\boxed{x = \frac{7}{4}}", r"\frac{7}{4}", True),
+    (r"\boxed{\frac7{4}}", r"\frac{7}{4}", True),
+    (r"\boxed{\frac{7}4}", r"\frac{7}{4}", True),
+    (r"\boxed{\frac 74}", r"\frac{7}{4}", True),
+    (r"\boxed{1.750}", r"\frac{7}{4}", True),
+    (r"\boxed{1\frac{3}{4}}", r"\frac{7}{4}", True),
+    (r"\boxed{1 3/4}", r"1\frac{3}{4}", True),
+    (r"\boxed{\frac{-7}{4}}", r"-\frac{7}{4}", True),
+    (r"\boxed{-1\frac{3}{4}}", r"-\frac{7}{4}", True),
+    (r"\boxed{-1\frac{3}{4}}", r"-\frac{1}{4}", False),
+    (r"\boxed{\frac{4}{7}}", r"\frac{7}{4}", False),
+    (r"\boxed{-\frac{7}{4}}", r"\frac{7}{4}", False),
+    (r"\boxed{74}", r"\frac{7}{4}", False),
+    (r"\boxed{\frac{7}{4}x}", r"\frac{7}{4}", False),
+    (r"\boxed{0.57}", r"\frac{4}{7}", False),
+    (r"\boxed{7/4}", r"1\frac{7}{4}", False),
+    (r"\boxed{\frac{3}{4}}", r"1\frac{3}{4}", False),
+    (r"\boxed{0.0004}", ".0004", True),
+    (r"\boxed{4e-4}", ".0004", True),
+    # Powers of ten.
+    (r"\boxed{2.93\times 10^{-11}}", r"2.93 \times 10^{-11}", True),
+    (r"\boxed{2.93 \cdot 10^{-11}}", r"2.93 \times 10^{-11}", True),
+    (r"\boxed{2.93E-11}", r"2.93 \times 10^{-11}", True),
+    (r"\boxed{29.3\times 10^{-12} \text{ Hz}}", r"2.93 \times 10^{-11}", True),
+    (r"\boxed{2.930 × 10^{-11}\ \mathrm{erg\,s^{-1}}}", r"2.93 \times 10^{-11}", True),
+    (r"\boxed{2.93\times 10^{-11} W/m^2}", "2.93e-11", True),
+    ("The answer is 2.93 x 10^-11 m.", "2.93e-11", True),
+    (r"\boxed{10^{-5}}", "1e-5", True),
+    (r"\boxed{0.00001}", "1e-5", True),
+    (r"\boxed{17,000}", "1.70e4", True),
+    (r"\boxed{5.1e14}", r"5.1 \times 10^{14} Hz", True),
+    (r"\boxed{2.93\times 10^{-10}}", r"2.93 \times 10^{-11}", False),
+    (r"\boxed{2.93\times 10^{11}}", r"2.93 \times 10^{-11}", False),
+    (r"\boxed{-2.93\times 10^{-11}}", r"2.93 \times 10^{-11}", False),
+    (r"\boxed{2.93}", r"2.93 \times 10^{-11}", False),
+    (r"\boxed{0}", r"2.93 \times 10^{-11}", False),
+    (r"\boxed{-5}", "1e-5", False),
+    (r"\boxed{10^(10^9)}", "10", False),
+    (r"\boxed{10^{10^9}}", "10", False),
+    # Without a box.
+    ("**Answer:** 513", "513", True),
+    ("Answer: $513$", "513", True),
+    ("So the final answer is $x = 513$.", "513", True),
+    ("Therefore, there are **513** ways.", "513", True),
+    (r"The final answer is \(513\). I hope it is correct.", "513", True),
+    (r"\boxed {513}", "513", True),
+    (r"$\fbox{513}$", "513", True),
+    ("The answer is 513. This used step 3 of 4.", "513", True),
+    ("The answer is 513, not 510.", "513", True),
+    ("The answer is 513, not 510.", "510", False),
+    ("It is 513, not $510$.", "513", True),
+    ("The answer is not 510. It is 513.", "513", True),
+    ("The answer is 513. (One might think 510.)", "510", False),
+    ("We see 510 first, so the answer is 513.", "510", False),
+    ("The answer is either 513 or 510.", "510", False),
+    ("The answer is either 513 or 510.", "513", False),
+    ("It is 513 or 510", "510", False),
+    ("The answer is 513 and 510", "513", False),
+    ("The answer is 513, 510", "513", False),
+    (r"The answer is $\sqrt{513}$.", "513", False),
+    ("The answer is 513x.", "513", False),
+    ("The answer is ±513.", "513", False),
+    ("The answer is 5 million.", "5", False),
+    ("5 apples", "5", True),
+    ("- 5 apples\n- 6 apples", "6", True),
+    # Several boxes.
+    (r"It is 513 at least, but I cannot solve it. $\boxed{}$", "513", False),
+    (r"We get 513 and then add 3, giving $\boxed{516}$.", "513", False),
+    (r"First $\boxed{516}$; wait, I forgot one, so $\boxed{513}$.", "513", True),
+    (r"First $\boxed{513}$; wait, I counted too few, so $\boxed{516}$.", "513", False),
+    (r"$\boxed{512}$ $\boxed{513}$ $\boxed{514}$", "513", False),
+    (r"$\boxed{514}$, or maybe $\boxed{513}$", "513", False),
+    (r"\boxed{41}\text{ and }\boxed{42}", "42", False),
+    (r"\boxed{42} and \boxed{42.0}", "42", True),
 ]
 
 
@@ -120,8 +276,164 @@ def test_math_verifier(completion, answer, right):
     ]
 
 
-def test_math_reads_numeric_answer_columns():
-    assert math_reward([""] * 2, ["5", "2.5"], [5, 2.5]) == [1.0, 1.0]
+NUMERIC = [  # (answer column, completion, right)
+    (5, "5", True),
+    (2.5, "2.5", True),
+    (1e-05, r"\boxed{0.00001}", True),
+    (0.1 + 0.2, r"\boxed{0.3}", True),
+    (1 / 3, r"\boxed{\frac13}", True),
+    (0.3, r"\boxed{0.3000001}", False),
+    (1e20, r"\boxed{100000000000000000000}", True),
+    (1e23, r"\boxed{10^{23}}", True),
+    (1e9 + 1, r"\boxed{1000000002}", False),
+    (-0.0, r"\boxed{0}", True),
+    (2**70, rf"\boxed{{{2**70}}}", True),
+    (2**70, rf"\boxed{{{2**70:,}}}", True),
+    (2**70, rf"\boxed{{{2**70 + 1}}}", False),
+    (float("nan"), r"\boxed{nan}", False),
+    (float("inf"), r"\boxed{inf}", False),
+    (float("-inf"), r"\boxed{-\infty}", False),
+    (True, "1", False),
+    (None, "0", False),
+    ("['9.6\\n']", r"\boxed{9.6}", False),
+]
+
+
+@pytest.mark.parametrize("answer,completion,right", NUMERIC)
+def test_math_reads_numeric_answer_columns(answer, completion, right):
+    assert math_reward([""], [completion], [answer]) == [float(right)]
+
+
+# ---- many spellings of one number
+
+
+def spelled_int(number):
+    sign, size = "-" if number < 0 else "", abs(number)
+    separated = [f"{size:,}".replace(",", mark) for mark in (",", "{,}", r"\,", r",\!", "\u202f")]
+    plain = [
+        f"{size}",
+        f"{size}.0",
+        rf"\mathbf{{{size}}}",
+        rf"{size}\text{{ cm}}",
+        rf"{size}^\circ",
+    ]
+    rest = [rf"\frac{{{3 * number}}}{{3}}", rf"{number - 4} + 4 = {number}", f"\u2212{size}"]
+    return [sign + said for said in separated + plain] + rest[: 3 if sign else 2]
+
+
+def spelled_power(digits, exponent):
+    """The number digits * 10**exponent."""
+    lead, last = str(Decimal(digits) / 10), exponent + 1
+    written = [f"{digits}e{exponent}", f"{lead}E{last}", f"{Decimal(digits).scaleb(exponent):f}"]
+    latex = [rf"{digits}\times 10^{{{exponent}}}", rf"{lead} \cdot 10^{{{last}}}\ \mathrm{{Hz}}"]
+    return written + latex + [f"{lead} x 10^{last}", f"{lead} × 10^{{{last}}}"]
+
+
+def spelled_fraction(above, below):
+    sign, size = "-" if above < 0 else "", abs(above)
+    whole, part = divmod(size, below)
+    spelled = [rf"\frac{{{above}}}{{{below}}}", rf"x = {sign}\dfrac {{{2 * size}}} {{{2 * below}}}"]
+    if size < 10 and below < 10:
+        spelled += [rf"{sign}\frac{size}{below}", rf"{sign}\frac {size}{{{below}}}"]
+    if whole and part:
+        spelled += [rf"{sign}{whole}\frac{{{part}}}{{{below}}}", f"{sign}{whole} {part}/{below}"]
+    return spelled + [f"{above}/{below}"]
+
+
+NOT_ZERO = st.integers(-(10**5), 10**5).filter(bool)
+INTEGERS = st.integers(-(10**25), 10**25) | st.integers(-2000, 2000)
+SPELLED = (  # (a number, its spellings)
+    INTEGERS.map(lambda number: (Fraction(number), spelled_int(number)))
+    | st.tuples(NOT_ZERO, st.integers(-30, 30)).map(
+        lambda pair: (pair[0] * Fraction(10) ** pair[1], spelled_power(*pair))
+    )
+    | st.tuples(NOT_ZERO, st.integers(1, 300)).map(
+        lambda pair: (Fraction(*pair), spelled_fraction(*pair))
+    )
+)
+FRAMES = [
+    r"First, 17 cases. So it is $\boxed{%s}$.",
+    r"\boxed{3}? Wait, I forgot some: \boxed{%s}",
+    "The answer is %s.",
+    "The answer is $%s$, not 17. This used step 3.",
+    "We see 17 first.\n#### %s",
+    "**Answer:** %s",
+    "Hence there are **%s**",
+    "It is %s, not 17",
+]
+
+
+BESIDE = ["%sx", r"\sqrt{%s}", r"%s\pi", "%s, 99", "(%s, 99)", r"\pm %s", "x > %s", "%s_8", "%s+1"]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(SPELLED, SPELLED, st.sampled_from([10, -1, 1 + Fraction(1, 10**6)]), st.data())
+def test_spellings_of_one_number_are_rewarded_and_of_another_are_not(one, other, factor, data):
+    (number, spelled), (stranger, strange) = one, other
+    frame, answer = (data.draw(st.sampled_from(some)) for some in (FRAMES, spelled))
+    said = data.draw(st.sampled_from(spelled))
+    assert math_reward([""], [frame % said], [answer]) == [1.0]
+    if stranger != number:
+        assert math_reward([""], [frame % data.draw(st.sampled_from(strange))], [answer]) == [0.0]
+    if number:
+        assert math_reward([""], [frame % (number * factor)], [answer]) == [0.0]
+    beside = data.draw(st.sampled_from(BESIDE)) % number
+    assert math_reward([""], [rf"\boxed{{{beside}}}"], [answer]) == [0.0]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
+def test_what_a_numeric_column_holds_is_itself(number):
+    assert math_reward([""], [rf"\boxed{{{number}}}"], [number]) == [1.0]
+    assert_readable([number, str(number)])
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.text(), st.text() | st.floats() | st.integers() | st.lists(st.text()), st.booleans())
+def test_no_text_and_no_answer_raises(text, answer, is_boxed):
+    said = rf"\boxed{{{text}}}" if is_boxed else text
+    assert math_reward([""], [said], [answer])[0] in (0.0, 1.0)
+
+
+# ---- answers that are no numbers
+
+
+@pytest.mark.parametrize(
+    "answer", [r"\frac{x}{2}", "['9.6\n']", "(1, 2)", "C", "52_8", "", None, float("nan"), "3:45"]
+)
+def test_a_data_set_whose_answers_are_no_numbers_is_refused_with_its_row(answer):
+    assert_readable(["72", 5, 2.5, "so\n#### 1,234", r"\frac{1}{2}", "x=5", "18 dollars"])
+    with pytest.raises(InputError, match=r"row 1: .*a number.*found .*docs/your-own.md"):
+        assert_readable(["72", answer])
+
+
+@pytest.mark.parametrize("flag", ["--dataset-name", "--eval-dataset-name"])
+def test_a_run_refuses_answers_that_are_no_numbers(model_folder, tmp_path, capsys, flag):
+    """Of the rows of the file, before they are shuffled; another reward takes them."""
+    rows = rows_of(answer="7")
+    good = write_rows(tmp_path / "good.jsonl", rows)
+    rows[9]["answer"] = r"\frac{x}{2}"
+    bad = write_rows(tmp_path / "bad.jsonl", rows)
+    flags = [*own(model_folder, good, "math"), "--output-dir", str(tmp_path / "run"), flag, bad]
+    refused(capsys, flags, flag, "row 9", "a number", "frac{x}{2}", "docs/your-own.md")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_reward_for_latex_that_the_docs_show():
+    pytest.importorskip("math_verify")
+    page = (Path(__file__).parent.parent / "docs" / "your-own.md").read_text()
+    (code,) = [block for block in re.findall("```python\n(.*?)```", page, re.S) if "parse" in block]
+    namespace, before = {}, signal.getsignal(signal.SIGALRM)
+    exec(code, namespace)
+    answers = [r"\frac{x}{2}", r"\left( 3, \pi/2 \right)", "x^2+1"]
+    right = [r"so $\boxed{x/2}$", r"\boxed{(3, \frac{\pi}{2})}", r"\boxed{1 + x^2}"]
+    wrong = [r"so $\boxed{2x}$", [{"role": "assistant", "content": r"\boxed{(3, \pi)}"}], "no idea"]
+    assert namespace["reward"]([""] * 3, right, answers) == [1.0] * 3
+    assert namespace["reward"]([""] * 3, wrong, answers) == [0.0] * 3
+    signal.signal(signal.SIGALRM, before)
+
+
+# ---- hostile text
 
 
 PIECES = [
@@ -160,13 +472,26 @@ PIECES = [
     "$",
     "A*",
     "\\boxed{\\text{(",
+    "9999^99 ",
+    "10^{999}",
+    "9^9^",
+    "\\boxed{9},",
+    "1=",
+    "cm/s",
+    "/°",
+    "*10^9",
+    "not 9 ",
+    "or 9",
+    "|9",
+    "<<",
+    "1" + "0" * 999 + " ",
 ]
 
 
 @pytest.mark.parametrize("piece", PIECES)
 def test_verifiers_are_linear_on_hostile_text(piece):
-    """100 kB of one piece, bare, boxed, with an end that does not match: together in a second."""
-    text = piece * (100_000 // len(piece))
+    """1 MB of one piece, bare, boxed, with an end that does not match: together in a second."""
+    text = piece * (1_000_000 // len(piece))
     start = time.process_time()
     for hostile in (
         text,
@@ -174,6 +499,7 @@ def test_verifiers_are_linear_on_hostile_text(piece):
         text + "!",
         "answer" + text + "x",
         "1" + text + "}",
+        f"\\boxed{{x={text[:990]}!}}",
     ):
         for answer in ("42", "x^2", text[:1000]):
             math_reward([""], [hostile], [answer])
@@ -198,8 +524,8 @@ def test_verifiers_take_any_mixture_in_linear_time(mixture, end):
 
 def test_nothing_of_the_models_text_is_evaluated():
     assert math_reward([""], ["__import__('os').abort()"], ["1"]) == [0.0]
-    assert last_number("9**9**9**9") == 9
-    assert boxed("a \\boxed{b {c} d} e") == "b {c} d" and boxed("none") is None
+    assert final_number("9**9**9**9") is None
+    assert final_number("10^(10^9)") is None and final_number("1e999999999") is None
 
 
 CHOICES = ["a leg muscle", "a bacterial population", "viral particles", "carbohydrates"]
