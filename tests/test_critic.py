@@ -474,9 +474,23 @@ def test_critic_starts_at_returns_of_any_precision_and_number(model):
     critic = make_critic(model, num_quantiles=2)
     for returns in (torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0]).bfloat16(), torch.arange(5).double()):
         critic.start_at(returns)
-        assert critic.heads.bias.tolist() == [1.0, 3.0] * 3
+        # The standard deviation of 0, 1, 2, 3, 4.
+        assert critic.scale.item() == pytest.approx(2**0.5)
+        found = critic.scale * critic.heads.bias
+        torch.testing.assert_close(found, torch.tensor([1.0, 3.0] * 3))
     critic.start_at(torch.tensor([2.0]).expand(2**24 + 1))
-    assert critic.heads.bias.tolist() == [2.0] * 6
+    assert critic.heads.bias.tolist() == [2.0] * 6 and critic.scale == 1
+
+
+def test_equal_returns_and_what_rounding_leaves_of_them_are_no_unit(model):
+    critic = make_critic(model, num_quantiles=2)
+    for returns, scale in (
+        (torch.full((7,), 0.1), 1.0),
+        (torch.tensor([1.0, 1.0 + 2**-23]), 1.0),
+        (torch.tensor([-3e-9, 3e-9]), 3e-9),
+    ):
+        critic.start_at(returns)
+        assert critic.scale.item() == pytest.approx(scale)
 
 
 def test_critic_output_is_fp32_under_autocast_or_on_a_bf16_trunk_and_last_is_a_slice(model):
@@ -516,6 +530,7 @@ def test_critic_learns_and_every_head_is_calibrated(model):
 
 def test_save_and_load_round_trip(model, tmp_path):
     critic = make_critic(model, bias=0.3, grid="right")
+    critic.scale.fill_(3.0)
     critic.save_pretrained(tmp_path)
     loaded = QuantileCritic.from_pretrained(tmp_path)
     assert torch.equal(loaded.eval()(*inputs()), critic.eval()(*inputs()))
