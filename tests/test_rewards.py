@@ -126,7 +126,19 @@ BAD_VALUES = [
     ([0, 10**400], "row 1"),
     (torch.tensor(1.0), "found Tensor"),
     (torch.zeros(2, 1), "found Tensor"),
+    (numpy.zeros((2, 2)), "found ndarray"),
+    (torch.zeros(3), "2 numbers, found 3 values"),
     ("ab", "found str"),
+    (b"ab", "found bytes"),
+    (True, "found bool"),
+    ({0: 1.0, 1: 1.0}, "found dict"),
+    ([0, torch.zeros(2)], "row 1.*tensor"),
+    ([0, b"1"], "row 1.*b'1'"),
+    ([0, numpy.bytes_(b"1")], "row 1.*b'1'"),
+    ([0, numpy.str_("1")], "row 1.*'1'"),
+    ([0, 1 + 2j], "row 1.*2j"),
+    ([0, numpy.complex64(1 + 2j)], "row 1.*2j"),
+    (numpy.array([0, 1 + 2j]), "row 0.*0j"),
 ]
 
 
@@ -187,7 +199,26 @@ class OwnError(Exception):
     pass
 
 
+class NoException(BaseException):
+    """As a library's timeout may be, that nobody shall catch."""
+
+
+class LongError(Exception):
+    def __repr__(self):
+        return "one\ntwo\r\n\nthree"
+
+
+class SilentError(Exception):
+    def __repr__(self):
+        raise SystemExit(1)
+
+
 RAISED = [
+    (NoException("slow"), r"it raised NoException\('slow'\) \("),
+    (GeneratorExit(), r"it raised GeneratorExit\(\) \("),
+    (StopIteration(), r"it raised StopIteration\(\) \("),
+    (LongError(), r"it raised one two three \("),
+    (SilentError(), r"it raised SilentError \("),
     (ValueError(), r"it raised ValueError\(\) \("),
     (ValueError("two\nlines"), r"it raised ValueError\('two.*lines'\) \("),
     (KeyError("x"), r"it raised KeyError\('x'\) \("),
@@ -203,6 +234,44 @@ def test_what_a_reward_raises_is_one_line(error, found):
 
     with pytest.raises(InputError, match=f"^--reward: {found}") as caught:
         score(reward, {"prompt": ["p"]}, ["a"])
+    assert "\n" not in str(caught.value)
+
+
+def test_ctrl_c_in_a_reward_is_no_fault_of_its():
+    def reward(prompts, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(reward, {"prompt": ["p"]}, ["a"])
+
+
+def odd_value(**methods):
+    return type("Odd", (), methods)()
+
+
+def leave(value):
+    sys.exit(1)
+
+
+def fail(value):
+    raise ValueError("not\nyet")
+
+
+@pytest.mark.parametrize(
+    "returned,found",
+    [
+        ([odd_value(__float__=leave)], r"it raised SystemExit\(1\)"),
+        ([odd_value(__str__=fail)], r"it raised ValueError\('not.*yet'\)"),
+        ([odd_value(__float__=fail)], r"row 0 of the batch, 'p': expected a finite number"),
+        (odd_value(ndim=1, __len__=fail), r"it raised ValueError\('not.*yet'\)"),
+        (odd_value(ndim=property(fail)), r"it raised ValueError\('not.*yet'\)"),
+        (odd_value(ndim=1, __len__=lambda value: 1, __iter__=fail), r"it raised ValueError\("),
+    ],
+)
+def test_what_a_score_raises_when_it_is_read_is_one_line(returned, found):
+    place = r" \(test_rewards.py, line " if "raised" in found else ""
+    with pytest.raises(InputError, match=f"^--reward: {found}.*{place}") as caught:
+        score(gives(returned), {"prompt": ["p"]}, ["a"])
     assert "\n" not in str(caught.value)
 
 
@@ -236,6 +305,26 @@ def test_load_reward(tmp_path, monkeypatch):
     for wrong in WRONG:
         with pytest.raises(InputError, match="--reward: .*[^: ]$"):
             load_reward(wrong)
+
+
+def test_a_module_that_fails_is_named_with_the_line_and_ours_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needs.py").write_text("import json\nimport no_such_package\n")
+    (tmp_path / "outer.py").write_text("\n\nimport inner\n")
+    (tmp_path / "inner.py").write_text("x = 1\n1 / 0\n")
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    (tmp_path / "stops.py").write_text("class Own(BaseException): pass\nraise Own\n")
+    for spec, found in {
+        "needs:f": r"ModuleNotFoundError.*no_such_package.*\) \(needs.py, line 2\)",
+        "outer:f": r"ZeroDivisionError.*\) \(inner.py, line 2\)",
+        "torn:f": r"SyntaxError.*torn.py",
+        "stops:f": r"Own\(\) \(stops.py, line 2\)",
+        "nowhere:f": r"ModuleNotFoundError\(\"No module named 'nowhere'\"\)$",
+        "json:nosuch": r"AttributeError\(\"module 'json' has no attribute 'nosuch'\"\)$",
+    }.items():
+        expected = f"^--reward: cannot load '{spec}': it raised {found}"
+        with pytest.raises(InputError, match=expected):
+            load_reward(spec)
 
 
 def test_a_loaded_function_keeps_its_parameters_and_the_place_of_its_errors(tmp_path, monkeypatch):
