@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -436,6 +437,28 @@ def test_the_working_folder_may_be_the_repository(monkeypatch):
     assert load_reward("tasks.verifiers:exact_reward") is exact_reward
     assert load_function("--user", "tasks.booking:scripted_user")([{"content": "book"}], "") is None
     assert dict(sys.modules) == modules
+
+
+def test_ours_are_found_whatever_else_is_on_the_path(tmp_path):
+    """Packages of a user's: one would win over a folder of ours without an __init__.py."""
+    for name in OURS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    code = "import sys; from importlib.util import find_spec; sys.path.insert(0, sys.argv.pop(1))\n"
+    code += "print(*[find_spec(name).origin for name in sys.argv[1:]], sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(REPOSITORY), *OURS]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    found = run.stdout.splitlines()
+    assert len(found) == len(OURS) and all(str(REPOSITORY) in path for path in found), run
+
+
+def test_scripts_do_not_put_their_folder_on_the_path():
+    """Or experiments/evaluate.py would stand before a package that is named evaluate."""
+    scripts = [path.read_text() for path in (REPOSITORY / "experiments").glob("*.py")]
+    first = "    sys.path[0] = str(Path(__file__).parent.parent)\n"
+    assert all(("sys.path" in text) == (first in text) for text in scripts)
+    assert sum(first in text for text in scripts) >= 12
 
 
 def test_our_names_are_all_there_are():
