@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from critic import QuantileCritic
 from tasks import InputError, one_line
 
-# What a forked child must not have of ours: {signal: its handler before}, the folder's lock.
-BEFORE, LOCKS = {}, []
+# What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
+LOCK, SIGNALS, MASKS = contextlib.ExitStack(), contextlib.ExitStack(), []
 
 
 def flushed(path):
@@ -193,24 +193,21 @@ def begin(run, args):
     write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")
 
 
-@contextlib.contextmanager
 def alone_in(folder):
-    """While it lasts, no other process's run gets into a folder; a crash, too, frees it."""
+    """-> A context in which no other process's run gets into a folder; a crash, too, ends it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         import fcntl
 
-        LOCKS.append(os.open(folder, os.O_RDONLY))
-        fcntl.flock(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(folder, os.O_RDONLY)
+        LOCK.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        let_go()
+        LOCK.close()
         raise InputError(f"--output-dir: expected no other run in {folder}, found one") from error
     except (ImportError, OSError):
         pass  # there are no locks here
-    try:
-        yield
-    finally:
-        let_go()
+    return LOCK
 
 
 @contextlib.contextmanager
@@ -224,33 +221,30 @@ def stopping_on_signals():
         received.append(number)
         os.write(2, b"\nstopping after this iteration, with a checkpoint; once more: at once\n")
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            BEFORE[number] = signal.signal(number, handler) or signal.SIG_DFL
-    try:
+    with SIGNALS:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, handler) or signal.SIG_DFL
+                SIGNALS.callback(signal.signal, number, before)
         yield received
-    finally:
-        give_back_signals()
 
 
-def give_back_signals():
-    """To what they did before; one that came while a child was forked does it now."""
-    for number in [*BEFORE]:
-        signal.signal(number, BEFORE.pop(number))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [number])
+def hold_signals():
+    """Before a fork, as one that comes before the child has let go would be lost."""
+    MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def take_signals():
+    signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
 
 
 def let_go():
-    """At a run's end, and in a forked child: its signals are its own, the folder is not."""
-    give_back_signals()
-    while LOCKS:
-        os.close(LOCKS.pop())
+    """In a forked child: signals end it as if we were not there, and the lock is its parent's."""
+    SIGNALS.close()
+    LOCK.close()
+    take_signals()
 
 
 if hasattr(os, "register_at_fork"):
-    # A signal that comes before the child has let go would be lost.
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, BEFORE),
-        after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, BEFORE),
-        after_in_child=let_go,
-    )
+    os.register_at_fork(before=hold_signals, after_in_parent=take_signals, after_in_child=let_go)

@@ -248,8 +248,8 @@ def check(args):
     folder = Path(args.output_dir)
     there = next(path for path in (folder, *folder.parents) if path.exists())
     require(there.is_dir(), "output-dir", "a folder", f"the file {there}")
-    for flag in "model_name_or_path critic_model_name_or_path dataset_name reward".split():
-        path = Path(str(getattr(args, flag)).removeprefix("model:")).resolve()
+    for flag, value in vars(args).items():
+        path = Path(str(value).removeprefix("model:")).resolve()
         moves = str(path).startswith(str(folder.resolve() / "checkpoint-"))
         require(not moves, flag, "nothing in --output-dir's own checkpoints, which move", path)
 

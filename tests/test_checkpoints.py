@@ -628,9 +628,21 @@ def test_a_forked_child_has_the_signals_that_it_would_have_without_us(number):
             os.kill(os.getpid(), number)
             assert received == [number]  # the run's own is what it was
         assert signal.getsignal(number) is signal.SIG_DFL
-        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) and not checkpoints.BEFORE
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) and not checkpoints.MASKS
     finally:
         signal.signal(number, before)
+
+
+def test_a_forked_child_has_the_mask_that_its_parent_chose():
+    """Workers that shall not hear of Ctrl-C are forked while it is blocked."""
+    blocked = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        with checkpoints.stopping_on_signals():
+            pid = forked(lambda: int(signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked))
+            assert status_of(pid) == 1 and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def test_a_child_forked_in_a_thread_ends_on_a_signal():
@@ -661,7 +673,7 @@ def test_two_runs_never_write_into_one_folder(tmp_path):
         assert status_of(forked(lambda: enters(tmp_path / "run"))) == 1
     assert status_of(forked(lambda: enters(tmp_path / "run"))) == 0
     assert enters(tmp_path / "run") == enters(tmp_path / "run") == 0
-    assert not list((tmp_path / "run").iterdir()) and not checkpoints.LOCKS
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.parametrize("flag", ["--output-dir", "--resume"])

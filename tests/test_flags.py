@@ -217,6 +217,7 @@ def test_a_folder_with_the_name_of_a_logging_package_is_not_the_package(
         ("--model-name-or-path", "run/checkpoint-000001/policy"),
         ("--critic-model-name-or-path", "run/../run/checkpoint-000001/critic"),
         ("--dataset-name", "run/checkpoint-000001/data.jsonl"),
+        ("--eval-dataset-name", "run/checkpoint-000001/data.jsonl"),
         ("--reward", "model:{}/run/checkpoint-000001/policy"),
     ],
 )
