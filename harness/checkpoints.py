@@ -75,8 +75,8 @@ def write_checkpoint(run, folder):
     except Exception as error:
         # A full disk, say, in each library's own words.
         shutil.rmtree(folder, ignore_errors=True)
-        found = f"cannot write {folder.stem}, earlier ones are kept; found: {one_line(error)}"
-        raise InputError(f"--output-dir: {found}") from error
+        what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
+        raise InputError(f"{what}; found: {one_line(error)}") from error
 
 
 def try_saving(run, args):

@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import rollout
 import tasks.prompts
-from tasks import InputError
+from tasks import InputError, one_line
 from tasks.builtin import task_tokenizer
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
@@ -236,6 +236,14 @@ def test_what_a_reward_raises_is_one_line(error, found):
     with pytest.raises(InputError, match=f"^--reward: {found}") as caught:
         score(reward, {"prompt": ["p"]}, ["a"])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error,text",
+    [(StopIteration(), "StopIteration without a message"), (ValueError("a\n b"), "a b")],
+)
+def test_an_error_that_says_nothing_is_named(error, text):
+    assert one_line(error) == text
 
 
 def test_ctrl_c_in_a_reward_is_no_fault_of_its():
