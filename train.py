@@ -15,7 +15,12 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+
+if __name__ == "__main__":
+    # --help and a refused flag need not wait for torch.
+    from harness.flags import parse_args
+
+    parse_args()
 
 import torch
 import transformers
@@ -59,19 +64,17 @@ class Experience:
 
 def train(args):
     """The whole run: evaluation, iterations, checkpoint, evaluation, report -> exit status."""
-    run, output_dir = build(args), Path(args.output_dir)
-    num_iterations = math.ceil(args.total_episodes / args.batch_size)
+    run, num_iterations = build(args), math.ceil(args.total_episodes / args.batch_size)
     # Of python, numpy and torch: a user's reward may draw from any.
     transformers.set_seed(args.seed)
     if args.resume:
         checkpoints.resume(run, args)
-    if run.before is None:
+    else:
+        checkpoints.try_saving(run, args)
         # Before an earlier run is moved aside: the reward may fail.
         run.before, run.examples = reports.evaluate(run, args)
-    if not args.resume:
-        checkpoints.set_aside(output_dir)
     reports.announce(run, args, num_iterations)
-    checkpoints.write_flags(args)
+    checkpoints.begin(run, args)
     log = reports.open_log(run, args, num_iterations)
     with log as log, checkpoints.stopping_on_signals() as received:
         while run.iteration < num_iterations and not received:
@@ -79,16 +82,14 @@ def train(args):
             experience, metrics = collect(run, args)
             metrics |= update(run, args, experience)
             run.iteration += 1
-            num_tokens = experience.rollout.mask.sum().item()
-            metrics["tps"] = num_tokens / (time.time() - begin)
+            metrics["tps"] = experience.rollout.mask.sum().item() / (time.time() - begin)
             reports.log_iteration(log, run, args, metrics)
-            is_due = args.save_steps and run.iteration % args.save_steps == 0
-            if is_due and run.iteration < num_iterations:
+            if args.save_steps and run.iteration % args.save_steps == 0:
                 checkpoints.save_checkpoint(run, args)
         folder = checkpoints.save_checkpoint(run, args)
     if run.iteration < num_iterations:
         stopped = f"stopped by {signal.Signals(received[0]).name} after iteration {run.iteration}"
-        print(f"{stopped} of {num_iterations}: --resume {output_dir} goes on")
+        print(f"{stopped} of {num_iterations}: --resume {args.output_dir} goes on")
         return 128 + received[0]
     reports.report(run, args, folder)
     return 0
@@ -111,13 +112,12 @@ def collect(run, args):
 
     # 3. How probable was each token, for the policy (unless recorded) and for its starting point?
     logprobs, ref_logprobs = rollout.logprobs, None
+    inputs = (rollout, *limits, args.temperature)
     with autocast(run):
         if logprobs is None:
-            inputs = (run.policy, rollout, *limits)
-            logprobs = in_micro_batches(response_logprobs, *inputs, args.temperature)
+            logprobs = in_micro_batches(response_logprobs, run.policy, *inputs)
         if run.reference is not None:
-            inputs = (run.reference, rollout, *limits)
-            ref_logprobs = in_micro_batches(response_logprobs, *inputs, args.temperature)
+            ref_logprobs = in_micro_batches(response_logprobs, run.reference, *inputs)
 
     # 4. The score is the last token's reward; every token pays for its KL, unless the loss does.
     kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" else 0
@@ -195,22 +195,20 @@ def update(run, args, experience):
     are not finite, as Adam never forgets them.
     """
     train_policy = run.critic is None or run.iteration >= args.critic_warmup_steps
-    models = []
-    if run.critic is not None:
-        models.append((run.critic, run.critic_optimizer))
-    if train_policy:
-        models.append((run.policy, run.optimizer))
+    models = [] if run.critic is None else [(run.critic, run.critic_optimizer)]
+    models += [(run.policy, run.optimizer)] if train_policy else []
     minibatches, totals = [], Counter()
     for _ in range(args.num_ppo_epochs):
         minibatches += torch.randperm(args.batch_size).chunk(args.num_mini_batches)
     for number, rows in enumerate(minibatches, 1):
         sums = minibatch_backward(run, args, experience[rows], train_policy)
-        watched = [value for name, value in sums.items() if name.startswith("loss/")]
+        watched = {name: value for name, value in sums.items() if name.startswith("loss/")}
         for model, _ in models:
-            watched.append(clip_grad_norm_(model.parameters(), args.max_grad_norm))
-        if not torch.stack(watched).isfinite().all():
+            name = f"the gradient of {type(model).__name__}"
+            watched[name] = clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        if not torch.stack([*watched.values()]).isfinite().all():
             where = f"iteration {run.iteration + 1}, minibatch {number} of {len(minibatches)}"
-            found = "others: is a learning rate too high?"
+            found = f"others in {', '.join(n for n, v in watched.items() if not v.isfinite())}"
             raise InputError(f"{where}: expected finite losses and gradients, found {found}")
         for _, optimizer in models:
             optimizer.step()
@@ -283,7 +281,9 @@ def critic_backward(run, args, part, num_tokens):
 def main(argv=None):
     reports.quiet()
     try:
-        return train(parse_args(argv))
+        args = parse_args(argv)
+        with checkpoints.alone_in(args.output_dir):
+            return train(args)
     except (InputError, OSError) as error:
         # OSError: the output folder cannot be written.
         print(f"train.py: error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent))
+    sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy
@@ -19,6 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from critic import QuantileCritic
 from tasks import InputError, one_line
+
+# What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
+LOCK, SIGNALS, MASKS = contextlib.ExitStack(), contextlib.ExitStack(), []
 
 
 def flushed(path):
@@ -50,55 +54,50 @@ def newest_checkpoint(output_dir):
     raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
 
 
-def random_states():
-    """Every generator that is not the run's own, in types that torch.load reads safely."""
-    name, keys, *rest = numpy.random.get_state()
-    numbers = (name, keys.tolist(), *rest)
-    states = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numbers}
-    # An empty list where there is no GPU.
-    return states | {"cuda": torch.cuda.get_rng_state_all()}
-
-
 def write_checkpoint(run, folder):
     """policy/ with the tokenizer, critic/, and in state.pt all else that going on needs."""
-    run.policy.save_pretrained(folder / "policy")
-    run.tokenizer.save_pretrained(folder / "policy")
-    state = {
-        "iteration": run.iteration,
-        "before": run.before,
-        "examples": run.examples,
-        "seconds": time.time() - run.start,
-        "optimizer": run.optimizer.state_dict(),
-        "critic_optimizer": None,
-        "random": random_states(),
-        "noise": run.noise.get_state(),
-    }
-    if run.critic is not None:
-        run.critic.save_pretrained(folder / "critic")
-        state["critic_optimizer"] = run.critic_optimizer.state_dict()
-    torch.save(state, folder / "state.pt")
+    state = {"iteration": run.iteration, "before": run.before, "examples": run.examples}
+    state |= {"seconds": time.time() - run.start, "optimizer": run.optimizer.state_dict()}
+    # Every generator, in types that torch.load reads safely; without a GPU, cuda is empty.
+    name, keys, *rest = numpy.random.get_state()
+    state["random"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    state["random"] |= {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
+    state["noise"] = run.noise.get_state()
+    try:
+        run.policy.save_pretrained(folder / "policy")
+        run.tokenizer.save_pretrained(folder / "policy")
+        if run.critic is not None:
+            run.critic.save_pretrained(folder / "critic")
+            state["critic_optimizer"] = run.critic_optimizer.state_dict()
+        torch.save(state, folder / "state.pt")
+        for path in [*folder.rglob("*"), folder]:
+            flushed(path)
+    except Exception as error:
+        # A full disk, say, in each library's own words.
+        shutil.rmtree(folder, ignore_errors=True)
+        what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
+        raise InputError(f"{what}; found: {one_line(error)}") from error
+
+
+def try_saving(run, args):
+    """Writes a checkpoint and takes it away: what the end needs shall fail before the start."""
+    folder = Path(args.output_dir) / "checkpoint-000000.tmp"
+    write_checkpoint(run, folder)
+    shutil.rmtree(folder)
 
 
 def save_checkpoint(run, args):
     """Writes output_dir/checkpoint-ITERATION, whole or not at all, and keeps the newest two."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
-    aside = folder.with_suffix(".tmp")
     for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:
         # By a run that was killed.
         shutil.rmtree(left)
     if folder.exists():
         return folder
-    try:
-        write_checkpoint(run, aside)
-        for path in [*aside.rglob("*"), aside, output_dir / "metrics.jsonl"]:
-            flushed(path)
-    except Exception as error:
-        # A full disk, in each library's own words.
-        shutil.rmtree(aside, ignore_errors=True)
-        found = f"cannot write {folder.name}, earlier ones are kept; found: {one_line(error)}"
-        raise InputError(f"--output-dir: {found}") from error
-    os.replace(aside, folder)
+    write_checkpoint(run, folder.with_suffix(".tmp"))
+    flushed(output_dir / "metrics.jsonl")
+    os.replace(folder.with_suffix(".tmp"), folder)
     flushed(output_dir)
     for path in [*checkpoints(output_dir).values()][:-2]:
         shutil.rmtree(path.rename(path.with_suffix(".old")))
@@ -121,32 +120,50 @@ def restore(run, folder):
     torch.set_rng_state(state["random"]["torch"])
     random.setstate(state["random"]["python"])
     numpy.random.set_state(state["random"]["numpy"])
-    if len(state["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    torch.cuda.set_rng_state_all(state["random"]["cuda"][: torch.cuda.device_count()])
 
 
 def cut_log(path, iteration):
-    """Cuts metrics.jsonl behind an iteration's line; raises InputError where it ends before."""
+    """Cuts metrics.jsonl behind an iteration's line; raises InputError where one is missing."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    if b"".join(lines[:iteration]).count(b"\n") < iteration:
+    right = 0
+    for line in lines[:iteration]:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            right += line.endswith(b"\n") and json.loads(line)["iteration"] == right + 1
+    if right < iteration:
         expected = f"expected {iteration} lines in {path}, one for each iteration"
-        raise InputError(f"--resume: {expected}, found {len(lines)}")
+        raise InputError(f"--resume: {expected}, found {right} such of {len(lines)}")
     if lines:
         os.truncate(path, sum(map(len, lines[:iteration])))
+
+
+def fingerprint(run):
+    """A number that another version of the data would not have."""
+    tables = [data.with_format("arrow")[:] for data in (run.data, *run.evals.values())]
+    return zlib.crc32(repr([table.to_pydict() for table in tables]).encode())
 
 
 def resume(run, args):
     """Goes on from the newest checkpoint that loads, renames newer ones; InputError if none."""
     output_dir, failed = Path(args.output_dir), {}
-    for folder in reversed(checkpoints(output_dir).values()):
+    flags = output_dir / "args.json"
+    saved = json.loads(flags.read_text()).get("data") if flags.exists() else None
+    if saved not in (None, fingerprint(run)):
+        raise InputError(f"--resume: expected the data and tokenizer of {flags}, found others")
+    for iteration, folder in reversed(checkpoints(output_dir).items()):
         try:
             restore(run, folder)
+            if run.iteration != iteration:
+                raise ValueError(f"the state after iteration {run.iteration}")
             break
         except Exception as error:
             failed[folder] = f"{folder}: expected a whole checkpoint, found: {one_line(error)}"
     else:
         # If none loads, it may be the flags or the machine: nothing is renamed.
         raise InputError(f"--resume: {[*failed.values(), newest_checkpoint(output_dir)][0]}")
+    if (run.iteration - 1) * args.batch_size >= args.total_episodes:
+        expected = f"expected at least {run.iteration * args.batch_size}, as many are done"
+        raise InputError(f"--total-episodes: {expected}, found {args.total_episodes}")
     cut_log(output_dir / "metrics.jsonl", run.iteration)
     for broken, found in failed.items():
         shutil.rmtree(broken.with_suffix(".broken"), ignore_errors=True)
@@ -167,18 +184,36 @@ def set_aside(output_dir):
         print(f"{output_dir} holds an earlier run: {len(found)} files moved to {earlier}")
 
 
-def write_flags(args):
-    """args.json: what --resume goes on with, and what the run was made with."""
+def begin(run, args):
+    """Moves an earlier run aside, and writes what --resume needs to know: args.json."""
+    if not args.resume:
+        set_aside(Path(args.output_dir))
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
-    flags = {"flags": {**vars(args), "resume": None}, "versions": about}
-    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    flags = {"flags": {**vars(args), "resume": None}, "versions": about, "data": fingerprint(run)}
     write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")
+
+
+def alone_in(folder):
+    """-> A context in which no other process's run gets into a folder; a crash, too, ends it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+        LOCK.callback(os.close, handle)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        LOCK.close()
+        raise InputError(f"--output-dir: expected no other run in {folder}, found one") from error
+    except (ImportError, OSError):
+        pass  # there are no locks here
+    return LOCK
 
 
 @contextlib.contextmanager
 def stopping_on_signals():
     """While it lasts, Ctrl-C and SIGTERM are noted in a list; a second one ends the program."""
-    received, before = [], {}
+    received = []
 
     def handler(number, frame):
         if received:
@@ -186,11 +221,30 @@ def stopping_on_signals():
         received.append(number)
         os.write(2, b"\nstopping after this iteration, with a checkpoint; once more: at once\n")
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, handler)
-    try:
+    with SIGNALS:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, handler) or signal.SIG_DFL
+                SIGNALS.callback(signal.signal, number, before)
         yield received
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
+
+
+def hold_signals():
+    """Before a fork, as one that comes before the child has let go would be lost."""
+    MASKS.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+
+
+def take_signals():
+    signal.pthread_sigmask(signal.SIG_SETMASK, MASKS.pop())
+
+
+def let_go():
+    """In a forked child: signals end it as if we were not there, and the lock is its parent's."""
+    SIGNALS.close()
+    LOCK.close()
+    take_signals()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=hold_signals, after_in_parent=take_signals, after_in_child=let_go)

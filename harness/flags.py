@@ -2,14 +2,14 @@
 
 import argparse
 import contextlib
-import importlib.util
+import importlib
 import json
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from tasks import InputError, one_line
+from tasks import one_line
 
 
 class Algorithm(NamedTuple):
@@ -114,13 +114,13 @@ FLAGS = {
 }
 
 # What may differ in a resumed run.
-CHANGEABLE = {"resume", "output_dir", "total_episodes", "device"}
-CHANGEABLE |= {"save_steps", "eval_steps", "report_to"}
+CHANGEABLE = {*"resume output_dir total_episodes device save_steps eval_steps report_to".split()}
 
 
 def number_in(interval, cast):
     """An argparse type: a number in an interval such as '(0, 1]'."""
     low, high = [float(end) for end in interval[1:-1].split(",")]
+    kind, limit = ("whole number", 2**31) if cast is int else ("number", 3e38)
 
     def parse(text):
         # NaN is in no interval.
@@ -128,9 +128,9 @@ def number_in(interval, cast):
         with contextlib.suppress(ValueError):
             value = cast(text)
         at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        if not (low < value < high or at_end):
-            kind = "whole number" if cast is int else "number"
-            found = f"expected a {kind} in {interval}, found {text!r}"
+        if not (low < value < high or at_end) or value >= limit:
+            size = " of 32 bits" if value >= limit else ""
+            found = f"expected a {kind}{size} in {interval}, found {text!r}"
             raise argparse.ArgumentTypeError(found)
         return value
 
@@ -159,15 +159,15 @@ def add_flag(group, name, default, allowed, text):
 
 
 def fail(message):
-    """argparse's way out: one line, without the usage."""
+    """argparse's way out, and ours: one line, without the usage."""
     print(f"train.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-def make_parser():
+def make_parser(where=""):
     parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
     parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
-    parser.error = fail
+    parser.error = lambda message: fail(where + message)
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -177,7 +177,7 @@ def make_parser():
 
 def require(fine, flag, expected, found="none"):
     if not fine:
-        raise InputError(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
+        fail(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
 
 
 def resumed(argv, parser, args):
@@ -185,14 +185,18 @@ def resumed(argv, parser, args):
     folder = Path(args.resume)
     same = Path(args.output_dir or folder).resolve() == folder.resolve()
     require(same, "output-dir", f"{folder}, the run to resume, or none", args.output_dir)
+    flags, words, path = vars(parser.parse_args([])), [], folder / "args.json"
     try:
-        saved = json.loads((folder / "args.json").read_text())["flags"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        expected = f"expected a run's flags in {folder / 'args.json'}"
-        raise InputError(f"--resume: {expected}, found none: {one_line(error)}") from error
+        saved = json.loads(path.read_text())["flags"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = getattr(error, "strerror", None) or one_line(error)
+        fail(f"--resume: expected a run's flags in {path}, found none: {found}")
     # Flags that are newer than the run have their defaults, those that are gone are forgotten.
-    flags = vars(parser.parse_args([]))
-    flags |= {key: value for key, value in saved.items() if key in flags}
+    for key, value in saved:
+        if key in flags and value is not None and value is not False:
+            values = value if isinstance(value, list) else [value] * (value is not True)
+            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+    flags = vars(make_parser(f"--resume: {path}: ").parse_args(words))
     # None where a flag was not given.
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
     given = {key: value for key, value in given.items() if value is not None}
@@ -202,8 +206,18 @@ def resumed(argv, parser, args):
     return argparse.Namespace(**flags | given | {"resume": str(folder), "output_dir": str(folder)})
 
 
+def tracker_of(name):
+    """What starts a log of --report-to; a folder that has the package's name does not."""
+    try:
+        if name == "tensorboard":
+            return importlib.import_module("torch.utils.tensorboard").SummaryWriter
+        return importlib.import_module(name).init
+    except Exception as error:
+        fail(f"--report-to: expected {name} to be installed, found: {one_line(error)}")
+
+
 def check(args):
-    """Raises InputError for flags that cannot work together."""
+    """Ends the program where flags cannot work together."""
     algorithm, has_data = ALGORITHMS[args.algo], args.dataset_name is not None
     for flag in ("num_mini_batches", "group_size"):
         size, batch = getattr(args, flag), f"a divisor of --batch-size {args.batch_size}"
@@ -211,35 +225,45 @@ def check(args):
     # Alone, a response has nothing to be compared with.
     compared = algorithm.kl == "reward" or args.group_size > 1
     require(compared, "group-size", f"at least 2 for {args.algo}", args.group_size)
-    with_data = "one with --dataset-name"
-    require(args.model_name_or_path or not has_data, "model-name-or-path", with_data)
-    require(args.reward or not has_data, "reward", with_data)
-    usual = {"dataset_config": None, "prompt_column": "prompt", "eval_dataset_name": None}
-    for flag, value in usual.items():
-        needed = getattr(args, flag) != value
-        require(has_data or not needed, "dataset-name", f"one with --{flag.replace('_', '-')}")
+    for flag in ("model_name_or_path", "reward"):
+        require(getattr(args, flag) or not has_data, flag, "one with --dataset-name")
+    usual = {"dataset_config": None, "dataset_split": "train", "prompt_column": "prompt"}
+    for flag, value in {**usual, "eval_dataset_name": None, "eval_dataset_split": "train"}.items():
+        needed = "eval_dataset_name" if flag == "eval_dataset_split" else "dataset_name"
+        fits = getattr(args, needed) or getattr(args, flag) == value
+        require(fits, needed, f"one with --{flag.replace('_', '-')}")
     for flag in ("reward_noise_outlier", "reward_noise_failure"):
         share = getattr(args, flag)[0]
         require(share <= 1, flag, "P in [0, 1]", share)
     flips = args.reward_noise_fp or args.reward_noise_fn
-    unflippable = flips and str(args.reward).startswith("model:")
-    flag = "reward-noise-fp, --reward-noise-fn"
-    require(not unflippable, flag, "both at 0 with --reward model:NAME", "others")
+    unflippable = str(args.reward).startswith("model:") or args.reward_noise_model
+    flag, cause = (
+        "reward-noise-fp, --reward-noise-fn",
+        "--reward model:NAME or --reward-noise-model",
+    )
+    require(not (flips and unflippable), flag, f"both at 0 with {cause}", "others")
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
         require(has_critic, flag, "an --algo with a critic", args.algo)
     written = args.chat_template == "auto" or not args.user
     require(written, "chat-template", "auto with --user, whose turns it writes", "never")
-    installed = args.report_to == "none" or importlib.util.find_spec(args.report_to)
-    require(installed, "report-to", f"{args.report_to} to be installed", "no such package")
+    can_chat = not args.user or args.model_name_or_path or args.task != "sums"
+    require(can_chat, "user", "none with --task sums, whose model has no chat template", args.user)
+    if args.report_to != "none":
+        tracker_of(args.report_to)
     known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)
     require(known, "device", "auto, cpu, cuda or cuda:N", args.device)
-    is_file = Path(args.output_dir).is_file()
-    require(not is_file, "output-dir", "a folder", f"the file {args.output_dir}")
+    folder = Path(args.output_dir)
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    require(there.is_dir(), "output-dir", "a folder", f"the file {there}")
+    for flag, value in vars(args).items():
+        path = Path(str(value).removeprefix("model:")).resolve()
+        moves = str(path).startswith(str(folder.resolve() / "checkpoint-"))
+        require(not moves, flag, "nothing in --output-dir's own checkpoints, which move", path)
 
 
 def parse_args(argv=None):
-    """Flags with every default filled in; raises InputError for those that cannot work together."""
+    """Flags with every default filled in; ends the program where they cannot work."""
     parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
     # --learning_rate=1e-4 is --learning-rate=1e-4.
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
@@ -248,12 +272,12 @@ def parse_args(argv=None):
     if args.resume is not None:
         args.resume = args.resume or args.output_dir or default_dir
         args = resumed(argv, parser, args)
-    args.output_dir = args.output_dir or default_dir
+    args.output_dir = default_dir if args.output_dir is None else args.output_dir
     for key, value in vars(args).items():
+        require(value != "", key, "a value")
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
     # These compare responses to the same prompt.
-    grouped = ALGORITHMS[args.algo].kl == "loss"
-    args.group_size = args.group_size or (8 if grouped else 1)
+    args.group_size = args.group_size or (8 if ALGORITHMS[args.algo].kl == "loss" else 1)
     check(args)
     return args

@@ -1,11 +1,11 @@
 """What a run says: metrics, evaluations, the log of iterations, and the table at its end."""
 
 import contextlib
-import importlib
 import itertools
 import json
 import logging
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from tqdm import tqdm
 
 from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
-from harness.flags import ALGORITHMS
+from harness.flags import ALGORITHMS, tracker_of
 from harness.setup import completions_of, respond
-from tasks import InputError, as_messages
+from tasks import InputError, as_messages, users_code
 from tasks.builtin import BUILT_IN
+from tasks.noise import assert_flippable
 from tasks.rewards import score
 
 # The bar: iteration, time left and these, within 80 columns.
@@ -85,6 +86,8 @@ def evaluate(run, args):
                 found = score(run.reward, batch, completions).tolist()
                 rows += zip(batch["prompt"], completions, found)
             scores[name] = torch.tensor([row[-1] for row in rows])
+            # Or training would refuse them, when an earlier run is moved aside.
+            assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)
             rows = [dict(zip(("prompt", "completion", "score"), row)) for row in rows]
             examples = examples or rows
     return scores, examples
@@ -93,12 +96,13 @@ def evaluate(run, args):
 @contextlib.contextmanager
 def open_log(run, args, num_iterations):
     """-> metrics.jsonl, the bar, and --report-to's own log or None; a resumed run goes on."""
-    episode, tracker = run.iteration * args.batch_size, None
+    tracker, options = None, {"project": "dvpo", "config": vars(args)}
     if args.report_to == "tensorboard":
-        tensorboard = importlib.import_module("torch.utils.tensorboard")
-        tracker = tensorboard.SummaryWriter(args.output_dir, purge_step=episode + 1)
-    elif args.report_to != "none":
-        tracker = importlib.import_module(args.report_to).init(project="dvpo", config=vars(args))
+        episode = run.iteration * args.batch_size
+        options = {"log_dir": args.output_dir, "purge_step": episode + 1}
+    if args.report_to != "none":
+        with users_code("--report-to"):
+            tracker = tracker_of(args.report_to)(**options)
     bar = tqdm(total=num_iterations, initial=run.iteration, bar_format=BAR, disable=None)
     with open(Path(args.output_dir) / "metrics.jsonl", "a", buffering=1) as file, bar:
         yield file, bar, tracker
@@ -193,7 +197,9 @@ def report(run, args, folder):
 
 
 def quiet():
-    """The libraries' own messages and bars off."""
+    """The libraries' own messages and bars off; what a terminal cannot show is replaced."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()

@@ -1,5 +1,6 @@
 """What is trained on: tasks, prompts, conversations, rewards and their noise."""
 
+import contextlib
 import traceback
 from pathlib import Path
 
@@ -15,10 +16,21 @@ def as_messages(said, role="user"):
 
 def one_line(error):
     """The beginning of an exception's text without line breaks; its kind where it has no text."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
+    return " ".join(str(error).split())[:160] or f"{type(error).__name__} without a message"
 
 
-def raised(error):
-    """What a user's code raised, with file and line, in one line."""
-    file, line = traceback.extract_tb(error.__traceback__)[-1][:2]
-    return f"it raised {error!r:.160} ({Path(file).name}, line {line})"
+@contextlib.contextmanager
+def users_code(flag):
+    """Whatever a user's code raises is an InputError with its file and line; not so Ctrl-C."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        where, found = "", type(error).__name__
+        for file, line, *_ in traceback.extract_tb(error.__traceback__):
+            if Path(file).parent != Path(__file__).parent and "importlib" not in file:
+                where = f" ({Path(file).name}, line {line})"
+        with contextlib.suppress(BaseException):  # of its own __repr__
+            found = one_line(repr(error))
+        raise InputError(f"{flag}: it raised {found}{where}") from error

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rollout import assemble, completion_texts, padded
-from tasks import InputError, as_messages, raised
+from tasks import InputError, as_messages, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS, render_chat
 
@@ -87,14 +87,13 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
 def hear(talk, user, tokenizer, max_tokens):
     """Adds the user's reply, if it has one and there is room -> whether; raises InputError."""
     copies = [dict(message) for message in talk.opening + talk.messages]  # a user may swap roles
-    try:
+    with users_code("--user"):
         reply = user(copies, **talk.columns)
-    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise InputError(f"--user: {raised(error)}") from error
+        if not isinstance(reply, str | None):
+            expected = "expected a str, or None at the end"
+            raise InputError(f"--user: {expected}, found {str(reply)[:80]!r}")
     if reply is None:
         return False
-    if not isinstance(reply, str):
-        raise InputError(f"--user: expected a str, or None at the end, found {str(reply)[:80]!r}")
     ids = continuation(talk.ids[-1], reply, tokenizer)
     talk.truncated = len(talk.prompt) + len(talk.ids) + len(ids) > max_tokens
     if not talk.truncated:

@@ -15,11 +15,8 @@ def noisy_scores(scores, fp, fn, outlier, generator, failure=(0.0, 0.0)):
     """
     # The same numbers are drawn whatever the scores are: two algorithms meet the same noise.
     flip, hit, size = torch.rand(3, len(scores), generator=generator)
-    if fp or fn:
-        odd = scores[(scores != 0) & (scores != 1)]
-        if len(odd):
-            raise InputError(f"--reward-noise-fp or -fn: expected 0/1 scores, found {odd[0]:g}")
-        scores = torch.where(flip < torch.where(scores == 1, fn, fp), 1 - scores, scores)
+    assert_flippable(scores, fp, fn)
+    scores = torch.where(flip < torch.where(scores == 1, fn, fp), 1 - scores, scores)
     scores = scores - (hit < outlier[0]).float() * outlier[1] * size
     fails, end = torch.rand(2, len(scores), generator=generator)
     return torch.where(fails < failure[0], failure[1] * (2 * end.round() - 1), scores)
@@ -52,3 +49,10 @@ def pseudo_labels(answers, share, generator):
         while str(labels[row]) == str(answers[row]):
             labels[row] = answers[int(torch.randint(len(answers), (1,), generator=generator))]
     return labels
+
+
+def assert_flippable(scores, fp, fn):
+    """Raises InputError where scores (B,) are to be flipped and one of them is not 0 or 1."""
+    odd = scores[(scores != 0) & (scores != 1)]
+    if (fp or fn) and len(odd):
+        raise InputError(f"--reward-noise-fp or -fn: expected 0/1 scores, found {odd[0]:g}")

@@ -1,5 +1,6 @@
 """Reward functions: where they come from, and a call of one whose result is checked."""
 
+import contextlib
 import functools
 import importlib
 import inspect
@@ -10,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import pipeline
 
-from tasks import InputError, as_messages, one_line, raised
+from tasks import InputError, as_messages, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
 from tasks.verifiers import choice_reward, exact_reward, math_reward
@@ -45,11 +46,9 @@ def load_function(flag, spec, expected="module:function"):
     module, _, name = spec.partition(":")
     if not (module and name):
         raise InputError(f"{flag}: expected {expected}, found {spec!r}")
-    try:
+    with users_code(f"{flag}: cannot load {spec!r}"):
         function = getattr(import_theirs(module), name)
         inspect.signature(function)  # is it one?
-    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise InputError(f"{flag}: cannot load {spec!r}: {one_line(error)}") from error
     return function
 
 
@@ -114,22 +113,26 @@ def score(reward, batch, completions, answer="answer"):
     except TypeError as error:
         found = f"the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'"
         raise InputError(f"--reward: {error}; {found}") from error
-    try:
+    with users_code("--reward"):
         scores = reward(prompts=prompts, completions=shaped, **columns)
-    except (Exception, SystemExit) as error:  # the user's own code may fail in any way
-        raise InputError(f"--reward: {raised(error)}") from error
+        return torch.tensor(numbers_in(scores, batch["prompt"]))
+
+
+def numbers_in(scores, prompts):
+    """A reward's scores as floats that fp32 holds; raises InputError for the first that is none."""
     is_list = isinstance(scores, (list, tuple)) or getattr(scores, "ndim", 0) == 1
-    if not is_list or len(scores) != len(completions):
+    if not is_list or len(scores) != len(prompts):
         found = f"{len(scores)} values" if is_list else type(scores).__name__
-        raise InputError(f"--reward: expected a list of {len(completions)} numbers, found {found}")
+        raise InputError(f"--reward: expected a list of {len(prompts)} numbers, found {found}")
     numbers = []
     for row, value in enumerate(scores):
-        try:
-            numbers.append(math.nan if isinstance(value, str) else float(value))
-        except Exception:  # as many kinds as there are libraries
-            numbers.append(math.nan)
-        if not abs(numbers[row]) < 3e38:  # what fp32 holds, and NaN is not less
-            prompt = one_line(as_messages(batch["prompt"][row])[-1]["content"])[:60]
+        # float() reads texts, and drops what is imaginary.
+        is_other = isinstance(value, (str, bytes)) or "complex" in str(getattr(value, "dtype", ""))
+        numbers.append(math.nan)
+        with contextlib.suppress(Exception):  # as many kinds as there are libraries
+            numbers[row] = math.nan if is_other else float(value)
+        if not abs(numbers[row]) < 3e38:  # NaN is not less
+            prompt = one_line(as_messages(prompts[row])[-1]["content"])[:60]
             found = f"expected a finite number, found {str(value)[:80]!r}"
             raise InputError(f"--reward: row {row} of the batch, {prompt!r}: {found}")
-    return torch.tensor(numbers)
+    return numbers

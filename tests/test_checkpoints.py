@@ -1,5 +1,7 @@
 """harness/checkpoints.py: resuming bit for bit, after kills, signals and a full disk."""
 
+import errno
+import fcntl
 import itertools
 import json
 import multiprocessing
@@ -138,6 +140,54 @@ def test_a_torn_line_of_metrics_is_refused_and_not_cut(tmp_path):
         assert path.read_bytes() == b'{"iteration": 1}\n{"iter'
     checkpoints.cut_log(path, 1)
     assert path.read_bytes() == b'{"iteration": 1}\n'
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"[]", b"7", b'{"iteration": 1}', b'{"episode": 64}'])
+def test_a_line_of_metrics_that_is_none_of_an_iteration_does_not_count(line, tmp_path):
+    path, lines = tmp_path / "metrics.jsonl", [b'{"iteration": 1}', line, b'{"iteration": 2}', b""]
+    path.write_bytes(b"\n".join(lines))
+    with pytest.raises(InputError, match="expected 2 lines in .*, found 1 such of 3"):
+        checkpoints.cut_log(path, 2)
+    assert path.read_bytes() == b"\n".join(lines)
+
+
+def test_a_checkpoint_of_another_iteration_than_its_name_is_broken(finished, tmp_path, capsys):
+    names = ("args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", *names)
+    shutil.copytree(tmp_path / "checkpoint-000012", tmp_path / "checkpoint-000018")
+    args = parse_args(["--resume", str(tmp_path)])
+    run = build(args)
+    checkpoints.resume(run, args)
+    assert run.iteration == 12 and log(tmp_path) == log(finished)[:12]
+    found = "checkpoint-000018: expected a whole checkpoint, found: the state after iteration 12"
+    assert found in capsys.readouterr().err and (tmp_path / "checkpoint-000018.broken").is_dir()
+
+
+def test_a_run_is_not_resumed_with_fewer_episodes_than_it_has_seen(finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
+    expected = "--total-episodes: expected at least 768, as many are done, found 64"
+    refused(capsys, ["--resume", str(tmp_path), "--total-episodes", "64"], expected)
+    assert log(tmp_path) == log(finished)
+
+
+def test_a_run_is_not_resumed_with_other_data(model_folder, tmp_path, capsys):
+    """Other answers to the same prompts, another order: one line; the file itself may move."""
+    data, rows = tmp_path / "data.jsonl", rows_of()
+    own = f"--model-name-or-path {model_folder} --dataset-name {data} --reward exact".split()
+    folder = tmp_path / "run"
+    argv = [*MODEL, *own, "--output-dir", str(folder)]
+    write_rows(data, rows)
+    assert train.main(argv) == 0
+    again = ["--resume", str(folder), "--total-episodes", "16"]
+    for others in (rows[::-1], rows[1:], [*rows[:-1], {**rows[-1], "answer": "other"}]):
+        write_rows(data, others)
+        refused(capsys, again, "--resume: expected the data and tokenizer of", "args.json")
+    assert len(log(folder)) == 1
+    write_rows(data, rows)
+    known = json.loads((folder / "args.json").read_text())
+    del known["data"]  # a run of an older version
+    (folder / "args.json").write_text(json.dumps(known))
+    assert train.main(again) == 0 and len(log(folder)) == 2
 
 
 def test_a_checkpoint_that_breaks_twice_is_renamed_twice(finished, tmp_path):
@@ -353,6 +403,68 @@ def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys, m
     assert loads(tmp_path / "checkpoint-000001")
 
 
+def kept(folder):
+    """All files of a folder with what stands in them."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("part", ["policy", "tokenizer", "critic", "disk"])
+def test_what_cannot_be_saved_ends_the_run_before_it_starts(
+    part, finished, tmp_path, capsys, monkeypatch
+):
+    """And before the earlier run in its folder is moved aside."""
+    some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "warm_start")
+    before, limits = kept(tmp_path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(reports, "evaluate", lambda run, args: pytest.fail("it starts"))
+
+    def build_unsavable(args):
+        run = build(args)
+        if part == "disk":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+        else:
+            getattr(run, part).save_pretrained = lambda folder: {}["no such setting"]
+        return run
+
+    monkeypatch.setattr(train, "build", build_unsavable)
+    try:
+        found = "arge" if part == "disk" else "no such setting"
+        refused(
+            capsys, [*SMALL, "--output-dir", str(tmp_path)], "cannot save checkpoint-000000", found
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert kept(tmp_path) == before and not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_try_to_save_changes_nothing(warm_start, tmp_path):
+    run, args = run_of(warm_start, tmp_path)
+    before, states = kept(tmp_path), draws()
+    checkpoints.write_checkpoint(run, tmp_path / "checkpoint")
+    checkpoints.restore(run, tmp_path / "checkpoint")
+    states = draws()
+    checkpoints.restore(run, tmp_path / "checkpoint")
+    checkpoints.try_saving(run, args)
+    assert draws() == states
+    shutil.rmtree(tmp_path / "checkpoint")
+    assert kept(tmp_path) == before and run.policy.training
+
+
+def test_scores_that_cannot_be_flipped_end_the_run_before_an_earlier_one_is_moved(
+    model_folder, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "half", raising=False)
+    Path("half.py").write_text("def half(prompts, **columns): return [0.5] * len(prompts)\n")
+    write_rows(tmp_path / "data.jsonl", rows_of())
+    own = f"--model-name-or-path {model_folder} --dataset-name data.jsonl --output-dir run".split()
+    assert train.main([*MODEL, *own, "--reward", "half:half"]) == 0
+    before = kept(tmp_path / "run")
+    for flag in ("--reward-noise-fp", "--reward-noise-fn"):
+        argv = [*MODEL, *own, "--reward", "half:half", flag, "0.1"]
+        refused(capsys, argv, "--reward-noise-fp or -fn: expected 0/1 scores, found 0.5")
+    assert kept(tmp_path / "run") == before
+
+
 def draws():
     return random.random(), numpy.random.rand(), torch.rand(1).item()
 
@@ -468,6 +580,153 @@ def test_a_second_signal_ends_at_once_and_other_code_gets_its_handlers_back():
         assert received == [signal.SIGINT]
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def status_of(pid, seconds=20):
+    """The exit status of a child, -SIGNAL where that ended it; None where it goes on."""
+    end = time.time() + seconds
+    while time.time() < end:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.001)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
+
+
+def forked(function):
+    """The pid of a child that runs a function and exits with what it gives."""
+    pid = os.fork()
+    if pid == 0:
+        status = 99
+        try:
+            status = function()
+        finally:
+            os._exit(status)
+    return pid
+
+
+def wait():
+    time.sleep(10)
+    return 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_forked_child_has_the_signals_that_it_would_have_without_us(number):
+    """As of a reward that runs code in a process: also one that is ended as soon as it began."""
+    before = signal.signal(number, signal.SIG_DFL)
+    try:
+        with checkpoints.stopping_on_signals() as received:
+            for _ in range(20):
+                pid = forked(wait)
+                os.kill(pid, number)
+                assert status_of(pid, seconds=2) == -number
+            child = multiprocessing.get_context("fork").Process(target=wait)
+            child.start()
+            child.terminate()
+            child.join(2)
+            assert child.exitcode == -signal.SIGTERM and received == []
+            os.kill(os.getpid(), number)
+            assert received == [number]  # the run's own is what it was
+        assert signal.getsignal(number) is signal.SIG_DFL
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) and not checkpoints.MASKS
+    finally:
+        signal.signal(number, before)
+
+
+def test_a_forked_child_has_the_mask_that_its_parent_chose():
+    """Workers that shall not hear of Ctrl-C are forked while it is blocked."""
+    blocked = {signal.SIGINT}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        with checkpoints.stopping_on_signals():
+            pid = forked(lambda: int(signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked))
+            assert status_of(pid) == 1 and signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def test_a_child_forked_in_a_thread_ends_on_a_signal():
+    with checkpoints.stopping_on_signals() as received:
+        pids = []
+        thread = threading.Thread(target=lambda: pids.append(forked(wait)))
+        thread.start()
+        thread.join()
+        os.kill(pids[0], signal.SIGTERM)
+        assert status_of(pids[0], seconds=2) == -signal.SIGTERM and received == []
+
+
+def enters(folder):
+    """0 where a run may begin in a folder, 1 where another is there."""
+    try:
+        with checkpoints.alone_in(folder):
+            return 0
+    except InputError as error:
+        assert str(error) == f"--output-dir: expected no other run in {folder}, found one"
+        return 1
+
+
+def test_two_runs_never_write_into_one_folder(tmp_path):
+    with checkpoints.alone_in(tmp_path / "run"):
+        assert status_of(forked(lambda: enters(tmp_path / "run"))) == 1
+        assert status_of(forked(lambda: enters(tmp_path / "other"))) == 0
+        # A try takes nothing away.
+        assert status_of(forked(lambda: enters(tmp_path / "run"))) == 1
+    assert status_of(forked(lambda: enters(tmp_path / "run"))) == 0
+    assert enters(tmp_path / "run") == enters(tmp_path / "run") == 0
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize("flag", ["--output-dir", "--resume"])
+def test_a_second_run_is_one_line_and_changes_nothing(flag, finished, tmp_path, capsys):
+    some_of(finished, tmp_path, "checkpoint-000024", "args.json", "metrics.jsonl", "warm_start")
+    before = kept(tmp_path)
+    read, write = os.pipe()
+
+    def hold():
+        with checkpoints.alone_in(tmp_path):
+            os.write(write, b"x")
+            return wait()
+
+    pid = forked(hold)
+    assert os.read(read, 1) == b"x"
+    refused(capsys, [flag, str(tmp_path)], "--output-dir: expected no other run in", str(tmp_path))
+    assert kept(tmp_path) == before
+    os.kill(pid, signal.SIGKILL)
+    assert status_of(pid) == -signal.SIGKILL
+    assert enters(tmp_path) == 0  # a crash leaves nothing behind
+
+
+def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
+    read, write = os.pipe()
+
+    def hold():
+        with checkpoints.alone_in(tmp_path):
+            child = forked(wait)
+            os.write(write, str(child).encode())
+            return wait()
+
+    pid = forked(hold)
+    child = int(os.read(read, 20))
+    os.kill(pid, signal.SIGKILL)
+    assert status_of(pid) == -signal.SIGKILL
+    os.kill(child, 0)  # it lives
+    assert enters(tmp_path) == 0
+    os.kill(child, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("missing", ["module", "system"])
+def test_where_there_are_no_locks_a_run_goes_on_without(missing, tmp_path, monkeypatch):
+    def refuse(*rest):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    if missing == "module":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    with checkpoints.alone_in(tmp_path):
+        assert enters(tmp_path) == 0
 
 
 @pytest.mark.soak

@@ -242,12 +242,19 @@ def fails(messages):
     raise ValueError
 
 
+def ends(messages):
+    raise GeneratorExit
+
+
 MISTAKES = [
     (lambda messages: 3, "expected a str, or None at the end, found '3'"),
     (lambda messages: 1 / 0, r"it raised ZeroDivisionError.* \(test_conversations.py, line "),
     (fails, r"it raised ValueError\(\) \(test_conversations.py, line "),
     (lambda messages: sys.exit(0), r"it raised SystemExit\(0\)"),
-    (lambda: "ok", "it raised TypeError"),
+    (lambda: "ok", r"it raised TypeError\(.*takes 0 positional arguments but 1 was given.\)$"),
+    (lambda messages, level: "ok", r"it raised TypeError\(.*missing .* argument: 'level'.\)$"),
+    (lambda messages: ["ok"], r"expected a str, or None at the end, found .\[.ok.\]"),
+    (ends, r"it raised GeneratorExit\(\) \(test_conversations.py, line "),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,6 @@ from conftest import (
 )
 
 import train
-from harness import flags
 from harness.flags import ALGORITHMS, FLAGS, parse_args
 
 ROOT = Path(train.__file__).parent
@@ -93,6 +93,19 @@ BAD_FLAGS = [
     ("--model-name-or-path a/b/c", "no such folder"),
     ("--critic-model-name-or-path a/b/c", "--critic-model-name-or-path"),
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
+    ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
+    ("--eval-dataset-split test", "--eval-dataset-name: expected one with --eval-dataset-split"),
+    ("--cliprange 1e308", "--cliprange: expected a number of 32 bits"),
+    ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
+    ("--task sums --user json:dumps", "--user: expected none with --task sums"),
+    ("--output-dir run/warm_start/config.json/x", "the file run/warm_start/config.json"),
+    ("--user :", "--user: expected module:function, found ':'"),
+]
+TEXTS = [
+    name
+    for flags in FLAGS.values()
+    for name, default, allowed, _ in flags
+    if allowed is None and default is not False and name != "resume"
 ]
 
 
@@ -139,7 +152,7 @@ def test_bad_flags(flags, culprit, tmp_path, capsys, warm_start, monkeypatch):
         pytest.skip("there is a CUDA device")
     monkeypatch.chdir(tmp_path)
     shutil.copytree(warm_start, tmp_path / "run" / "warm_start")
-    refused(capsys, [*flags.split(), "--output-dir", "run"], culprit)
+    refused(capsys, ["--output-dir", "run", *flags.split()], culprit)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["warm_start"]
 
 
@@ -174,16 +187,99 @@ def test_every_algorithm_is_a_row():
     }
 
 
-def test_a_missing_logging_package_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(flags.importlib.util, "find_spec", lambda name: None)
-    argv = f"--report-to tensorboard --output-dir {tmp_path / 'run'}".split()
-    refused(capsys, argv, "--report-to", "tensorboard", "no such package")
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_flag_without_a_value_is_not_ignored(name, capsys):
+    assert len(TEXTS) >= 12
+    refused(capsys, [f"--{name}="], f"--{name}: expected a value, found none")
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_logging_package_is_one_line(name, monkeypatch, tmp_path, capsys):
+    module = "torch.utils.tensorboard" if name == "tensorboard" else name
+    monkeypatch.setitem(sys.modules, module, None)
+    argv = f"--report-to {name} --output-dir {tmp_path / 'run'}".split()
+    refused(capsys, argv, f"--report-to: expected {name} to be installed", module)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_the_name_of_a_logging_package_is_not_the_package(
+    monkeypatch, tmp_path, capsys
+):
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    refused(capsys, ["--report-to", "wandb"], "--report-to: expected wandb", "no attribute 'init'")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+@pytest.mark.parametrize(
+    "flag,path",
+    [
+        ("--model-name-or-path", "run/checkpoint-000001/policy"),
+        ("--critic-model-name-or-path", "run/../run/checkpoint-000001/critic"),
+        ("--dataset-name", "run/checkpoint-000001/data.jsonl"),
+        ("--eval-dataset-name", "run/checkpoint-000001/data.jsonl"),
+        ("--reward", "model:{}/run/checkpoint-000001/policy"),
+    ],
+)
+def test_a_run_does_not_begin_from_what_it_will_move(flag, path, tmp_path, monkeypatch, capsys):
+    """As a second stage does that is started into the first one's folder."""
+    monkeypatch.chdir(tmp_path)
+    own = "--model-name-or-path model --dataset-name data.jsonl --reward math".split()
+    path = path.format(tmp_path)
+    found = f"{flag}: expected nothing in --output-dir's own checkpoints"
+    refused(capsys, [*own, flag, path, "--output-dir", "run"], found, str(tmp_path / "run"))
+    for folder in ("other", "run2", "run/warm_start"):
+        assert parse_args([*own, flag, path, "--output-dir", folder]).output_dir == folder
+
+
+@pytest.mark.parametrize("flags", ["--help", "--alpha 0", "--task sums --user f:g"])
+def test_help_and_refused_flags_do_not_wait_for_torch(flags, tmp_path):
+    (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')\n")
+    options = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "capture_output": True}
+    done = subprocess.run([sys.executable, ROOT / "train.py", *flags.split()], text=True, **options)
+    assert done.returncode == (0 if flags == "--help" else 2), done.stderr
+    assert len(done.stderr.splitlines()) == done.returncode // 2
+
+
+WRONG_SAVED = [
+    ("seed", "zero", "argument --seed: expected a whole number"),
+    ("seed", 0.5, "argument --seed: expected a whole number"),
+    ("batch_size", [1, 2], "unrecognized arguments: 2"),
+    ("algo", "sac", "argument --algo: invalid choice"),
+    ("reward_noise_outlier", 0.5, "argument --reward-noise-outlier: expected 2 arguments"),
+    ("reward_noise_outlier", [0, "x"], "argument --reward-noise-outlier: expected a number"),
+    ("whiten_rewards", "yes", "unrecognized arguments: yes"),
+    ("gamma", {"a": 1}, "argument --gamma: expected a number"),
+    ("task", 5, "argument --task: invalid choice"),
+]
+
+
+@pytest.mark.parametrize("key,value,found", WRONG_SAVED)
+def test_wrong_values_in_saved_flags_are_one_line(key, value, found, finished, tmp_path, capsys):
+    known = json.loads((finished / "args.json").read_text())
+    known["flags"][key] = value
+    (tmp_path / "args.json").write_text(json.dumps(known))
+    refused(capsys, ["--resume", str(tmp_path)], f"--resume: {tmp_path / 'args.json'}: {found}")
+
+
+@pytest.mark.parametrize("text", ["[]", '{"flags": []}', '{"flags": 3}', "3", "{", "\udcff"])
+def test_saved_flags_that_are_none_are_one_line(text, tmp_path, capsys):
+    (tmp_path / "args.json").write_bytes(text.encode(errors="surrogateescape"))
+    refused(capsys, ["--resume", str(tmp_path)], "--resume: expected a run's flags", "found none")
+
+
+def test_saved_flags_come_back_as_they_were(tmp_path):
+    flags = "--reward-noise-outlier 0.5 2 --whiten-rewards --kappa 1e-7 --group-size 4 --gamma 0"
+    args = parse_args([*flags.split(), "--output-dir", str(tmp_path)])
+    (tmp_path / "args.json").write_text(json.dumps({"flags": {**vars(args), "resume": None}}))
+    again = parse_args(["--resume", str(tmp_path)])
+    assert vars(again) == {**vars(args), "resume": str(tmp_path)}
 
 
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, tmp_path, capsys):
     folder = str(finished)
-    refused(capsys, ["--resume", "nowhere"], "--resume", "nowhere", "found none")
+    refused(capsys, ["--resume", "nowhere"], "nowhere/args.json, found none: No such file or")
     refused(capsys, ["--resume", folder, "--seed", "5"], "--seed", "expected 0", "found 5")
     refused(capsys, ["--resume", folder, "--output-dir", str(tmp_path)], "--output-dir", folder)
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json", "found none")

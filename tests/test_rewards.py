@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import subprocess
 import sys
 from fractions import Fraction
@@ -14,7 +15,7 @@ from transformers import AutoModelForSequenceClassification, LlamaConfig
 
 import rollout
 import tasks.prompts
-from tasks import InputError
+from tasks import InputError, one_line
 from tasks.builtin import task_tokenizer
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
@@ -126,7 +127,19 @@ BAD_VALUES = [
     ([0, 10**400], "row 1"),
     (torch.tensor(1.0), "found Tensor"),
     (torch.zeros(2, 1), "found Tensor"),
+    (numpy.zeros((2, 2)), "found ndarray"),
+    (torch.zeros(3), "2 numbers, found 3 values"),
     ("ab", "found str"),
+    (b"ab", "found bytes"),
+    (True, "found bool"),
+    ({0: 1.0, 1: 1.0}, "found dict"),
+    ([0, torch.zeros(2)], "row 1.*tensor"),
+    ([0, b"1"], "row 1.*b'1'"),
+    ([0, numpy.bytes_(b"1")], "row 1.*b'1'"),
+    ([0, numpy.str_("1")], "row 1.*'1'"),
+    ([0, 1 + 2j], "row 1.*2j"),
+    ([0, numpy.complex64(1 + 2j)], "row 1.*2j"),
+    (numpy.array([0, 1 + 2j]), "row 0.*0j"),
 ]
 
 
@@ -187,7 +200,26 @@ class OwnError(Exception):
     pass
 
 
+class NoException(BaseException):
+    """As a library's timeout may be, that nobody shall catch."""
+
+
+class LongError(Exception):
+    def __repr__(self):
+        return "one\ntwo\r\n\nthree"
+
+
+class SilentError(Exception):
+    def __repr__(self):
+        raise SystemExit(1)
+
+
 RAISED = [
+    (NoException("slow"), r"it raised NoException\('slow'\) \("),
+    (GeneratorExit(), r"it raised GeneratorExit\(\) \("),
+    (StopIteration(), r"it raised StopIteration\(\) \("),
+    (LongError(), r"it raised one two three \("),
+    (SilentError(), r"it raised SilentError \("),
     (ValueError(), r"it raised ValueError\(\) \("),
     (ValueError("two\nlines"), r"it raised ValueError\('two.*lines'\) \("),
     (KeyError("x"), r"it raised KeyError\('x'\) \("),
@@ -203,6 +235,52 @@ def test_what_a_reward_raises_is_one_line(error, found):
 
     with pytest.raises(InputError, match=f"^--reward: {found}") as caught:
         score(reward, {"prompt": ["p"]}, ["a"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error,text",
+    [(StopIteration(), "StopIteration without a message"), (ValueError("a\n b"), "a b")],
+)
+def test_an_error_that_says_nothing_is_named(error, text):
+    assert one_line(error) == text
+
+
+def test_ctrl_c_in_a_reward_is_no_fault_of_its():
+    def reward(prompts, **columns):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(reward, {"prompt": ["p"]}, ["a"])
+
+
+def odd_value(**methods):
+    return type("Odd", (), methods)()
+
+
+def leave(value):
+    sys.exit(1)
+
+
+def fail(value):
+    raise ValueError("not\nyet")
+
+
+@pytest.mark.parametrize(
+    "returned,found",
+    [
+        ([odd_value(__float__=leave)], r"it raised SystemExit\(1\)"),
+        ([odd_value(__str__=fail)], r"it raised ValueError\('not.*yet'\)"),
+        ([odd_value(__float__=fail)], r"row 0 of the batch, 'p': expected a finite number"),
+        (odd_value(ndim=1, __len__=fail), r"it raised ValueError\('not.*yet'\)"),
+        (odd_value(ndim=property(fail)), r"it raised ValueError\('not.*yet'\)"),
+        (odd_value(ndim=1, __len__=lambda value: 1, __iter__=fail), r"it raised ValueError\("),
+    ],
+)
+def test_what_a_score_raises_when_it_is_read_is_one_line(returned, found):
+    place = r" \(test_rewards.py, line " if "raised" in found else ""
+    with pytest.raises(InputError, match=f"^--reward: {found}.*{place}") as caught:
+        score(gives(returned), {"prompt": ["p"]}, ["a"])
     assert "\n" not in str(caught.value)
 
 
@@ -236,6 +314,26 @@ def test_load_reward(tmp_path, monkeypatch):
     for wrong in WRONG:
         with pytest.raises(InputError, match="--reward: .*[^: ]$"):
             load_reward(wrong)
+
+
+def test_a_module_that_fails_is_named_with_the_line_and_ours_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "needs.py").write_text("import json\nimport no_such_package\n")
+    (tmp_path / "outer.py").write_text("\n\nimport inner\n")
+    (tmp_path / "inner.py").write_text("x = 1\n1 / 0\n")
+    (tmp_path / "torn.py").write_text("def f(:\n")
+    (tmp_path / "stops.py").write_text("class Own(BaseException): pass\nraise Own\n")
+    for spec, found in {
+        "needs:f": r"ModuleNotFoundError.*no_such_package.*\) \(needs.py, line 2\)",
+        "outer:f": r"ZeroDivisionError.*\) \(inner.py, line 2\)",
+        "torn:f": r"SyntaxError.*torn.py",
+        "stops:f": r"Own\(\) \(stops.py, line 2\)",
+        "nowhere:f": r"ModuleNotFoundError\(\"No module named 'nowhere'\"\)$",
+        "json:nosuch": r"AttributeError\(\"module 'json' has no attribute 'nosuch'\"\)$",
+    }.items():
+        expected = f"^--reward: cannot load '{spec}': it raised {found}"
+        with pytest.raises(InputError, match=expected):
+            load_reward(spec)
 
 
 def test_a_loaded_function_keeps_its_parameters_and_the_place_of_its_errors(tmp_path, monkeypatch):
@@ -347,6 +445,28 @@ def test_the_working_folder_may_be_the_repository(monkeypatch):
     assert load_reward("tasks.verifiers:exact_reward") is exact_reward
     assert load_function("--user", "tasks.booking:scripted_user")([{"content": "book"}], "") is None
     assert dict(sys.modules) == modules
+
+
+def test_ours_are_found_whatever_else_is_on_the_path(tmp_path):
+    """Packages of a user's: one would win over a folder of ours without an __init__.py."""
+    for name in OURS:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    code = "import sys; from importlib.util import find_spec; sys.path.insert(0, sys.argv.pop(1))\n"
+    code += "print(*[find_spec(name).origin for name in sys.argv[1:]], sep='\\n')"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-c", code, str(REPOSITORY), *OURS]
+    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    found = run.stdout.splitlines()
+    assert len(found) == len(OURS) and all(str(REPOSITORY) in path for path in found), run
+
+
+def test_scripts_do_not_put_their_folder_on_the_path():
+    """Or experiments/evaluate.py would stand before a package that is named evaluate."""
+    scripts = [path.read_text() for path in (REPOSITORY / "experiments").glob("*.py")]
+    first = "    sys.path[0] = str(Path(__file__).parent.parent)\n"
+    assert all(("sys.path" in text) == (first in text) for text in scripts)
+    assert sum(first in text for text in scripts) >= 12
 
 
 def test_our_names_are_all_there_are():

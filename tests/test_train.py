@@ -2,9 +2,13 @@
 
 import argparse
 import collections
+import io
 import json
 import math
+import shutil
+import sys
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -14,6 +18,7 @@ from conftest import (
     SMALL,
     log,
     own,
+    refused,
     rows_of,
     run_of,
     some_of,
@@ -257,11 +262,35 @@ def test_losses_and_gradients_that_are_not_finite_stop_the_run_before_a_step(
     with torch.no_grad():
         NOT_FINITE[broken](run)[3, 0] = math.nan
     before = numbers_of(run.policy, run.critic)
-    found = "iteration 1, minibatch 1 of 4: expected finite losses and gradients, found "
-    with pytest.raises(InputError, match=found):
+    where = "iteration 1, minibatch 1 of 4: expected finite losses and gradients, found others in "
+    critics = "loss/value_avg, .*the gradient of QuantileCritic"
+    policys = "loss/policy_avg, the gradient of LlamaForCausalLM"
+    named = critics if broken == "critic" else policys
+    with pytest.raises(InputError, match=f"^{where}{named}$"):
         train.update(run, args, experience)
     assert torch.equal(before.nan_to_num(9.0), numbers_of(run.policy, run.critic).nan_to_num(9.0))
     assert not run.optimizer.state and not run.critic_optimizer.state  # Adam has seen nothing
+
+
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
+    """As PYTHONIOENCODING=ascii has it: the table at the end, after hours of training."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(SystemExit):
+        train.main(["--alpha", "0"])
+    print("caf\u00e9")
+    out.flush()
+    assert out.buffer.getvalue() == b"caf?\n"
+
+
+def test_a_log_that_does_not_start_is_one_line(warm_start, tmp_path, monkeypatch, capsys):
+    def init(project, config):
+        raise PermissionError("no API key\nlog in")
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    argv = [*SMALL, *f"--eval-samples 4 --report-to wandb --output-dir {tmp_path}".split()]
+    refused(capsys, argv, "--report-to: it raised PermissionError", "(test_train.py, line ")
 
 
 @pytest.mark.parametrize("term", ["scores", "logprobs", "quantiles"])
