@@ -237,10 +237,7 @@ def check(args):
         require(share <= 1, flag, "P in [0, 1]", share)
     flips = args.reward_noise_fp or args.reward_noise_fn
     unflippable = str(args.reward).startswith("model:") or args.reward_noise_model
-    flag, cause = (
-        "reward-noise-fp, --reward-noise-fn",
-        "--reward model:NAME or --reward-noise-model",
-    )
+    flag, cause = "reward-noise-fp, --reward-noise-fn", "a reward model, --reward-noise-model too"
     require(not (flips and unflippable), flag, f"both at 0 with {cause}", "others")
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
