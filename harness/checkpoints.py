@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
 
-from critic import QuantileCritic
+from harness.setup import load
 from tasks import InputError, one_line
 
 
@@ -108,12 +108,13 @@ def save_checkpoint(run, args):
 def restore(run, folder):
     """Puts back what write_checkpoint wrote."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    policy = load(type(run.policy), folder / "policy", "policy")
     run.policy.load_state_dict(policy.state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
-        critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
-        run.critic.load_state_dict(critic.state_dict())
+        trunk = load(type(run.critic.trunk), folder / "critic", "critic")
+        run.critic.trunk.load_state_dict(trunk.state_dict())
+        run.critic.heads.load_state_dict(load_file(folder / "critic" / "critic_heads.safetensors"))
         run.critic_optimizer.load_state_dict(state["critic_optimizer"])
     run.iteration, run.before, run.examples = state["iteration"], state["before"], state["examples"]
     run.start = time.time() - state["seconds"]

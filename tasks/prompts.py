@@ -1,5 +1,7 @@
 """Prompts: from a file, a hub name or a built-in task to token ids."""
 
+from glob import escape, has_magic
+from math import inf
 from pathlib import Path
 
 import torch
@@ -7,38 +9,48 @@ from datasets import Dataset, load_dataset
 
 from tasks import InputError, as_messages, one_line
 from tasks.builtin import task_rows
+from tasks.noise import PSEUDO_LABEL
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
 
-def load_data(name, split, config=None, prompt_column="prompt"):
+def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     """Rows with a column prompt: of a file, the hub, or a task (split: its name, rows, seed)."""
     path = Path(name)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+    # datasets takes a path for a pattern.
+    where = str(path.resolve() if path.exists() else path)
     if isinstance(split, tuple):
         data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
-    elif kind is None and path.is_file():
-        raise InputError("expected a json, jsonl or parquet file")
+    elif kind is None and (path.is_file() or path.is_dir() and has_magic(where)):
+        raise InputError("expected a json, jsonl or parquet file, or a folder without *, ? or [")
     elif kind is None:
         data = load_dataset(name, config, split=split)
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     else:
-        data = load_dataset(kind, data_files=name, split=split)
+        data = load_dataset(kind, data_files=escape(where), split=split)
+    found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
-        found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
+    if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
+        raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
+    given = data["answer"] if "answer" in data.column_names else [None]
+    for row, answer in enumerate(given if answers else []):
+        if answer is None or answer != answer:
+            expected = "expected an 'answer' for --reward or --pseudo-label-noise"
+            raise InputError(f"row {row}: {expected}, found {answer}, {found}")
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]
         data = data.select_columns(others).rename_column(prompt_column, "prompt")
     return data
 
 
-def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=True, **source):
+def load_prompts(flag, name, split, tokenizer, max_tokens, template=True, limit=inf, **source):
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
     try:
         data = load_data(name, split, **source)
-        prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
+        prompt_ids = encode_prompts(data["prompt"], tokenizer, template, limit)
     except Exception as error:  # datasets raises many kinds, and their cause says most
         found = one_line(error.__cause__ or error)
         raise InputError(f"{flag}: cannot load {name!r}: {found}") from error
@@ -52,16 +64,24 @@ def load_prompts(flag, name, split, tokenizer, max_tokens, use_chat_template=Tru
     return data.select(fitting)
 
 
-def encode_prompts(prompts, tokenizer, use_chat_template=True):
+def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
     templated = tokenizer.chat_template and use_chat_template
     encoded = []
     for row, prompt in enumerate(prompts):
         if isinstance(prompt, str) and prompt and not templated:
-            encoded.append(tokenizer(prompt)["input_ids"])
+            found = tokenizer(prompt, return_special_tokens_mask=True)
+            ids, special = found["input_ids"], found["special_tokens_mask"]
+            # Some tokenizers append an end, behind which nothing is left to say.
+            while ids and special[len(ids) - 1]:
+                ids.pop()
         else:  # the template writes its own special tokens: no second BOS
             text = render_chat(prompt, tokenizer, row)
-            encoded.append(tokenizer(text, add_special_tokens=False)["input_ids"])
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or max(ids) >= limit:
+            expected = f"expected token ids below {limit} (--model-name-or-path), found"
+            raise InputError(f"row {row}: {expected} {max(ids, default='none')} in {prompt!r:.60}")
+        encoded.append(ids)
     return encoded
 
 
@@ -88,11 +108,3 @@ def batch_rows(num_rows, first, count, seed):
         order = torch.randperm(num_rows, generator=generator)
         rows += order[start : start + count - len(rows)].tolist()
     return rows
-
-
-def assert_known_ids(data, limit):
-    """Raises InputError where a prompt has no tokens, or one that the model does not know."""
-    for row, ids in enumerate(data[PROMPT_IDS]):
-        if not ids or max(ids) >= limit:
-            found = f"found {max(ids, default=None)} in the prompt {data['prompt'][row]!r}"[:120]
-            raise InputError(f"--model-name-or-path: expected token ids below {limit}, {found}")

@@ -286,7 +286,11 @@ BAD_DATA = [
     ),
     ('{"prompt": "area"}\n[1, 2]\n', "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
     ('{"prompt": "area"}\n{"prompt": 3}\n', "", ["--dataset-name"]),
-    (b'{"prompt": "area"}\n{"prompt": "\xff\xfe"}\n', "", ["--dataset-name", "utf-8"]),
+    (
+        b'{"prompt": "area", "answer": "x"}\n{"prompt": "\xff\xfe", "answer": "x"}\n',
+        "",
+        ["--dataset-name", "utf-8"],
+    ),
     (b"\x00\x01\x02", "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
     (b"", "", ["--dataset-name"]),
     (None, "", ["--dataset-name", "Unable to find"]),
