@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from safetensors.torch import load_file
 
+from critic import QuantileCritic
 from harness.setup import load
 from tasks import InputError, one_line
 
@@ -112,9 +112,9 @@ def restore(run, folder):
     run.policy.load_state_dict(policy.state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
-        trunk = load(type(run.critic.trunk), folder / "critic", "critic")
-        run.critic.trunk.load_state_dict(trunk.state_dict())
-        run.critic.heads.load_state_dict(load_file(folder / "critic" / "critic_heads.safetensors"))
+        load(type(run.critic.trunk), folder / "critic", "critic")  # is no weight missing?
+        critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
+        run.critic.load_state_dict(critic.state_dict())
         run.critic_optimizer.load_state_dict(state["critic_optimizer"])
     run.iteration, run.before, run.examples = state["iteration"], state["before"], state["examples"]
     run.start = time.time() - state["seconds"]

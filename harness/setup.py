@@ -255,15 +255,16 @@ def judge(run, args, batch, rollout):
 def sampling_is_scoring(run, args, count=8):
     """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
 
-    Raises InputError where policy or critic read a row otherwise again, or without padding and the
-    token added here. In fp32, as weights are whatever --dtype is: rounding is then far below 1e-3
-    of the largest number, misreading far above.
+    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again or
+    without padding and the token added here. In fp32, as weights are whatever --dtype is: rounding
+    is then far below 1e-3 of the largest number, misreading far above.
     """
-    prompts = [(ids * 8)[: 4 + row] for row, ids in enumerate(run.data[:count][PROMPT_IDS])]
+    room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
+    prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]
     turn = (prompts, run.stop_ids[0], run.stop_ids, min(args.response_length, 16))
-    readers = {"--model-name-or-path": (response_logprobs, run.policy, args.temperature)}
-    if run.critic is not None:
-        readers["--critic-model-name-or-path"] = (response_quantiles, run.critic)
+    own = run.critic is not None and args.critic_model_name_or_path
+    readers = {"--critic-model-name-or-path": (response_quantiles, run.critic)} if own else {}
+    readers["--model-name-or-path"] = (response_logprobs, run.policy, args.temperature)
     with torch.random.fork_rng():
         rollout = sample(run.policy, *turn, args.temperature, record_logprobs=True)
         parts = (rollout.input_ids, rollout.attention_mask, rollout.mask)
@@ -276,5 +277,4 @@ def sampling_is_scoring(run, args, count=8):
                 # The median: between two equally good experts, rounding chooses.
                 if (first - other).abs().median() > 1e-3 * first.abs().max():
                     raise InputError(f"{flag}: expected {name} to change nothing, found it does")
-    logprobs = response_logprobs(run.policy, rollout, args.temperature)
-    return bool((logprobs - rollout.logprobs).abs().max() < 1e-3)
+    return bool((first - rollout.logprobs[rollout.mask]).abs().max() < 1e-3)

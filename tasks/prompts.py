@@ -18,18 +18,18 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     """Rows with a column prompt: of a file, the hub, or a task (split: its name, rows, seed)."""
     path = Path(name)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-    # datasets takes a path for a pattern.
-    where = str(path.resolve() if path.exists() else path)
     if isinstance(split, tuple):
         data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
-    elif kind is None and (path.is_file() or path.is_dir() and has_magic(where)):
+    elif kind is None and (path.is_file() or path.is_dir() and has_magic(str(path.resolve()))):
         raise InputError("expected a json, jsonl or parquet file, or a folder without *, ? or [")
     elif kind is None:
         data = load_dataset(name, config, split=split)
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     else:
-        data = load_dataset(kind, data_files=escape(where), split=split)
+        # datasets takes a path for a pattern.
+        where = escape(str(path.resolve(strict=True)))
+        data = load_dataset(kind, data_files=where, split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
