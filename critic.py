@@ -61,7 +61,7 @@ class QuantileCritic(nn.Module):
         self.settings = {"num_heads": num_heads, "num_quantiles": num_quantiles, "grid": grid}
         self.register_buffer("levels", quantile_levels(num_quantiles, grid), persistent=False)
         self.register_buffer("scale", torch.ones(()))
-        hidden_size = trunk.config.hidden_size
+        hidden_size = trunk(torch.tensor([[0]], device=trunk.device)).last_hidden_state.shape[-1]
         self.heads = nn.Linear(hidden_size, num_heads * num_quantiles)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 
 from critic import QuantileCritic
+from harness.setup import load
 from tasks import InputError, one_line
 
 # What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
@@ -107,10 +107,11 @@ def save_checkpoint(run, args):
 def restore(run, folder):
     """Puts back what write_checkpoint wrote."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    policy = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32)
+    policy = load(type(run.policy), folder / "policy", "policy")
     run.policy.load_state_dict(policy.state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
+        load(type(run.critic.trunk), folder / "critic", "critic")  # is no weight missing?
         critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
         run.critic.load_state_dict(critic.state_dict())
         run.critic_optimizer.load_state_dict(state["critic_optimizer"])

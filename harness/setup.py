@@ -3,7 +3,7 @@
 import copy
 import functools
 import math
-import os
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 from critic import QuantileCritic
 from harness.flags import ALGORITHMS, RISK_TERMS
 from risk import RiskConfig
-from rollout import completion_texts, response_logprobs, sample
+from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
 from tasks import InputError, one_line
 from tasks.builtin import BUILT_IN
-from tasks.conversations import converse, turns_between
+from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
-from tasks.prompts import PROMPT_IDS, assert_known_ids, load_prompts
-from tasks.rewards import load_function, load_reward, score
+from tasks.prompts import PROMPT_IDS, load_prompts
+from tasks.rewards import VERIFIERS, load_function, load_reward, score
 from tasks.warm_start import warm_start
 
 
@@ -57,55 +57,71 @@ def autocast(run):
     return torch.autocast(run.policy.device.type, torch.bfloat16, enabled=run.half)
 
 
+def turn_off(config):
+    """Ends what a model does by chance in train mode, or unasked, in a config and those in it."""
+    names = "drop|jitter|output_(attentions|hidden_states|router_logits)"
+    for key, value in [*vars(config).items()]:
+        if hasattr(value, "get_text_config"):
+            turn_off(value)
+        elif re.search(names, key) and type(value) in (bool, int, float):
+            setattr(config, key, type(value)(0))
+
+
 def load(auto_class, name, flag):
-    """A model in fp32 without dropout (two forwards agree), or a tokenizer; raises InputError."""
-    # A path is not a hub name: there is nothing to ask the network for.
-    is_path = os.path.isabs(name) or str(name).count("/") > 1 or str(name).startswith(".")
+    """A model in fp32 that leaves nothing to chance, or a tokenizer; raises InputError."""
     # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
     safe = {"trust_remote_code": False}
-    options = {"dtype": torch.float32, "use_safetensors": True, **safe}
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
     try:
-        if is_path and not Path(name).is_dir():
+        # A path is not a hub name: there is nothing to ask the network for.
+        if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, **safe)
-        config = AutoConfig.from_pretrained(name, **safe)
-        for key, value in config.to_dict().items():
-            if "drop" in key and type(value) in (int, float):
-                setattr(config, key, 0.0)
-        return auto_class.from_pretrained(name, config=config, **options)
+        config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
+        turn_off(config)
+        model, found = auto_class.from_pretrained(name, config=config, **options)
+        if found["missing_keys"]:  # transformers makes them up
+            raise ValueError(f"expected all weights, found no {min(found['missing_keys'])}")
+        # What the model can read, whatever its config says.
+        model.config.vocab_size = model.get_input_embeddings().weight.shape[0]
     except Exception as error:
         raise InputError(f"{flag}: cannot load {str(name)!r}: {one_line(error)}") from error
+    settings = getattr(model, "generation_config", None)
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+    except ValueError:  # Llama 2's could not be saved; only their ids are used here
+        ids = {key: value for key, value in vars(settings).items() if "_token_id" in key}
+        model.generation_config = type(settings)(**ids)
+    return model
 
 
 def context_of(model):
-    return getattr(model.config, "max_position_embeddings", None) or math.inf
+    config = model.config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or math.inf
 
 
 def stop_token_ids(model, tokenizer, stop_token=None):
     """Every id that ends a response: the tokenizer's EOS, all of the model's, and --stop-token."""
+    vocabulary, known = tokenizer.get_vocab(), range(model.config.vocab_size)
+    if stop_token is not None and stop_token not in vocabulary:
+        raise InputError(f"--stop-token: {stop_token!r} is not one token of the vocabulary")
     listed = model.generation_config.eos_token_id
-    ids = {tokenizer.eos_token_id, *(listed if isinstance(listed, (list, tuple)) else [listed])}
-    if stop_token is not None:
-        stop_id = tokenizer.convert_tokens_to_ids(stop_token)
-        if stop_id == tokenizer.unk_token_id and stop_token != tokenizer.unk_token:
-            raise InputError(f"--stop-token: {stop_token!r} is not one token of the vocabulary")
-        ids.add(stop_id)
-    if ids == {None}:
-        raise InputError("--stop-token: expected one, as the model names no end-of-sequence token")
-    return sorted(ids - {None})
+    ids = [tokenizer.eos_token_id, vocabulary.get(stop_token)]
+    ids += listed if isinstance(listed, (list, tuple)) else [listed]
+    ids = [stop_id for stop_id in ids if stop_id is not None]
+    if not ids or any(stop_id not in known for stop_id in ids):
+        raise InputError(f"--stop-token: expected ids below {len(known)}, found {ids or 'none'}")
+    return sorted(set(ids))
 
 
-def load_splits(args, tokenizer, context, reward=None):
+def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
-    load = functools.partial(
-        load_prompts,
-        tokenizer=tokenizer,
-        max_tokens=context - args.response_length,
-        use_chat_template=args.chat_template == "auto",
-        reward=reward,
-        prompt_column=args.prompt_column,
-    )
+    options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
+    options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
+    answers = args.reward in VERIFIERS or args.pseudo_label_noise > 0
+    load = functools.partial(load_prompts, answers=answers, reward=reward, **options)
     evals = {}
     if args.dataset_name is None:
         train = load("--task", args.task, ("train", 4096, args.seed))
@@ -119,15 +135,12 @@ def load_splits(args, tokenizer, context, reward=None):
             evals["held out"] = held_out.select(range(min(args.eval_samples, len(held_out))))
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
-            parts = train.train_test_split(size, seed=args.seed)
-            train, evals["held out"] = parts["train"], parts["test"]
+            train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
     held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
     train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
     if len(train) == 0:
         raise InputError("--dataset-name: expected prompts beside the held-out ones, found none")
     if args.pseudo_label_noise:
-        if "answer" not in train.column_names:
-            raise InputError("--pseudo-label-noise: expected a column 'answer', found none")
         generator = torch.Generator().manual_seed(args.reward_noise_seed)
         labels = pseudo_labels(train["answer"], args.pseudo_label_noise, generator)
         train = train.add_column(PSEUDO_LABEL, labels)
@@ -139,39 +152,16 @@ def build_critic(args, policy, context):
     kind, flag = ALGORITHMS[args.algo].critic, "--critic-model-name-or-path"
     if kind == "none":
         return None
-    trunk = copy.deepcopy(policy.base_model)
-    if args.critic_model_name_or_path:
-        trunk = load(AutoModel, args.critic_model_name_or_path, flag)
-    if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
-        raise InputError(
-            f"{flag}: expected the policy's vocabulary and context, found smaller ones"
-        )
+    name = args.critic_model_name_or_path
+    trunk = load(AutoModel, name, flag) if name else copy.deepcopy(policy.base_model)
     num_heads = 1 if kind == "scalar" else args.num_heads
     num_quantiles = args.num_quantiles if kind == "quantiles" else 1
-    return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
-
-
-def load_functions(args, device, tokenizer):
-    """-> reward, user or None: what the flags name, else the built-in task's."""
-    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
-    if args.reward:
-        reward = load_reward(args.reward, device)
-    if args.user:
-        user = load_function("--user", args.user)
-    if user is not None:
-        try:
-            turns_between("hello", tokenizer)
-        except InputError as error:
-            raise InputError(f"--user: it needs a chat template for all turns: {error}") from error
-    return reward, user
-
-
-def device_of(args):
-    """--device as torch names it; raises InputError for a GPU that is not there."""
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {args.device}")
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    return best if args.device == "auto" else args.device
+    try:
+        if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
+            raise InputError("expected the policy's vocabulary and context, found smaller ones")
+        return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
+    except Exception as error:  # of what is no language model, in its own words
+        raise InputError(f"{flag}: {one_line(error)}") from error
 
 
 def to_train(model, device, args, learning_rate):
@@ -179,30 +169,31 @@ def to_train(model, device, args, learning_rate):
     if model is None:
         return None
     model.to(device).train()
-    is_fp32 = all(parameter.dtype == torch.float32 for parameter in model.parameters())
-    assert is_fp32, "bf16 weights lose small Adam steps"
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    assert dtypes == {torch.float32}, "bf16 weights lose small Adam steps"
     if args.gradient_checkpointing:
         getattr(model, "trunk", model).gradient_checkpointing_enable()
-    options = {"lr": learning_rate, "weight_decay": 0.0, "fused": True}
-    return torch.optim.AdamW(model.parameters(), **options)
+    return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
 def build(args):
     """A Run before its first iteration; raises InputError for whatever cannot work."""
-    start, device, name = time.time(), device_of(args), args.model_name_or_path
+    start, has_gpu, name = time.time(), torch.cuda.is_available(), args.model_name_or_path
+    device = args.device if args.device != "auto" else "cuda" if has_gpu else "cpu"
+    if device.startswith("cuda") and not has_gpu:
+        raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
     if name is None:
         name = Path(args.output_dir) / "warm_start"
         warm_start(args.task, args.seed, name)
     policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
     tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
     stop_ids, context = stop_token_ids(policy, tokenizer, args.stop_token), context_of(policy)
-    if args.response_length >= context:
-        expected = f"expected less than the model's context of {context} tokens"
-        raise InputError(f"--response-length: {expected}, found {args.response_length}")
-    reward, user = load_functions(args, device, tokenizer)
-    data, evals = load_splits(args, tokenizer, context, reward)
-    for prompts in (data, *evals.values()):
-        assert_known_ids(prompts, policy.config.vocab_size)
+    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
+    reward = load_reward(args.reward, device) if args.reward else reward
+    user = load_function("--user", args.user) if args.user else user
+    if user is not None:
+        continuation(None, "hello", tokenizer)  # it needs a chat template
+    data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
     # Decoding reads every weight per token: half of them are half the time.
@@ -232,8 +223,8 @@ def build(args):
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,
     )
-    # In bf16 they never are: nobody asks.
-    run.trust_recorded = not half and sampling_is_scoring(run, args)
+    # In bf16 they never are.
+    run.trust_recorded = sampling_is_scoring(run, args) and not half
     return run
 
 
@@ -241,14 +232,14 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     """A response to each prompt of a batch, or with a user a whole conversation -> Rollout."""
     if run.sampler is not run.policy:
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
-    pad_id, stop_ids = run.stop_ids[0], run.stop_ids
-    limits = {"response_length": args.response_length, "temperature": temperature}
-    limits |= {"pad_id": pad_id, "stop_ids": stop_ids, "record_logprobs": record_logprobs}
-    take_turn = functools.partial(sample, run.sampler, **limits)
+    stops = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
+    limits = {"response_length": args.response_length, "record_logprobs": record_logprobs}
+    take_turn = functools.partial(sample, run.sampler, temperature=temperature, **stops, **limits)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
-        ends = (pad_id, stop_ids, args.max_turns, run.context - args.response_length)
+        sizes = (run.context - args.response_length, run.policy.config.vocab_size)
+        ends = (*stops.values(), args.max_turns, *sizes)
         return converse(take_turn, batch, run.user, run.tokenizer, *ends)
 
 
@@ -278,9 +269,28 @@ def judge(run, args, batch, rollout):
 
 @torch.no_grad()
 def sampling_is_scoring(run, args, count=8):
-    """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do."""
-    turn = (run.data[:count][PROMPT_IDS], run.stop_ids[0], run.stop_ids, args.response_length)
+    """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
+
+    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again or
+    without padding and the token added here. In fp32, as weights are whatever --dtype is: rounding
+    is then far below 1e-3 of the largest number, misreading far above.
+    """
+    room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
+    prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]
+    turn = (prompts, run.stop_ids[0], run.stop_ids, min(args.response_length, 16))
+    own = run.critic is not None and args.critic_model_name_or_path
+    readers = {"--critic-model-name-or-path": (response_quantiles, run.critic)} if own else {}
+    readers["--model-name-or-path"] = (response_logprobs, run.policy, args.temperature)
     with torch.random.fork_rng():
         rollout = sample(run.policy, *turn, args.temperature, record_logprobs=True)
-    logprobs = response_logprobs(run.policy, rollout, args.temperature)
-    return bool((logprobs - rollout.logprobs).abs().max() < 1e-3)
+        parts = (rollout.input_ids, rollout.attention_mask, rollout.mask)
+        longer = Rollout(*(torch.cat([part, part[:, -1:]], 1) for part in parts), rollout.truncated)
+        rows = [rollout[row : row + 1] for row in range(len(rollout.mask))]
+        for flag, (read, model, *rest) in readers.items():
+            first, again = (read(model, longer, *rest)[:, :-1][rollout.mask] for _ in range(2))
+            alone = torch.cat([read(model, row, *rest)[row.mask] for row in rows])
+            for name, other in (("chance in training", again), ("padding or later tokens", alone)):
+                # The median: between two equally good experts, rounding chooses.
+                if (first - other).abs().median() > 1e-3 * first.abs().max():
+                    raise InputError(f"{flag}: expected {name} to change nothing, found it does")
+    return bool((first - rollout.logprobs[rollout.mask]).abs().max() < 1e-3)

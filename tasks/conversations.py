@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rollout import assemble, completion_texts, padded
-from tasks import InputError, as_messages, users_code
+from tasks import InputError, as_messages, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS, render_chat
 
@@ -41,9 +41,15 @@ def turns_between(reply, tokenizer):
     return ids
 
 
-def continuation(last_id, reply, tokenizer):
+def continuation(last_id, reply, tokenizer, limit=float("inf")):
     """turns_between, without the template's end of turn if the turn ended in that, in last_id."""
-    ids = turns_between(reply, tokenizer)
+    try:
+        ids = turns_between(reply, tokenizer)
+        if max(ids) >= limit:
+            raise InputError(f"expected token ids below {limit}, found {max(ids)}")
+    except Exception as error:  # the template's, or for half a character the tokenizer's
+        found = f"found with {reply[:40]!r}: {one_line(error)}"
+        raise InputError(f"--user: expected a chat template for all turns, {found}") from error
     # Llama 2's template writes a space before it.
     if last_id in ids and not tokenizer.decode(ids[: ids.index(last_id)]).strip():
         return ids[ids.index(last_id) + 1 :]
@@ -51,11 +57,11 @@ def continuation(last_id, reply, tokenizer):
 
 
 @torch.no_grad()
-def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max_tokens):
+def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max_tokens, limit):
     """Whole conversations, until the user has nothing to say -> Rollout with messages. [ours]
 
-    take_turn: B lists of ids -> Rollout. A conversation also ends after max_turns, and truncated
-    where a turn found no stop token or the next would begin behind more than max_tokens.
+    take_turn: B lists of ids below limit -> Rollout. A conversation also ends after max_turns, and
+    truncated where a turn found no stop token or the next would begin behind more than max_tokens.
     """
     ours = ("prompt", "messages", PROMPT_IDS, PSEUDO_LABEL)
     talks = []
@@ -73,7 +79,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
             live[row].add("assistant", text, ids, logprobs)
             live[row].truncated = bool(part.truncated[row])
         going_on = [talk for talk in live if turns_left and not talk.truncated]
-        live = [talk for talk in going_on if hear(talk, user, tokenizer, max_tokens)]
+        live = [talk for talk in going_on if hear(talk, user, tokenizer, max_tokens, limit)]
         if not live:
             break
     parts = [(talk.prompt, talk.ids, talk.mask, talk.truncated) for talk in talks]
@@ -84,7 +90,7 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
     return found
 
 
-def hear(talk, user, tokenizer, max_tokens):
+def hear(talk, user, tokenizer, max_tokens, limit):
     """Adds the user's reply, if it has one and there is room -> whether; raises InputError."""
     copies = [dict(message) for message in talk.opening + talk.messages]  # a user may swap roles
     with users_code("--user"):
@@ -94,7 +100,7 @@ def hear(talk, user, tokenizer, max_tokens):
             raise InputError(f"--user: {expected}, found {str(reply)[:80]!r}")
     if reply is None:
         return False
-    ids = continuation(talk.ids[-1], reply, tokenizer)
+    ids = continuation(talk.ids[-1], reply, tokenizer, limit)
     talk.truncated = len(talk.prompt) + len(talk.ids) + len(ids) > max_tokens
     if not talk.truncated:
         talk.add("user", reply, ids, [0.0] * len(ids))

@@ -1,5 +1,7 @@
 """Prompts: from a file, a hub name or a built-in task to token ids."""
 
+from glob import escape, has_magic
+from math import inf
 from pathlib import Path
 
 import pyarrow
@@ -8,28 +10,38 @@ from datasets import Dataset, load_dataset
 
 from tasks import InputError, as_messages, one_line
 from tasks.builtin import task_rows
+from tasks.noise import PSEUDO_LABEL
 from tasks.verifiers import assert_readable, math_reward
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
 
-def load_data(name, split, config=None, prompt_column="prompt"):
+def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     """Rows with a column prompt: of a file, the hub, or a task (split: its name, rows, seed)."""
     path = Path(name)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
     if isinstance(split, tuple):
         data = Dataset.from_list(task_rows(name, *split)).remove_columns("completion")
-    elif kind is None and path.is_file():
-        raise InputError("expected a json, jsonl or parquet file")
+    elif kind is None and (path.is_file() or path.is_dir() and has_magic(str(path.resolve()))):
+        raise InputError("expected a json, jsonl or parquet file, or a folder without *, ? or [")
     elif kind is None:
         data = load_dataset(name, config, split=split)
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     else:
-        data = load_dataset(kind, data_files=name, split=split)
+        # datasets takes a path for a pattern.
+        where = escape(str(path.resolve(strict=True)))
+        data = load_dataset(kind, data_files=where, split=split)
+    found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
-        found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
+    if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
+        raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
+    given = data["answer"] if "answer" in data.column_names else [None]
+    for row, answer in enumerate(given if answers else []):
+        if answer is None or answer != answer:
+            expected = "expected an 'answer' for --reward or --pseudo-label-noise"
+            raise InputError(f"row {row}: {expected}, found {answer}, {found}")
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]
         data = data.select_columns(others).rename_column(prompt_column, "prompt")
@@ -37,14 +49,14 @@ def load_data(name, split, config=None, prompt_column="prompt"):
 
 
 def load_prompts(
-    flag, name, split, tokenizer, max_tokens, use_chat_template=True, reward=None, **source
+    flag, name, split, tokenizer, max_tokens, template=True, limit=inf, reward=None, **source
 ):
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
     try:
         data = load_data(name, split, **source)
-        if reward is math_reward and "answer" in data.column_names:
+        if reward is math_reward:
             assert_readable(data["answer"])
-        prompt_ids = encode_prompts(data["prompt"], tokenizer, use_chat_template)
+        prompt_ids = encode_prompts(data["prompt"], tokenizer, template, limit)
     except Exception as error:  # datasets raises many kinds, and their cause says most
         found = one_line(error.__cause__ or error)
         raise InputError(f"{flag}: cannot load {name!r}: {found}") from error
@@ -59,7 +71,7 @@ def load_prompts(
     return data.select(fitting)
 
 
-def encode_prompts(prompts, tokenizer, use_chat_template=True):
+def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
     templated, texts = tokenizer.chat_template and use_chat_template, {True: {}, False: {}}
     for row, prompt in enumerate(prompts):
@@ -67,10 +79,19 @@ def encode_prompts(prompts, tokenizer, use_chat_template=True):
         texts[is_plain][row] = prompt if is_plain else render_chat(prompt, tokenizer, row)
     encoded = {}
     for is_plain, found in texts.items():
-        if found:
-            # A template writes its own special tokens: no second BOS.
-            ids = tokenizer([*found.values()], add_special_tokens=is_plain)["input_ids"]
-            encoded |= zip(found, ids)
+        # A template writes its own special tokens: no second BOS.
+        options = {"add_special_tokens": is_plain, "return_special_tokens_mask": True}
+        both = tokenizer([*found.values()], **options) if found else {"input_ids": []}
+        for row, ids in enumerate(both["input_ids"]):
+            # Some tokenizers append an end, behind which nothing is left to say.
+            while is_plain and ids and both["special_tokens_mask"][row][len(ids) - 1]:
+                ids.pop()
+        encoded |= zip(found, both["input_ids"])
+    for row, prompt in enumerate(prompts):
+        if not encoded[row] or max(encoded[row]) >= limit:
+            expected = f"expected token ids below {limit} (--model-name-or-path), found"
+            most = max(encoded[row], default="none")
+            raise InputError(f"row {row}: {expected} {most} in {prompt!r:.60}")
     return [encoded[row] for row in range(len(prompts))]
 
 
@@ -97,11 +118,3 @@ def batch_rows(num_rows, first, count, seed):
         order = torch.randperm(num_rows, generator=generator)
         rows += order[start : start + count - len(rows)].tolist()
     return rows
-
-
-def assert_known_ids(data, limit):
-    """Raises InputError where a prompt has no tokens, or one that the model does not know."""
-    for row, ids in enumerate(data[PROMPT_IDS]):
-        if not ids or max(ids) >= limit:
-            found = f"found {max(ids, default=None)} in the prompt {data['prompt'][row]!r}"[:120]
-            raise InputError(f"--model-name-or-path: expected token ids below {limit}, {found}")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import pipeline
+from transformers import AutoModelForSequenceClassification, pipeline
 
 from tasks import InputError, as_messages, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
@@ -74,18 +74,26 @@ def judged_text(prompt, completion, tokenizer):
 
 def model_reward(name, device="cpu"):
     """A reward that scores with a sequence classifier; raises ValueError for another model."""
-    safe = {"trust_remote_code": False, "model_kwargs": {"use_safetensors": True}}
-    classify = pipeline("text-classification", name, device=device, dtype=torch.float32, **safe)
-    tokenizer, config = classify.tokenizer, classify.model.config
-    found = ", ".join(config.architectures or ["no architecture"])
-    if "ForSequenceClassification" not in found:
+    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
+    safe = {"trust_remote_code": False}
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(name, **options, **safe)
+    classify = pipeline("text-classification", model, tokenizer=name, device=device, **safe)
+    tokenizer, config = classify.tokenizer, model.config
+    found = ", ".join([*(config.architectures or ["no architecture"]), *loaded["missing_keys"]])
+    # What is missing, transformers makes up.
+    if loaded["missing_keys"] or "ForSequenceClassification" not in found:
         raise ValueError(f"expected a sequence classifier, found {found}")
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left"  # the judged turn is the last one
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
-    context = getattr(config, "max_position_embeddings", None) or 512
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context)
+    context = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
+    sizes = [context, tokenizer.model_max_length]
+    for table in model.modules():
+        # RoBERTa's positions begin behind the id of its padding.
+        if getattr(table, "num_embeddings", 0) == context and table.padding_idx is not None:
+            sizes.append(context - table.padding_idx - 1)
+    tokenizer.model_max_length = min(sizes)
     return functools.partial(classifier_scores, classify)
 
 

@@ -56,7 +56,7 @@ def warm_start(task, seed, folder):
     """Saves the policy and its tokenizer in folder, a Path, unless this seed's are there."""
     settings = json.dumps({"task": task, "seed": seed, "version": 2})
     made = folder / "settings.json"
-    if made.exists() and made.read_text() == settings:
+    if made.exists() and made.read_bytes() == settings.encode():
         return
     torch.manual_seed(seed)
     tokenizer = task_tokenizer(task)

@@ -32,6 +32,7 @@ from conftest import (
     weights,
     write_rows,
 )
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -83,6 +84,25 @@ def same_tensors(a, b):
 
 
 TORN = ["state.pt", "critic/critic_config.json", "policy/model.safetensors", "policy/config.json"]
+
+
+PARTS = ["policy/model.safetensors", "critic/model.safetensors"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_checkpoint_without_one_weight_is_broken(part, finished, tmp_path, capsys):
+    """transformers would make it up."""
+    names = ("args.json", "metrics.jsonl", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000012", "checkpoint-000024", *names)
+    path = tmp_path / "checkpoint-000024" / part
+    some = load_file(path)
+    del some[min(name for name in some if "up_proj" in name)]
+    save_file(some, path, metadata={"format": "pt"})
+    args = parse_args(["--resume", str(tmp_path)])
+    run = build(args)
+    checkpoints.resume(run, args)
+    assert run.iteration == 12 and "expected all weights" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint-000024.broken").is_dir()
 
 
 @pytest.mark.parametrize("torn", [*TORN, "critic/model.safetensors", "gone: critic"])

@@ -61,7 +61,9 @@ def test_a_conversation_by_hand():
         return {"area": "area north", "food": "food thai"}.get(messages[-1]["content"])
 
     take_turn = turns_of([["area", "food", "book ok"], ["book"]], tokenizer, seen)
-    found = converse(take_turn, batch, user, tokenizer, 0, [1], max_turns=5, max_tokens=100)
+    found = converse(
+        take_turn, batch, user, tokenizer, 0, [1], max_turns=5, max_tokens=100, limit=99
+    )
     words = tokenizer.convert_ids_to_tokens
     first = "<user> book area food <assistant>".split()
     talk = "area <eos> <user> area north <assistant> food <eos> <user> food thai <assistant>"
@@ -102,7 +104,7 @@ def test_conversations_end_after_max_turns_at_a_torn_turn_and_before_the_context
     tokenizer = task_tokenizer("booking")
     batch = conversation_batch(tokenizer, "book area")
     take_turn = turns_of([script], tokenizer, [], cut)
-    found = converse(take_turn, batch, lambda messages: "ok", tokenizer, 0, [1], *limits)
+    found = converse(take_turn, batch, lambda messages: "ok", tokenizer, 0, [1], *limits, 99)
     assert [m["role"] for m in found.messages[0]].count("assistant") == turns
     assert found.truncated.tolist() == [truncated]
     # What ends it is the policy's.
@@ -124,7 +126,7 @@ def talked():
         limit = 4 if "day" in messages[0]["content"] else 6
         return "ok" if len(messages) < limit else None
 
-    return converse(take_turn, batch, user, tokenizer, 0, [1], 9, 60), model, batch
+    return converse(take_turn, batch, user, tokenizer, 0, [1], 9, 60, 99), model, batch
 
 
 def test_every_conversations_last_token_stands_in_the_last_column(talked):
@@ -233,7 +235,7 @@ def test_a_user_may_change_the_messages_it_gets_and_sees_the_users_columns_alone
         return "ok" if len(messages) < 4 else None
 
     take_turn = turns_of([["area", "food", "day"]], tokenizer, [])
-    found = converse(take_turn, batch, user, tokenizer, 0, [1], 9, 99)
+    found = converse(take_turn, batch, user, tokenizer, 0, [1], 9, 99, 99)
     assert [m["role"] for m in found.messages[0]] == ["assistant", "user", "assistant"]
     assert batch["prompt"][0][0]["role"] == "user"
 
@@ -264,4 +266,27 @@ def test_a_users_mistakes_are_one_line(user, found):
     batch = conversation_batch(tokenizer, "book")
     take_turn = turns_of([["area"]], tokenizer, [])
     with pytest.raises(InputError, match=f"^--user: {found}"):
-        converse(take_turn, batch, user, tokenizer, 0, [1], 3, 99)
+        converse(take_turn, batch, user, tokenizer, 0, [1], 3, 99, 99)
+
+
+UNWRITABLE = [
+    (lambda messages: "half a \ud83d", r"found with 'half a \\ud83d': "),
+    (lambda messages: "sushi", "found with 'sushi': expected token ids below 32, found 32"),
+    (lambda messages: "refused", "found with 'refused': row 0: .*: the chat template refuses it"),
+]
+
+
+@pytest.mark.parametrize("user,found", UNWRITABLE)
+def test_a_reply_that_cannot_be_written_is_one_line(user, found):
+    """Half a character; a token that was added without an embedding; what the template refuses."""
+    tokenizer = task_tokenizer("booking")
+    tokenizer.add_tokens(["sushi"])
+    tokenizer.chat_template += (
+        "{% if messages[-1].content == 'refused' %}{{ raise_exception('no') }}{% endif %}"
+    )
+    assert tokenizer.convert_tokens_to_ids("sushi") == 32
+    batch = conversation_batch(tokenizer, "book")
+    take_turn = turns_of([["area"]], tokenizer, [])
+    with pytest.raises(InputError, match=f"^--user: expected a chat template .*{found}") as caught:
+        converse(take_turn, batch, user, tokenizer, 0, [1], 3, 99, 32)
+    assert "\n" not in str(caught.value)

@@ -5,17 +5,12 @@ import json
 import pytest
 from conftest import bos_tokenizer
 from datasets import Dataset
+from tokenizers import processors
 
 from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
-from tasks.prompts import (
-    PROMPT_IDS,
-    assert_known_ids,
-    batch_rows,
-    encode_prompts,
-    load_data,
-    load_prompts,
-)
+from tasks.noise import PSEUDO_LABEL
+from tasks.prompts import PROMPT_IDS, batch_rows, encode_prompts, load_data, load_prompts
 
 TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -28,6 +23,18 @@ def test_one_bos_with_and_without_a_template():
     assert encode_prompts(["hello there"], bos_tokenizer()) == [[1, 2, 3]]
     assert encode_prompts(["hello there", messages], templated) == [[1, 4, 2, 3]] * 2
     assert encode_prompts(["hello there"], templated, use_chat_template=False) == [[1, 2, 3]]
+
+
+@pytest.mark.parametrize("name", ["eos_token", "sep_token", "additional"])
+def test_an_end_that_the_tokenizer_appends_is_taken_off(name):
+    """Whatever it is called; one that the text itself ends in stays."""
+    tokenizer, end = bos_tokenizer(), ("there", 3)
+    pair = {"single": "<bos> $A there", "special_tokens": [("<bos>", 1), end]}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(**pair)
+    if name != "additional":
+        tokenizer.add_special_tokens({name: "there"})
+    assert tokenizer("hello")["input_ids"] == [1, 2, 3]
+    assert encode_prompts(["hello", "hello there"], tokenizer) == [[1, 2], [1, 2, 3]]
 
 
 MALFORMED = [
@@ -105,6 +112,8 @@ BROKEN = [
     (b'{"prompt": "a"}\n""\n', "JSON parse error: "),
     (b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n', "'utf-8' codec"),
     (b"", "StopIteration"),
+    (b"\n \n", "Instruction"),
+    (b'{"prompt": "a\\ud800"}\n', "JSON parse error: .* surrogate"),
 ]
 
 
@@ -129,7 +138,7 @@ def test_byte_order_marks_empty_lines_and_objects_on_many_lines(tmp_path):
 @pytest.mark.parametrize(
     "name,config,found",
     [
-        ("nowhere.jsonl", None, "Unable to find"),
+        ("nowhere.jsonl", None, ".*No such file"),
         ("data.csv", None, "expected a json, jsonl or parquet file"),
         ("data.jsonl", "main", "a file has no config, found 'main'"),
     ],
@@ -142,14 +151,76 @@ def test_files_that_cannot_be_are_one_line(name, config, found, tmp_path):
         load_prompts(*where, config=config)
 
 
-def test_tokens_that_the_model_has_no_embedding_for_are_named():
-    data = Dataset.from_dict({"prompt": ["a", "b c"], PROMPT_IDS: [[1, 2], [3, 40]]})
-    assert_known_ids(data, 41)
-    with pytest.raises(InputError, match="expected token ids below 40, .*found 40 .*'b c'"):
-        assert_known_ids(data, 40)
-    data = Dataset.from_dict({"prompt": ["a", " "], PROMPT_IDS: [[1, 2], []]})
-    with pytest.raises(InputError, match="found None in the prompt ' '"):
-        assert_known_ids(data, 40)
+def test_tokens_that_the_model_has_no_embedding_for_are_named(tmp_path):
+    assert encode_prompts(["hello", "hello there"], bos_tokenizer(), limit=4) == [[1, 2], [1, 2, 3]]
+    found = r"row 1: expected token ids below 3 \(--model.*, found 3 in 'hello there'"
+    with pytest.raises(InputError, match=f"^{found}"):
+        encode_prompts(["hello", "hello there"], bos_tokenizer(), limit=3)
+    name = write_rows(tmp_path / "data.jsonl", [{"prompt": "hello"}, {"prompt": "hello there"}])
+    with pytest.raises(InputError, match=f"--dataset-name: .*{found}"):
+        load_prompts("--dataset-name", name, "train", bos_tokenizer(), 9, limit=3)
+
+
+@pytest.mark.parametrize("prompt", [" ", "\n\t"])
+def test_a_prompt_without_tokens_is_refused(prompt):
+    """A BOS is none of its own."""
+    for template in (None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"):
+        with pytest.raises(InputError, match="row 1: expected token ids .*, found none in ' |n"):
+            encode_prompts(["hello", prompt], bos_tokenizer(template))
+
+
+NAMES = ["brack[1]", "st*r", "wh?t", "[a-z]", "[!x]", "sp ace#%20{a,b}"]
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_path_is_no_pattern(name, ending, tmp_path, monkeypatch):
+    """The file that was named is read, and no other that a pattern would match."""
+    folder = tmp_path / "work[1]"
+    for place in (folder, tmp_path / "work1"):
+        place.mkdir()
+        for stem in ("brack1", "star", "what", "b", name):
+            right = place == folder and stem == name
+            row = {"prompt": "right" if right else "wrong"}
+            if ending == "parquet":
+                Dataset.from_list([row]).to_parquet(place / f"{stem}.parquet")
+            else:
+                write_rows(place / f"{stem}.jsonl", [row])
+    monkeypatch.chdir(folder)
+    for path in (f"{name}.{ending}", str(folder / f"{name}.{ending}")):
+        assert load_data(path, "train")["prompt"] == ["right"]
+    with pytest.raises(InputError, match="cannot load 'no.*': .*No such file"):
+        load_prompts("--dataset-name", f"no[1].{ending}", "train", bos_tokenizer(), 9)
+
+
+def test_a_folder_that_would_be_taken_for_a_pattern_is_refused(tmp_path):
+    for name in ("data[1]", "data1"):
+        (tmp_path / name).mkdir()
+        write_rows(tmp_path / name / "train.jsonl", [{"prompt": name}])
+    assert load_data(str(tmp_path / "data1"), "train")["prompt"] == ["data1"]
+    with pytest.raises(InputError, match="a folder without"):
+        load_data(str(tmp_path / "data[1]"), "train")
+
+
+@pytest.mark.parametrize("name", [PROMPT_IDS, PSEUDO_LABEL])
+def test_columns_with_our_names_are_refused(name, tmp_path):
+    path = write_rows(tmp_path / "data.jsonl", [{"prompt": "hello", name: 1}])
+    found = f"other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, found 1 rows of prompt, {name}"
+    with pytest.raises(InputError, match=f"--dataset-name: .*{found}"):
+        load_prompts("--dataset-name", path, "train", bos_tokenizer(), 9)
+
+
+@pytest.mark.parametrize("value", ["null", "NaN"])
+def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": ' + value + "}\n")
+    where = ("--dataset-name", str(path), "train", bos_tokenizer(), 9)
+    assert len(load_prompts(*where)) == 2
+    with pytest.raises(InputError, match="--dataset-name: .*row 1: expected an 'answer'.*--reward"):
+        load_prompts(*where, answers=True)
+    path.write_text('{"prompt": "a", "text": 1.5}\n')
+    with pytest.raises(InputError, match="row 0: expected an 'answer'.* 1 rows of prompt, text"):
+        load_prompts(*where, answers=True)
 
 
 def test_batches_walk_through_seeded_permutations_of_the_rows():

@@ -11,7 +11,13 @@ import numpy
 import pytest
 import torch
 from conftest import tiny_config
-from transformers import AutoModelForSequenceClassification, LlamaConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 import rollout
 import tasks.prompts
@@ -523,3 +529,35 @@ def test_a_causal_lm_is_no_reward_model(model_folder):
     found = "expected a sequence classifier, found GPT2LMHeadModel"
     with pytest.raises(InputError, match=f"--reward: .*{found}"):
         load_reward(f"model:{model_folder}")
+
+
+def classifier(folder, config):
+    """A tiny encoder with a classification head, and a tokenizer that knows no length."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 16, "max_position_embeddings": 24, "num_labels": 1}
+    tokenizer = task_tokenizer("dialogue")
+    tokenizer.chat_template = None
+    config = config(**sizes, vocab_size=len(tokenizer), pad_token_id=3)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"model:{folder}"
+
+
+@pytest.mark.parametrize("config,room", [(RobertaConfig, 20), (BertConfig, 24)])
+def test_a_text_is_cut_to_what_the_reward_model_takes(config, room, tmp_path):
+    """RoBERTa's positions begin behind its padding's id, here 3: of 24 it uses 20."""
+    reward = load_reward(classifier(tmp_path, config))
+    assert reward.args[0].tokenizer.model_max_length == room
+    for length in (room - 2, room - 1, room, 200):
+        assert len(reward(["area"], ["food " * length])) == 1
+
+
+def test_a_reward_model_without_its_head_is_refused(tmp_path):
+    """Its scores would be chance."""
+    spec = classifier(tmp_path, RobertaConfig)
+    some = load_file(tmp_path / "model.safetensors")
+    del some["classifier.out_proj.weight"]
+    save_file(some, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    found = "a sequence classifier, found RobertaForSequenceClassification, classifier.out_proj"
+    with pytest.raises(InputError, match=f"--reward: .*{found}"):
+        load_reward(spec)

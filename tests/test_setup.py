@@ -19,12 +19,25 @@ from conftest import (
     write_rows,
 )
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BartConfig,
+    BertConfig,
+    Gemma3Config,
+    MixtralConfig,
+    OPTConfig,
+    PhimoeConfig,
+    T5Config,
+)
 
 import train
 from harness import checkpoints, setup
 from harness.flags import parse_args
 from harness.setup import build, load_splits
+from tasks import InputError
 from tasks.booking import SLOTS
 from tasks.builtin import task_tokenizer
 
@@ -143,6 +156,205 @@ def test_dropout_is_off_even_in_train_mode_and_weights_are_fp32(model_folder, tm
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
+def phimoe(vocab_size):
+    """As it comes, its experts are drawn in train mode, by a noise that is not called dropout."""
+    return PhimoeConfig(**SIZES, vocab_size=vocab_size, num_local_experts=4)
+
+
+def gemma3(vocab_size):
+    """A config of configs: what matters stands in the text's."""
+    text = {**SIZES, "head_dim": 8, "vocab_size": vocab_size, "attention_dropout": 0.5}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+
+
+def mixtral(vocab_size):
+    """Asked for its routers' logits, it computes a loss that generate has no shapes for."""
+    switches = {"output_router_logits": True, "router_jitter_noise": 0.1}
+    return MixtralConfig(**SIZES, vocab_size=vocab_size, num_local_experts=4, **switches)
+
+
+def opt(vocab_size):
+    """It ends in a projection: its outputs are narrower than its hidden states."""
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 64, "layerdrop": 0.5}
+    sizes |= {"do_layer_norm_before": False, "eos_token_id": 1, "bos_token_id": 2}
+    return OPTConfig(**sizes, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("family", [phimoe, gemma3, mixtral, opt])
+def test_families_that_are_built_otherwise_are_trained_like_any(family, tmp_path):
+    """Nothing is drawn in train mode: the first ratio is 1; the end can be saved."""
+    folder = saved_model(tmp_path / "model", config=family)
+    policy = setup.load(AutoModelForCausalLM, folder, "--model-name-or-path").train()
+    assert setup.context_of(policy) == 64
+    ids = torch.arange(3, 9)[None]
+    assert torch.equal(policy(ids).logits, policy(ids).logits)
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    once = "--num-mini-batches 1 --num-ppo-epochs 1".split()
+    argv = [*own(folder, data, "exact"), *once, "--output-dir", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+    assert log(tmp_path / "run")[0]["val/ratio"] == pytest.approx(1, abs=1e-5)
+
+
+def test_switches_of_a_saved_config_change_nothing(tmp_path):
+    """Of outputs that nobody asked for, and of their kind."""
+    folder = saved_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"return_dict": False, "output_attentions": True, "output_hidden_states": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    policy = setup.load(AutoModelForCausalLM, folder, "--model-name-or-path")
+    assert [*policy(torch.arange(6)[None], use_cache=False)] == ["logits"]
+
+
+def test_generation_settings_that_cannot_be_saved_are_dropped(tmp_path):
+    """Llama 2 comes with such; settings that can be saved stay what they are."""
+    folder = saved_model(tmp_path / "model")
+    path = folder / "generation_config.json"
+    ids = json.loads(path.read_text())
+    path.write_text(json.dumps({**ids, "do_sample": True, "temperature": 0.6, "top_p": 0.9}))
+    policy = setup.load(AutoModelForCausalLM, folder, "--model-name-or-path")
+    assert policy.generation_config.temperature == 0.6
+    for settings in ({"temperature": 0.9, "top_p": 0.6}, {"do_sample": True, "length_penalty": 2}):
+        path.write_text(json.dumps({**ids, **settings}))
+        policy = setup.load(AutoModelForCausalLM, folder, "--model-name-or-path")
+        assert policy.generation_config.eos_token_id == 1
+        policy.save_pretrained(tmp_path / "saved")
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    argv = [*own(folder, data, "exact"), "--output-dir", str(tmp_path / "run")]
+    assert train.main(argv) == 0
+
+
+# ---- the start-up check
+
+
+def check(folder, tmp_path, *flags):
+    """What is asked of a model before its run begins."""
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    args = parse_args([*own(folder, data, "exact"), "--output-dir", str(tmp_path), *flags])
+    return build(args)
+
+
+def short_gpt2(vocab_size):
+    config = tiny_config("gpt2", vocab_size)
+    config.n_positions = 9
+    return config
+
+
+def test_what_is_asked_of_a_model_fits_its_context(tmp_path):
+    """GPT-2 has no position behind the last."""
+    folder = saved_model(tmp_path / "model", config=short_gpt2)
+    data = write_rows(tmp_path / "data.jsonl", [{"prompt": "area", "answer": "x"}] * 9)
+    more = f"--response-length 4 --output-dir {tmp_path} --eval-dataset-name {tmp_path}/eval.jsonl"
+    write_rows(tmp_path / "eval.jsonl", [{"prompt": "food", "answer": "x"}])
+    assert build(parse_args([*own(folder, data, "exact"), *more.split()])).trust_recorded
+
+
+def bert(vocab_size, **more):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "max_position_embeddings": 64, "eos_token_id": 1}
+    return BertConfig(**sizes, vocab_size=vocab_size, initializer_range=0.2, **more)
+
+
+def bart(vocab_size):
+    """Its positions count padding, whatever it is told."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 2}
+    sizes |= {"decoder_ffn_dim": 32, "max_position_embeddings": 64, "init_std": 0.2}
+    return BartConfig(**sizes, vocab_size=vocab_size, is_decoder=True, eos_token_id=1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_model_that_draws_in_train_mode_is_refused(model_folder, tmp_path, dtype, monkeypatch):
+    """By a source of chance that nobody has thought of: here GPT-2's dropout, left on."""
+    flags = ("--dtype", dtype)
+    check(model_folder, tmp_path, *flags)
+    monkeypatch.setattr(setup, "turn_off", lambda config: None)
+    found = "--model-name-or-path: expected chance in training to change nothing"
+    with pytest.raises(InputError, match=found):
+        check(model_folder, tmp_path, *flags)
+    with pytest.raises(InputError, match=found):
+        check(model_folder, tmp_path, *flags, "--gradient-checkpointing")
+
+
+@pytest.mark.parametrize("config", [bert, bart])
+def test_a_model_to_which_padding_or_later_tokens_matter_is_refused(config, tmp_path):
+    folder = saved_model(tmp_path / "model", config=config)
+    with pytest.raises(InputError, match="--model-.*: expected padding or later tokens to change"):
+        check(folder, tmp_path)
+
+
+def test_a_critic_that_looks_ahead_is_refused(model_folder, tmp_path):
+    """Or reads no text: each in one line. As a decoder, BERT will do."""
+    folder, vocab_size = tmp_path / "bert", len(task_tokenizer("dialogue"))
+    named = ("--critic-model-name-or-path", str(folder))
+    AutoModel.from_config(bert(vocab_size)).save_pretrained(folder)
+    with pytest.raises(InputError, match="--critic-.*: expected padding or later tokens"):
+        check(model_folder, tmp_path, *named)
+    AutoModel.from_config(bert(vocab_size, is_decoder=True)).save_pretrained(folder)
+    assert check(model_folder, tmp_path, *named).critic.heads.in_features == 32
+    sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
+    AutoModel.from_config(T5Config(vocab_size=40, **sizes)).save_pretrained(tmp_path / "t5")
+    with pytest.raises(InputError, match="--critic-model-name-or-path: .*inputs_embeds"):
+        check(model_folder, tmp_path, named[0], str(tmp_path / "t5"))
+
+
+def test_weights_that_are_missing_are_not_made_up(model_folder, tmp_path):
+    """Not those of a policy's head, which a trunk has not; not those of a layer."""
+    folder = saved_model(tmp_path / "model")
+    whole = load_file(folder / "model.safetensors")
+    critic = ("--critic-model-name-or-path", str(folder))
+    for name in ("lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        some = {key: value for key, value in whole.items() if key != name}
+        save_file(some, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(InputError, match=f"--model-name.*expected all weights, .* {name}"):
+            check(folder, tmp_path)
+        if name == "lm_head.weight":
+            check(model_folder, tmp_path, *critic)
+    with pytest.raises(InputError, match="--critic-model-.* found no layers.0.mlp.up_proj.weight"):
+        check(model_folder, tmp_path, *critic)
+
+
+# ---- ids
+
+BAD_ENDS = ["x", -1, 1.5, [1, "x"], [[1]], {"a": 1}, 32, [1, 10**9]]
+
+
+@pytest.mark.parametrize("end", BAD_ENDS)
+def test_an_end_of_sequence_that_is_no_id_of_the_model_is_refused(end, tmp_path):
+    folder = saved_model(tmp_path / "model")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": end}))
+    with pytest.raises(InputError, match="--stop-token: expected ids below 32, found"):
+        check(folder, tmp_path)
+
+
+def test_tokens_that_were_added_without_an_embedding_fill_no_padding_and_end_nothing(tmp_path):
+    folder = saved_model(tmp_path / "model", pad_token="[PAD]")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.pad_token_id == 32
+    run = check(folder, tmp_path)
+    assert run.stop_ids == [1]  # the first of them fills the padding
+    with pytest.raises(InputError, match="--stop-token: expected ids below 32"):
+        check(folder, tmp_path, "--stop-token", "[PAD]")
+    tokenizer.add_special_tokens({"eos_token": "[EOS]"})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(InputError, match="--stop-token: expected ids below 32"):
+        check(folder, tmp_path)
+
+
+def test_a_damaged_warm_start_is_made_again_or_refused(warm_start, tmp_path):
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    argv = [*SMALL, "--output-dir", str(tmp_path)]
+    (tmp_path / "warm_start" / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="cannot load '.*warm_start': .*model.safetensors"):
+        build(parse_args(argv))
+    (tmp_path / "warm_start" / "settings.json").write_bytes(b"\xff\xfe{}")
+    build(parse_args(argv))
+    settings = [folder / "settings.json" for folder in (warm_start, tmp_path / "warm_start")]
+    assert settings[0].read_text() == settings[1].read_text()
+
+
 def test_weights_that_are_not_fp32_are_refused(warm_start, tmp_path, monkeypatch):
     """Adam steps of 1e-6 vanish in bf16 weights."""
     load = setup.load
@@ -186,11 +398,20 @@ def test_what_is_asked_of_sampling_changes_no_generator(warm_start, tmp_path):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def saved_model(folder, **changes):
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+SIZES |= {"eos_token_id": 1, "bos_token_id": 2, "initializer_range": 0.2}
+
+
+def llama(vocab_size):
+    return tiny_config("llama", vocab_size)
+
+
+def saved_model(folder, config=llama, **changes):
     """A tiny model and tokenizer in a folder, with the tokenizer's attributes changed."""
     tokenizer = task_tokenizer("dialogue")
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config("llama", len(tokenizer))).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config(len(tokenizer))).save_pretrained(folder)
     for name, value in changes.items():
         setattr(tokenizer, name, value)
     tokenizer.save_pretrained(folder)
@@ -278,6 +499,10 @@ BAD_DATA = [
     ([{"prompt": [{"role": "user"}], "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": [{"role": "user", "content": 3}], "answer": "x"}], "", ["row 0", "prompt"]),
     ([{"prompt": "area", "text": "x"}], "", ["--reward", "'answer'", "text"]),
+    (ONE + [{"prompt": "food", "answer": None}], "", ["row 1", "'answer'", "None"]),
+    (ONE, "--eval-dataset-name food.jsonl", ["--eval-dataset-name", "row 0", "'answer'"]),
+    ([{**ONE[0], "_pseudo_label": "y"}], "", ["--dataset-name", "_pseudo_label"]),
+    ([{**ONE[0], "_prompt_ids": [1]}], "", ["--dataset-name", "_prompt_ids"]),
     ("{broken", "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
     (
         '{"prompt": "area"}\n\n{"prompt": "area",}\n',
@@ -286,15 +511,19 @@ BAD_DATA = [
     ),
     ('{"prompt": "area"}\n[1, 2]\n', "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
     ('{"prompt": "area"}\n{"prompt": 3}\n', "", ["--dataset-name"]),
-    (b'{"prompt": "area"}\n{"prompt": "\xff\xfe"}\n', "", ["--dataset-name", "utf-8"]),
+    (
+        b'{"prompt": "area", "answer": "x"}\n{"prompt": "\xff\xfe", "answer": "x"}\n',
+        "",
+        ["--dataset-name", "utf-8"],
+    ),
     (b"\x00\x01\x02", "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
     (b"", "", ["--dataset-name"]),
-    (None, "", ["--dataset-name", "Unable to find"]),
+    (None, "", ["--dataset-name", "No such file"]),
     (ONE, "--dataset-name data.csv", ["--dataset-name", "json, jsonl or parquet", "data.csv"]),
     (ONE, "--dataset-name broken.parquet", ["--dataset-name", "broken.parquet"]),
     (ONE, "--dataset-name no/such/set", ["--dataset-name", "no/such/set"]),
     (ONE, "--dataset-name nosuchset", ["--dataset-name", "nosuchset"]),
-    (ONE, "--eval-dataset-name nosuch.jsonl", ["--eval-dataset-name", "Unable to find"]),
+    (ONE, "--eval-dataset-name nosuch.jsonl", ["--eval-dataset-name", "No such file"]),
     (ONE, "--prompt-column question", ["--dataset-name", "'question'", "--prompt-column"]),
     (ONE, "--eval-dataset-name data.csv", ["--eval-dataset-name", "json, jsonl or parquet"]),
     ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
@@ -362,6 +591,7 @@ def test_bad_data_and_rewards(rows, flags, words, model_folder, tmp_path, capsys
     for name in ("data.csv", "broken.parquet"):
         Path(name).write_text("prompt,answer\narea,x\n")
     write_rows(Path("other.jsonl"), [{"prompt": "food", "answer": "x"}])
+    write_rows(Path("food.jsonl"), [{"prompt": "food"}])
     Path("run").mkdir()
     Path("run/metrics.jsonl").write_text("precious\n")
     if isinstance(rows, (str, bytes)):

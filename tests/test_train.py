@@ -216,15 +216,15 @@ def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path
 @pytest.mark.parametrize(
     "flags,at_start,expected",
     [
-        ([], {"policy": 8}, {"reference": 64}),
-        (["--kl-coef", "0"], {"policy": 8}, {}),
-        (["--dtype", "bfloat16"], {}, {"policy": 64, "reference": 64}),
+        ([], {"policy": 24}, {"reference": 64}),
+        (["--kl-coef", "0"], {"policy": 24}, {}),
+        (["--dtype", "bfloat16"], {"policy": 24}, {"policy": 64, "reference": 64}),
     ],
 )
 def test_no_pass_is_spent_on_numbers_that_are_there(
     flags, at_start, expected, warm_start, tmp_path, monkeypatch
 ):
-    """Eight rows are asked about at the start; then in fp32 the policy is not scored again.
+    """Eight rows are asked about at the start, thrice; then in fp32 the policy is not scored again.
 
     Without a KL there is no reference; in bf16 both are scored.
     """
