@@ -38,7 +38,6 @@ def pairwise_quantile_huber_loss(quantiles, targets, levels, kappa):
     H_kappa(u) is u^2 / 2 within kappa, and further out the straight line that goes on from it.
     Builds M x K numbers per token: training uses quantile_huber_loss, which says the rest.
     """
-    # (..., M, K): u_ij = y_j - q_i
     u = targets.detach().unsqueeze(-2) - quantiles.unsqueeze(-1)
     distance = u.abs()
     if kappa > 0:

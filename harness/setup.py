@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import os
 import re
 import time
 from dataclasses import dataclass
