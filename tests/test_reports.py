@@ -265,9 +265,9 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
     assert capsys.readouterr().out == "iteration 1 of 1: score=0.61 true=0.66 ev=-0.13 clip=0.10\n"
 
 
-@pytest.mark.parametrize("reward, noted", [("math", True), ("exact", False)])
+@pytest.mark.parametrize("reward, noted", [("choice", True), ("exact", False)])
 def test_a_reward_that_gives_all_the_same_is_noted(reward, noted, warm_start, tmp_path, capsys):
-    """math looks for numbers, the built-in task has none; exact is the task's own."""
+    """choice looks for letters, the built-in task has none; exact is the task's own."""
     flags = f"--reward {reward} --eval-samples 8".split()
     run, args = run_of(warm_start, tmp_path, *flags)
     run.before, _ = reports.evaluate(run, args)
@@ -276,7 +276,7 @@ def test_a_reward_that_gives_all_the_same_is_noted(reward, noted, warm_start, tm
     first, *notes = capsys.readouterr().out.splitlines()
     assert first.endswith(" prompts to train on; evaluated on 8 in domain, 8 out of domain")
     expected = [
-        "note: --reward math takes the place of the one of --task dialogue",
+        "note: --reward choice takes the place of the one of --task dialogue",
         "note: at first all 32 scores are 0: nothing to learn from?",
     ]
     assert notes == (expected if noted else [])
