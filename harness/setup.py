@@ -113,7 +113,8 @@ def stop_token_ids(model, tokenizer, stop_token=None):
     ids += listed if isinstance(listed, (list, tuple)) else [listed]
     ids = [stop_id for stop_id in ids if stop_id is not None]
     if not ids or any(stop_id not in known for stop_id in ids):
-        raise InputError(f"--stop-token: expected ids below {len(known)}, found {ids or 'none'}")
+        expected = f"expected one, or the model's end of sequence, with ids below {len(known)}"
+        raise InputError(f"--stop-token: {expected}, found {ids or 'none'}")
     return sorted(set(ids))
 
 

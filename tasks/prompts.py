@@ -30,8 +30,7 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
         raise InputError(f"a file has no config, found {config!r}")
     else:
         # datasets takes a path for a pattern.
-        where = escape(str(path.resolve(strict=True)))
-        data = load_dataset(kind, data_files=where, split=split)
+        data = load_dataset(kind, data_files=escape(str(path.resolve(strict=True))), split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")

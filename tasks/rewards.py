@@ -88,12 +88,10 @@ def model_reward(name, device="cpu"):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     config.pad_token_id = tokenizer.pad_token_id  # a decoder finds its last real token by it
     context = getattr(config.get_text_config(), "max_position_embeddings", None) or 512
-    sizes = [context, tokenizer.model_max_length]
-    for table in model.modules():
-        # RoBERTa's positions begin behind the id of its padding.
-        if getattr(table, "num_embeddings", 0) == context and table.padding_idx is not None:
-            sizes.append(context - table.padding_idx - 1)
-    tokenizer.model_max_length = min(sizes)
+    # RoBERTa's positions begin behind the id of its padding.
+    tables = [part for part in model.modules() if getattr(part, "num_embeddings", 0) == context]
+    starts = [table.padding_idx + 1 for table in tables if table.padding_idx is not None]
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context - max(starts, default=0))
     return functools.partial(classifier_scores, classify)
 
 

@@ -33,6 +33,7 @@ from transformers import (
     T5Config,
 )
 
+import tasks.warm_start
 import train
 from harness import checkpoints, setup
 from harness.flags import parse_args
@@ -325,7 +326,7 @@ def test_an_end_of_sequence_that_is_no_id_of_the_model_is_refused(end, tmp_path)
     folder = saved_model(tmp_path / "model")
     path = folder / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": end}))
-    with pytest.raises(InputError, match="--stop-token: expected ids below 32, found"):
+    with pytest.raises(InputError, match="--stop-token: expected .* ids below 32, found"):
         check(folder, tmp_path)
 
 
@@ -335,15 +336,16 @@ def test_tokens_that_were_added_without_an_embedding_fill_no_padding_and_end_not
     assert tokenizer.pad_token_id == 32
     run = check(folder, tmp_path)
     assert run.stop_ids == [1]  # the first of them fills the padding
-    with pytest.raises(InputError, match="--stop-token: expected ids below 32"):
+    with pytest.raises(InputError, match="--stop-token: expected .* ids below 32"):
         check(folder, tmp_path, "--stop-token", "[PAD]")
     tokenizer.add_special_tokens({"eos_token": "[EOS]"})
     tokenizer.save_pretrained(folder)
-    with pytest.raises(InputError, match="--stop-token: expected ids below 32"):
+    with pytest.raises(InputError, match="--stop-token: expected .* ids below 32"):
         check(folder, tmp_path)
 
 
-def test_a_damaged_warm_start_is_made_again_or_refused(warm_start, tmp_path):
+def test_a_damaged_warm_start_is_made_again_or_refused(warm_start, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks.warm_start, "fine_tune", lambda *rest, **named: [])
     shutil.copytree(warm_start, tmp_path / "warm_start")
     argv = [*SMALL, "--output-dir", str(tmp_path)]
     (tmp_path / "warm_start" / "model.safetensors").unlink()
