@@ -1,7 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --grid tuning --jobs 2     # or ladder, quantiles, risk, lam, flags
+    python experiments/noise.py --grid tuning --jobs 2     # or form, ladder, quantiles, risk, lam
     python experiments/noise.py --grid quick               # short runs; their numbers mean nothing
     python experiments/noise.py --table                    # print what results/ holds
 
@@ -58,15 +58,6 @@ TUNED = dict(zip(METHODS, ("2e-4", "2e-4", "1e-4", "2e-4", "1e-4", "2e-4")))
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
-# A quarter and four times, where that makes sense; warm-ups are about the same share.
-ONE_FLAG = """
-    learning-rate 5e-5, learning-rate 8e-4, critic-learning-rate 7.5e-4,
-    critic-learning-rate 1.2e-2, batch-size 32 --critic-warmup-steps 40,
-    batch-size 512 --critic-warmup-steps 2, num-ppo-epochs 2, num-ppo-epochs 4,
-    num-mini-batches 1, num-mini-batches 16, critic-warmup-steps 0, critic-warmup-steps 30,
-    kl-coef 0, kl-coef 0.08, cliprange 0.05, cliprange 0.8, lam 0.8, lam 1.0, gamma 0.9,
-    gamma 0.98, temperature 0.7, temperature 1.3"""
-ONE_FLAG = [flag.strip() for flag in ONE_FLAG.split(",")]
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
 WINDOW = 5  # a curve is a mean over as many iterations
@@ -90,9 +81,6 @@ SWEEPS = {  # grid: {method: flags}; without its flag, a default's runs are the 
         f"{name}, lam {lam}": tuned(name, f"--lam {lam}" * (lam != 0.95))
         for name, lam in itertools.product(("ppo", "dvpo"), (0.9, 0.95, 1))
     },
-    # The default spelled out: or those runs would be another grid's, from another machine.
-    "flags": {"defaults": tuned("dvpo", "--cliprange 0.2")}
-    | {" ".join(flag.split()[:2]): tuned("dvpo", f"--{flag}") for flag in ONE_FLAG},
 }
 TRIED = {
     f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}"
