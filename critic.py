@@ -187,7 +187,7 @@ def loss_and_slope(quantiles, targets, levels, kappa):
 def quantile_huber_loss(quantiles, targets, levels, kappa):
     """Quantile regression with a Huber corner of half-width kappa: O(M + K) memory per token.
 
-    quantiles (..., M), targets (..., K), levels (M,) -> (...), in the units of the rewards; no
+    quantiles (..., M), targets (..., K), levels (M,) -> (...), their unit; no
     gradient reaches the targets. Raises AssertionError for shapes that do not fit, ValueError for
     kappa < 0. Equation: pairwise_quantile_huber_loss. [reported] quantile regression; [ours] mean
     over M and K, so that no weight depends on M; kappa = 0 is the plain quantile (pinball) loss.
@@ -196,7 +196,7 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
     assert levels.shape == quantiles.shape[-1:], f"levels {tuple(levels.shape)}, {shapes}"
     assert quantiles.shape[:-1] == targets.shape[:-1], shapes
     if kappa < 0:
-        raise ValueError(f"kappa: expected >= 0 (reward units), found {kappa}")
+        raise ValueError(f"kappa: expected >= 0, found {kappa}")
     q = quantiles.detach().reshape(-1, quantiles.shape[-1])
     y = targets.detach().reshape(-1, targets.shape[-1])
     chunk_size = CHUNK_SIZE["cpu" if quantiles.device.type == "cpu" else "gpu"]
@@ -213,7 +213,7 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
 def head_consistency(head_quantiles):
     """How far the heads are apart: mean over N and M of (q_nm - mean_n q_nm)^2.
 
-    head_quantiles (..., N, M) in reward units -> (...) in squared reward units; 0 for N = 1.
+    head_quantiles (..., N, M) -> (...), their unit squared; 0 for N = 1.
     [reported] as "multi-distribution consistency"; [ours] in form.
     """
     centred = head_quantiles - head_quantiles.mean(dim=-2, keepdim=True)

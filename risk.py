@@ -31,7 +31,7 @@ def first_share(values, share):
 def lower_tail_mean(quantiles, alpha):
     """CVaR_alpha = 1 / alpha * integral of Q(t) over t in [0, alpha]: the mean of the worst alpha.
 
-    quantiles (..., M) -> (...), reward units; Q is the step function through the sorted quantiles.
+    quantiles (..., M) -> (...), their unit; Q is the step function through the sorted quantiles.
     Raises ValueError for alpha outside (0, 1]. [reported]
     """
     return first_share(quantiles.sort(dim=-1).values, alpha)
@@ -40,7 +40,7 @@ def lower_tail_mean(quantiles, alpha):
 def upper_tail_mean(quantiles, beta):
     """gain_beta = 1 / beta * integral of Q(t) over t in [1 - beta, 1]: the mean of the best beta.
 
-    quantiles (..., M) -> (...), reward units. Raises ValueError for beta outside (0, 1]. [reported]
+    quantiles (..., M) -> (...), their unit. Raises ValueError for beta outside (0, 1]. [reported]
     """
     return first_share(quantiles.sort(dim=-1, descending=True).values, beta)
 
@@ -48,7 +48,7 @@ def upper_tail_mean(quantiles, beta):
 def tail_calibration_loss(quantiles, targets, alpha, beta):
     """Pulls both tail means towards those of what the targets are drawn from.
 
-    quantiles (..., M), targets (..., K) -> (...), squared reward units. Raises as the tail means.
+    quantiles (..., M), targets (..., K) -> (...), their unit squared. Raises as the tail means.
     [reported] "tail calibration"; [ours] in form (Rockafellar-Uryasev), since the tails of one
     state's targets, at its last token all the same number, are not the tails of its returns:
 
@@ -69,7 +69,7 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
 def mean_shift_loss(quantiles, targets):
     """Holds the mean while the tails move: (mean_i q_i - mean_j y_j)^2, as a scalar critic's loss.
 
-    quantiles (..., M), targets (..., K) -> (...), squared reward units. [reported]; [ours] in form.
+    quantiles (..., M), targets (..., K) -> (...), their unit squared. [reported]; [ours] in form.
     """
     return (quantiles.mean(dim=-1) - targets.detach().mean(dim=-1)).square()
 
@@ -77,7 +77,7 @@ def mean_shift_loss(quantiles, targets):
 def tail_shape_loss(quantiles, alpha, beta, ratio):
     """Asks for a lower tail at most `ratio` times as long as the upper: (S_low - ratio * S_up)_+.
 
-    quantiles (..., M) -> (...), reward units. Raises as the tail means. [reported]; [ours] in form.
+    quantiles (..., M) -> (...), their unit. Raises as the tail means. [reported]; [ours] in form.
     """
     q = quantiles.sort(dim=-1).values
     mean = q.mean(dim=-1)
@@ -88,7 +88,7 @@ def tail_shape_loss(quantiles, alpha, beta, ratio):
 def tail_curvature_loss(quantiles, alpha, beta):
     """Asks for a quantile function convex at both ends: a short lower tail, a long upper one.
 
-    quantiles (..., M) -> (...), reward units; 0 for M < 3. Raises as the tail means. [reported]
+    quantiles (..., M) -> (...), their unit; 0 for M < 3. Raises as the tail means. [reported]
     "curvature"; [ours] in form, D2_j = q_{j+1} - 2 q_j + q_{j-1} on the sorted quantiles:
 
         (-mean of the first alpha of the D2_j)_+ + (-mean of the last beta of the D2_j)_+

@@ -252,7 +252,7 @@ def completions_of(run, rollout):
 
 @torch.no_grad()
 def judge(run, args, batch, rollout):
-    """Scores as training sees them, and without noise, offset and penalty: (B,), (B,)."""
+    """Scores as training sees them, and without noise and penalty: (B,), (B,)."""
     completions = completions_of(run, rollout)
     true_scores = scores = score(run.reward, batch, completions)
     if PSEUDO_LABEL in batch:
