@@ -98,8 +98,7 @@ def open_log(run, args, num_iterations):
     """-> metrics.jsonl, the bar, and --report-to's own log or None; a resumed run goes on."""
     tracker, options = None, {"project": "dvpo", "config": vars(args)}
     if args.report_to == "tensorboard":
-        episode = run.iteration * args.batch_size
-        options = {"log_dir": args.output_dir, "purge_step": episode + 1}
+        options = {"log_dir": args.output_dir, "purge_step": 1 + run.iteration * args.batch_size}
     if args.report_to != "none":
         with users_code("--report-to"):
             tracker = tracker_of(args.report_to)(**options)
