@@ -114,7 +114,7 @@ class QuantileCritic(nn.Module):
         trunk = trunk_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True)
         critic = cls(trunk, **settings)
         heads = load_file(Path(folder) / "critic_heads.safetensors")
-        critic.scale.copy_(heads.pop("scale"))
+        critic.scale.copy_(heads.pop("scale", torch.ones(())))
         critic.heads.load_state_dict(heads)
         return critic
 

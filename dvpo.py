@@ -28,7 +28,7 @@ def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
     shift_mean=False adds the mean again, as TRL does to rewards. A single valid token: 0. [ours]:
-    std is at least 1e-6 of the largest |value|: rounding is not blown up, no constant has a unit.
+    std is at least 1e-6 of the largest |value|: relative, so that rewards have no unit.
     """
     mean = masked_mean(values, mask)
     centred = torch.where(mask, values - mean, 0)

@@ -120,7 +120,8 @@ def collect(run, args):
             ref_logprobs = in_micro_batches(response_logprobs, run.reference, *inputs)
 
     # 4. The score is the last token's reward; every token pays for its KL, unless the loss does.
-    kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" else 0
+    # At first the policy is its reference: what rounding leaves of a KL is not a reward.
+    kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" and run.iteration else 0
     rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
     if args.whiten_rewards:
         rewards = dvpo.masked_whiten(rewards, mask, shift_mean=False)

@@ -61,8 +61,9 @@ def forward(run, args, rollout, function, model, *rest):
 def answer(run, args, batch):
     """Responses, their scores without noise (B,), and token rewards (B, T)."""
     rollout = respond(run, args, batch, args.temperature)
-    off = {"reward_noise_fp": 0.0, "reward_noise_fn": 0.0, "reward_noise_outlier": [0.0, 0.0]}
-    scores, _ = judge(run, argparse.Namespace(**{**vars(args), **off}), batch, rollout)
+    off = dict.fromkeys(("reward_noise_fp", "reward_noise_fn", "reward_noise_model"), 0.0)
+    off |= dict.fromkeys(("reward_noise_outlier", "reward_noise_failure"), [0.0, 0.0])
+    scores, _ = judge(run, argparse.Namespace(**vars(args) | off), batch, rollout)
     models, what = (run.policy, run.reference), (run, args, rollout, ro.response_logprobs)
     logprobs, reference = (model and forward(*what, model, args.temperature) for model in models)
     rewards = dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef)

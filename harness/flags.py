@@ -76,7 +76,7 @@ FLAGS = {
     ],
     "distributional critic (dvpo)": [
         ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
-        ("readout-width", 1.0, "(0, inf)", "spreads that a surprise of 0.76 is worth"),
+        ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
         ("num-quantiles", 200, "[1, inf)", "M"),
         ("num-heads", 4, "[1, inf)", "N"),
         ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in the critic's unit"),

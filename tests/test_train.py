@@ -451,6 +451,7 @@ def test_noise_penalty_kl_and_whitening_reach_the_experience(warm_start, tmp_pat
     """
     flags = "--lam 1 --kl-coef 0.5 --reward-noise-outlier 1 2 --missing-eos-penalty 3"
     run, args = run_of(warm_start, tmp_path, *flags.split())
+    run.iteration = 1  # in the first there is no KL
     run.reward = lambda prompts, completions, **columns: [1.0] * len(prompts)
     for parameter in run.policy.parameters():  # away from the reference
         rng = torch.Generator().manual_seed(0)
@@ -641,3 +642,17 @@ def test_rewards_have_no_unit(flags, model_folder, tmp_path):
     for factor, offset in ((1e-6, 0.0), (1e6, 0.0), (1e-3, 2.0), (1.0, 2e3)):
         other = learned(model_folder, tmp_path, factor, offset, flags)
         assert (other - base).abs().mean() < 0.02 * moved, (factor, offset)
+
+
+@pytest.mark.parametrize("algo", ["dvpo", "ppo", "reinforce++"])
+def test_equal_scores_in_the_first_batch_teach_nothing_and_leave_the_unit_at_1(
+    algo, warm_start, tmp_path
+):
+    """Its KL is rounding alone: no unit for the critic, and nothing for whitening to blow up."""
+    run, args = run_of(warm_start, tmp_path, "--algo", algo, "--kl-coef", "0.05")
+    run.reward = lambda prompts, completions, **columns: [0.0] * len(prompts)
+    experience, _ = train.collect(run, args)
+    if run.critic is None:
+        assert (experience.advantages == 0).all()
+    else:
+        assert run.critic.scale == 1
