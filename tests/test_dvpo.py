@@ -319,6 +319,17 @@ def test_whiten_of_0_1_and_2_tokens():
     assert masked_whiten(torch.full((2, 3), 7.0), ragged_mask([3, 2], 3)).abs().max() == 0
 
 
+def test_whitening_does_not_blow_rounding_up_and_has_no_unit():
+    """A part in 1e7 apart counts as a part in 1e6: about +-0.06; 1e-9 apart around 0 is news."""
+    for size in (1.0, -1.0, 1e3, -1e-5):
+        values = torch.tensor([[1.0, 1.0 + 2**-23, 5.0]]) * size
+        white = masked_whiten(values, ragged_mask([2], 3))
+        assert 0.03 < white[0, :2].abs().max() < 0.13
+    values = torch.tensor([[-1e-9, 1e-9, 5.0]])
+    found = masked_whiten(values, ragged_mask([2], 3))[0].tolist()
+    assert found == pytest.approx([-(0.5**0.5), 0.5**0.5, 0])
+
+
 # ---- KL
 
 
