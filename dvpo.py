@@ -30,12 +30,14 @@ def masked_whiten(values, mask, shift_mean=True):
     shift_mean=False adds the mean again, as TRL does to rewards. A single valid token: 0. [ours]:
     std is at least 1e-6 of the largest |value|: relative, so that rewards have no unit.
     """
-    mean = masked_mean(values, mask)
-    centred = torch.where(mask, values - mean, 0)
+    valid = torch.where(mask, values, 0).double()
+    largest = valid.abs().amax()
+    valid = valid / torch.where(largest > 0, largest, 1)
+    mean = masked_mean(valid, mask)
+    centred = torch.where(mask, valid - mean, 0)
     std = (centred.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
-    std = torch.maximum(std, 1e-6 * torch.where(mask, values, 0).abs().amax())
-    scaled = centred / torch.where(std > 0, std, 1)
-    return scaled if shift_mean else torch.where(mask, scaled + mean, 0)
+    scaled = (centred / std.clamp(min=1e-6)).to(values.dtype)
+    return scaled if shift_mean else torch.where(mask, scaled + mean * largest, 0).to(values.dtype)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -68,8 +70,8 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     scores (B,), the rest (B, T) -> (B, T), reward units, without gradient. ref_logprobs may be
     None if kl_coef is 0. An empty row gets no reward. [ours]: KL in it, as InstructGPT and TRL.
     """
-    shapes = f"scores {tuple(scores.shape)}, mask {tuple(mask.shape)}"
-    assert scores.shape == mask.shape[:1] and logprobs.shape == mask.shape, shapes
+    assert scores.shape == mask.shape[:1], f"scores {tuple(scores.shape)}"
+    assert logprobs.shape == mask.shape, f"logprobs {tuple(logprobs.shape)}"
     rewards = torch.zeros_like(logprobs)
     if kl_coef != 0:
         kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
@@ -126,22 +128,21 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
 
         mean:    x, reward units: scalar_advantage, and so PPO's
         spread:  tanh(x / (width * spread)): none counts for more than one [ours]
-
     spread: q's standard deviation, at least a tenth of the batch's targets': a nearly certain state
     would blow a small error up. M = 1: the batch's median |x|, the control without a distribution.
     """
-    shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
-    assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
+    assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"mask {tuple(mask.shape)}"
     if readout not in ("mean", "spread"):
         raise ValueError(f"readout: expected 'mean' or 'spread', found {readout!r}")
+    quantiles, targets = quantiles.double(), targets.double()
     x = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
     if readout == "mean":
-        return x
+        return x.float()
     least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
     if quantiles.shape[-1] == 1:
         least = torch.where(mask, x.abs(), torch.nan).nanmedian()
     spread = width * torch.maximum(quantiles.std(dim=-1, correction=0), least)
-    return torch.where(mask, x / spread.clamp(min=torch.finfo(x.dtype).tiny), 0).tanh()
+    return torch.where(mask, x / spread.clamp(min=1e-300), 0).tanh().float()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
@@ -209,8 +210,7 @@ def explained_variance(values, targets, mask):
     1 perfect, 0 no better than a constant; NaN where the targets do not vary. Of a whole batch.
     """
     spread = masked_variance(targets, mask)
-    unexplained = masked_variance(targets - values, mask)
-    return torch.where(spread > 0, 1 - unexplained / spread, torch.nan)
+    return torch.where(spread > 0, 1 - masked_variance(targets - values, mask) / spread, torch.nan)
 
 
 @torch.no_grad()

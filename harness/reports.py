@@ -122,11 +122,11 @@ def log_iteration(log, run, args, metrics):
     # JSON has no NaN.
     numbers = dict.fromkeys(metrics) | known
     file.write(json.dumps(numbers) + "\n")
-    if args.report_to == "tensorboard":
-        for name, value in known.items():
+    with users_code("--report-to"):
+        for name, value in known.items() if args.report_to == "tensorboard" else ():
             tracker.add_scalar(name, value, episode)
-    elif tracker is not None:
-        tracker.log(numbers, step=episode)
+        if args.report_to not in ("none", "tensorboard"):
+            tracker.log(numbers, step=episode)
     # + 0: never -0.00.
     values = {name: round(known[key], 2) + 0 for name, key in SHOWN.items() if key in known}
     shown = [f"{name}={v:.{0 if abs(v) >= 10 else 2}f}" for name, v in values.items()]

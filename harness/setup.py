@@ -80,6 +80,8 @@ def load(auto_class, name, flag):
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, **safe)
         config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("expected a decoder alone, found an encoder too")
         turn_off(config)
         model, found = auto_class.from_pretrained(name, config=config, **options)
         if found["missing_keys"]:  # transformers makes them up

@@ -23,7 +23,10 @@ PLAIN = [
     (POWER, lambda found: str(Fraction(found[1]) ** int(found[2]))),
     (rf"\\[dtc]?frac{PART}{PART}", r" \1\2/\3\4 "),  # also \frac12
     (r"\| ?-? ?([0-9.]+) ?\|", r"(\1)"),  # |-4|
-    (r"(?<=[0-9]) (?=(?:hundred|thousand|[mb]illion)s?\b)", "^"),  # no unit: not read
+    # No units, and no signs: not read.
+    (r"(?<=[0-9]) (?=(?:hundred|thousand|lakh|dozen|[mbt]r?illion|halve|hundredth)s?\b)", "^"),
+    (r"(?<=[0-9]) (?:squared|cubed|(?:over|plus|minus|times|point|to)(?= [0-9]))\b ?", "^"),
+    (r"(?i)\b(?:minus|negative|twice|half of|at least|at most|sqrt|root of) ?(?=\(?[0-9])", "^"),
 ]
 # A whole answer: a name, sums that it equals, the number, its units.
 SUMS = r"(?:([A-Za-z\\°](?:[\w\\|°'{} $]|\([^()]*\))*)=)?(?:[-+*/^()0-9.!°÷$\s]*=)*[\s$*([]*"
@@ -35,7 +38,8 @@ LISTED = r"(?:[^a-z0-9\\]|\\(?!f?box)[a-z]*|\b(?:and|or|also|else|maybe|perhaps|
 CUE = r"(?i)(?:####|\banswer\b[^.0-9]{0,60}?(?:\bis\b|\bequals?\b|[:=]))(?=[^0-9]{0,50}[0-9])"
 # What stands between two numbers: words, one that is denied, all but signs, ends of lines.
 WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,})"
-BREAK = WORDS + r"|\b[ai] |\n(?:- )?|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π-]"
+BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
+BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a letter, or a digit; tried in this order.

@@ -325,9 +325,13 @@ def test_whitening_does_not_blow_rounding_up_and_has_no_unit():
         values = torch.tensor([[1.0, 1.0 + 2**-23, 5.0]]) * size
         white = masked_whiten(values, ragged_mask([2], 3))
         assert 0.03 < white[0, :2].abs().max() < 0.13
-    values = torch.tensor([[-1e-9, 1e-9, 5.0]])
-    found = masked_whiten(values, ragged_mask([2], 3))[0].tolist()
-    assert found == pytest.approx([-(0.5**0.5), 0.5**0.5, 0])
+    for size in (1e-30, 1e-9, 1e20, 1e38):
+        values = torch.tensor([[-1.0, 1.0, 5.0]]) * size
+        found = masked_whiten(values, ragged_mask([2], 3))[0].tolist()
+        assert found == pytest.approx([-(0.5**0.5), 0.5**0.5, 0])
+    # fp32's mean of 2,048 equal numbers is not their value.
+    equal, mask = torch.full((128, 16), 0.7), torch.ones(128, 16, dtype=torch.bool)
+    assert masked_whiten(equal, mask).abs().max() < 1e-6
 
 
 # ---- KL
@@ -1093,3 +1097,15 @@ def test_readout_where_nothing_varies_or_no_token_is_valid_is_0():
         values = torch.full((2, 2, m), 7.0)
         for mask in (torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)):
             assert advantage_readout(values, values, mask, "spread").tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e20, 1e37])
+def test_readout_of_tiny_and_huge_rewards_is_that_of_others(size):
+    torch.manual_seed(0)
+    quantiles, mask = torch.randn(3, 4, 5), ragged_mask([4, 2, 1], 4)
+    targets = quantiles + torch.randn(3, 4, 1)
+    for m in (1, 5):
+        pair = (quantiles[..., :m], targets[..., :m])
+        found = advantage_readout(*(size * value for value in pair), mask, "spread")
+        expected = advantage_readout(*pair, mask, "spread")
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -207,6 +207,9 @@ def test_switches_of_a_saved_config_change_nothing(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     policy = setup.load(AutoModelForCausalLM, folder, "--model-name-or-path")
     assert [*policy(torch.arange(6)[None], use_cache=False)] == ["logits"]
+    (folder / "config.json").write_text(json.dumps(config | {"is_encoder_decoder": True}))
+    with pytest.raises(InputError, match="--model-name-or-path: .*expected a decoder alone"):
+        setup.load(AutoModelForCausalLM, folder, "--model-name-or-path")
 
 
 def test_generation_settings_that_cannot_be_saved_are_dropped(tmp_path):

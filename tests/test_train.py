@@ -635,7 +635,7 @@ CRITICS += ("--algo ppo", "--algo ppo --readout spread", "--algo robust")
 def test_rewards_have_no_unit(flags, model_folder, tmp_path):
     """Times a power of two the same policy bit for bit; times any number, plus any, to rounding."""
     base = learned(model_folder, tmp_path, 1.0, 0.0, flags)
-    for power in (-20, 3, 20):
+    for power in (-20, 3, 20, 66):
         assert torch.equal(learned(model_folder, tmp_path, 2.0**power, 0.0, flags), base)
     moved = (base - learned(model_folder, tmp_path, 0.0, 0.0, flags)).abs().mean()
     assert moved > 1e-4
