@@ -1020,6 +1020,9 @@ def test_quantile_metrics_are_those_of_a_loop_over_tokens(
             torch.zeros(2, 4), torch.zeros(2, 3, 5), torch.ones(2, 4, dtype=torch.bool), 1, 1
         ),
         lambda: group_advantages(torch.zeros(4, 2), 2, False),
+        lambda: advantage_readout(
+            torch.zeros(2, 1, 5), torch.zeros(2, 4, 5), torch.ones(2, 4, dtype=torch.bool), "mean"
+        ),
     ],
 )
 def test_shapes_are_asserted(call):
@@ -1038,6 +1041,7 @@ def test_readout_by_hand():
     quantiles = torch.tensor([[[0.0, 2.0], [1.0, 1.0]]])
     targets, mask = torch.tensor([[[2.0, 4.0], [0.0, 2.0]]]), torch.ones(1, 2, dtype=torch.bool)
     assert advantage_readout(quantiles, targets, mask, "mean").tolist() == [[2, 0]]
+    assert not advantage_readout(quantiles.requires_grad_(), targets, mask, "mean").requires_grad
     found = advantage_readout(quantiles, targets, mask, "spread")
     assert found[0].tolist() == pytest.approx([math.tanh(2), 0])
     found = advantage_readout(quantiles, targets + 0.05, mask, "spread", width=0.5)
