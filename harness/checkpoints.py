@@ -90,9 +90,10 @@ def save_checkpoint(run, args):
     """Writes output_dir/checkpoint-ITERATION, whole or not at all, and keeps the newest two."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
-    for left in [*output_dir.glob("checkpoint-*.tmp"), *output_dir.glob("checkpoint-*.old")]:
+    for left in output_dir.glob("checkpoint-[0-9]*.*"):
         # By a run that was killed.
-        shutil.rmtree(left)
+        if left.suffix in (".tmp", ".old") and left.is_dir():
+            shutil.rmtree(left)
     if folder.exists():
         return folder
     write_checkpoint(run, folder.with_suffix(".tmp"))

@@ -768,3 +768,14 @@ def test_half_an_hour_leaks_nothing(warm_start, tmp_path):
     early, late = sum(memory[:quarter]) / quarter, sum(memory[-quarter:]) / quarter
     print(f"{early:.0f} -> {late:.0f} pages, {min(files)} to {max(files)} open files")
     assert abs(late / early - 1) < 0.02 and files[-1] <= files[0] + 2
+
+
+def test_only_what_a_killed_run_left_is_cleared(warm_start, tmp_path):
+    run, args = run_of(warm_start, tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    for name in ("checkpoint-best.old", "checkpoint-000003.tmp", "checkpoint-000002.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-5.tmp").write_text("a note")
+    checkpoints.save_checkpoint(run, args)
+    names = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert names == {"checkpoint-best.old", "checkpoint-5.tmp", "checkpoint-000000"}
