@@ -53,6 +53,8 @@ def load_prompts(
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
     try:
         data = load_data(name, split, **source)
+        # All columns: bytes that are no text would end a run when it comes to their row.
+        data.to_dict()
         if reward is math_reward:
             assert_readable(data["answer"])
         prompt_ids = encode_prompts(data["prompt"], tokenizer, template, limit)

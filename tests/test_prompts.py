@@ -111,6 +111,7 @@ BROKEN = [
     (b'{"prompt": "a"}\n[1, 2]\n', "JSON parse error: "),
     (b'{"prompt": "a"}\n""\n', "JSON parse error: "),
     (b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n', "'utf-8' codec"),
+    (b'{"prompt": "a", "answer": "\xff\xfe"}\n', "'utf-8' codec"),
     (b"", "StopIteration"),
     (b"\n \n", "Instruction"),
     (b'{"prompt": "a\\ud800"}\n', "JSON parse error: .* surrogate"),
