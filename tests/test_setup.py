@@ -299,7 +299,7 @@ def test_a_critic_that_looks_ahead_is_refused(model_folder, tmp_path):
     assert check(model_folder, tmp_path, *named).critic.heads.in_features == 32
     sizes = {"d_model": 16, "d_ff": 16, "num_layers": 1, "num_heads": 2, "d_kv": 8}
     AutoModel.from_config(T5Config(vocab_size=40, **sizes)).save_pretrained(tmp_path / "t5")
-    with pytest.raises(InputError, match="--critic-model-name-or-path: .*inputs_embeds"):
+    with pytest.raises(InputError, match="--critic-model-name-or-path: .*a decoder alone"):
         check(model_folder, tmp_path, named[0], str(tmp_path / "t5"))
 
 
