@@ -117,8 +117,7 @@ def run(flags, seed):
         if status:
             raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
         if not warm.exists():
-            aside = folder / "warm_start"
-            shutil.copytree(aside, warm, dirs_exist_ok=True)
+            shutil.copytree(folder / "warm_start", warm, dirs_exist_ok=True)
         rows = read_rows(folder / "metrics.jsonl")
         versions = json.loads((folder / "args.json").read_text())["versions"]
         results = json.loads((folder / "results.json").read_text())

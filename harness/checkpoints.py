@@ -112,7 +112,6 @@ def restore(run, folder):
     run.policy.load_state_dict(policy.state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
-        load(type(run.critic.trunk), folder / "critic", "critic")  # is no weight missing?
         critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
         run.critic.load_state_dict(critic.state_dict())
         run.critic_optimizer.load_state_dict(state["critic_optimizer"])

@@ -261,8 +261,8 @@ def judge(run, args, batch, rollout):
         scores = score(run.reward, batch, completions, PSEUDO_LABEL)
     if args.reward_noise_model:
         domains = [ids[min(run.domain_at, len(ids) - 1)] for ids in batch[PROMPT_IDS]]
-        uneven = (args.reward_noise_model, args.reward_noise_seed, run.noise)
-        scores = model_scores(scores, domains, *uneven)
+        scale, seed = args.reward_noise_model, args.reward_noise_seed
+        scores = model_scores(scores, domains, scale, seed, run.noise)
     flips = (args.reward_noise_fp, args.reward_noise_fn)
     outlier, failure = args.reward_noise_outlier, args.reward_noise_failure
     scores = noisy_scores(scores, *flips, outlier, run.noise, failure)
