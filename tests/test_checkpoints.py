@@ -1,5 +1,6 @@
 """harness/checkpoints.py: resuming bit for bit, after kills, signals and a full disk."""
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -537,7 +538,9 @@ def num_lines(path):
 
 def asides(folder):
     """Saves that are under way, or were when the run died."""
-    return {path.stat().st_ino for path in folder.glob("checkpoint-*.tmp")}
+    # By inode, as a name comes again; scandir has it, where stat() may find the save just ended.
+    with os.scandir(folder) if folder.exists() else contextlib.nullcontext([]) as found:
+        return {entry.inode() for entry in found if entry.name.endswith(".tmp")}
 
 
 def wait_for(kind, folder, process, rng):
