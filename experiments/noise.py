@@ -95,6 +95,24 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     # accuracy (mean of greedy and sampled, in and out of domain) minus PPO's with the same
     # warm-up; within 0.005 of it, what stands first.
     "form": (FORMS, CHOOSING, range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
+    "form2": (
+        {
+            "rank, width 0.5": tuned("dvpo", "--readout rank-sd --readout-width 0.5"),
+            "rank, width 2": tuned("dvpo", "--readout rank-sd --readout-width 2"),
+            **{
+                f"{name}, warm-up {steps}": tuned(algo, f"{flags} --critic-warmup-steps {steps}")
+                for steps in (3, 0)
+                for name, algo, flags in (("ppo", "ppo", ""), ("rank", "dvpo", "--readout rank-sd"))
+            },
+        },
+        CHOOSING,
+        range(TRIAL_SEEDS, TRIAL_SEEDS + 2),
+    ),
+    "form3": (
+        {name: FORMS[name] for name in ("ppo", "control", "tanh-sd", "rank-sd")},
+        CHOOSING,
+        range(TRIAL_SEEDS + 2, TRIAL_SEEDS + 4),
+    ),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, SOME, range(3)),
 }
