@@ -132,42 +132,17 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     would blow a small error up. M = 1: the batch's median |x|, the control without a distribution.
     """
     assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"mask {tuple(mask.shape)}"
+    if readout not in ("mean", "spread"):
+        raise ValueError(f"readout: expected 'mean' or 'spread', found {readout!r}")
     quantiles, targets = quantiles.double(), targets.double()
-    y = targets.mean(dim=-1)
-    x = torch.where(mask, y - quantiles.mean(dim=-1), 0)
+    x = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
     if readout == "mean":
         return x.float()
-    # The forms that the choice is made from: BOUND-SPREAD.
-    bound, kind = readout.split("-") if "-" in readout else ("tanh", "sd")
-    least = 0.1 * masked_variance(y, mask).sqrt()
-    spread = quantiles.std(dim=-1, correction=0)
-    if kind == "iqr":
-        q = quantiles.sort(dim=-1).values
-        spread = (q[..., (3 * q.shape[-1]) // 4] - q[..., q.shape[-1] // 4]) / 2
-    if kind == "gini":
-        q, m = quantiles.sort(dim=-1).values, quantiles.shape[-1]
-        ranks = 2 * torch.arange(1, m + 1, device=q.device) - m - 1
-        spread = 2 * (q * ranks).sum(dim=-1) / m**2
+    least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
     if quantiles.shape[-1] == 1:
         least = torch.where(mask, x.abs(), torch.nan).nanmedian()
-    spread = torch.maximum(spread, least).clamp(min=1e-300)
-    z = torch.where(mask, x / (width * spread), 0)
-    if bound == "tanh":
-        seen = z.tanh()
-    if bound == "clip":
-        seen = z.clamp(-1, 1)
-    if bound == "lower":
-        seen = torch.where(z < 0, z.tanh(), z)
-    if bound == "rank":
-        # The outcome's rank among the quantiles, -1 to 1, softened by the least spread.
-        h = (width * least).clamp(min=1e-300)
-        seen = ((y.unsqueeze(-1) - quantiles) / h).tanh().mean(dim=-1)
-    if bound == "precision":
-        seen = z.tanh() * (least / spread)
-    if bound == "rankprecision":
-        h = (width * least).clamp(min=1e-300)
-        seen = ((y.unsqueeze(-1) - quantiles) / h).tanh().mean(dim=-1) * (least / spread)
-    return torch.where(mask, seen, 0).float()
+    spread = width * torch.maximum(quantiles.std(dim=-1, correction=0), least)
+    return torch.where(mask, x / spread.clamp(min=1e-300), 0).tanh().float()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):

@@ -1,6 +1,6 @@
 """The figures, one command each. Needs matplotlib.
 
-    python experiments/figures.py first         # training over seeds, and two fits; half a minute
+    python experiments/figures.py first         # of noise.py's runs, and one more; two minutes
     python experiments/figures.py terms         # what each risk term does to a fit; 2 minutes
     python experiments/figures.py terms --redraw    # from the stored data alone
 
@@ -8,6 +8,8 @@ Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,15 +20,29 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+import train
 from critic import quantile_levels
+from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
-from experiments.seeds import RESULTS, current_commit, interval, read_rows, run_script
+from experiments.seeds import RESULTS, current_commit, interval, run_script
+from harness.checkpoints import resume
+from harness.flags import parse_args
+from harness.setup import build, judge, respond
 from risk import RiskConfig
+from rollout import in_micro_batches, response_quantiles
 from tasks import InputError
+from tasks.prompts import PROMPT_IDS
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
 RED, BLUE = "#D55E00", "#0072B2"
-MEASURES = ("in domain, sampled", "out of domain, sampled")
+MEASURES = ("in domain, greedy", "out of domain, greedy")
+CURVES = (  # method, legend, colour, line
+    ("dvpo, spread", "DVPO, spread", RED, "-"),
+    ("ppo", "PPO", BLUE, "--"),
+    ("grpo", "GRPO", "#009E73", "-."),
+    ("robust", "robust PPO", "0.4", ":"),
+)
+NUM_BELIEFS = 1024  # responses
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.loc": "upper left", "legend.frameon": False, "legend.fontsize": 8}
 
@@ -80,18 +96,16 @@ def draw_terms(figure, data):
     axes[0, 0].legend()
 
 
-def bands_of(runs, measure):
-    """{algo: iterations, means and half-widths over seeds}; iteration 0: before training."""
-    curves, bands, key = {}, {}, "eval/" + measure.replace(", ", "/").replace(" ", "_")
-    for run in runs:
-        curve = curves.setdefault(run["algo"], {})
-        curve.setdefault(0, []).append(run["before"][measure])
-        for row in run["curve"]:
-            if key in row:
-                curve.setdefault(row["iteration"], []).append(row[key])
-    for algo, curve in curves.items():
-        mean, half = zip(*(interval(curve[step]) for step in sorted(curve)))
-        bands[algo] = {"iteration": sorted(curve), "mean": mean, "half": half}
+def bands_of(runs):
+    """{measure: iterations, means and half-widths over seeds}; iteration 0: before training."""
+    bands = {}
+    for measure in MEASURES:
+        key = "eval/" + measure.replace(", ", "/").replace(" ", "_")
+        curve = {0: [run["before"][measure] for run in runs.values()]}
+        for row in itertools.chain(*(run["curve"] for run in runs.values())):
+            curve.setdefault(row["iteration"], []).append(row[key])
+        mean, half = zip(*(interval(values) for values in curve.values()))
+        bands[measure] = {"iteration": list(curve), "mean": mean, "half": half}
     return bands
 
 
@@ -101,34 +115,64 @@ def draw_band(ax, band, colour, text, style="-"):
     ax.fill_between(band["iteration"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def first_data(steps=1200, m=200):
-    """Training over seeds, and two fits."""
-    runs, fits = read_rows(RESULTS / "default.jsonl"), {}
-    bands = {measure: bands_of(runs, measure) for measure in MEASURES}
-    for name, config in (("quantile regression", None), ("+ DVPO's terms", RiskConfig())):
-        q = fitted_quantiles("heavy lower tail", config, m=m, steps=steps)
-        fits[name] = {"quantiles": rounded(q), "tails": tails(q)}
-    seeds, levels = len({run["seed"] for run in runs}), rounded(quantile_levels(m))
-    return {"seeds": seeds, "bands": bands, "levels": levels, "fits": fits}
+def beliefs(method, seed, folder):
+    """{domain: its scores and the critic's quantiles at the last token}, once a run has ended."""
+    flags = noise.flags_of("main", method, "reward model").split()
+    flags += ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", str(folder)]
+    with contextlib.redirect_stdout(None):
+        train.main(flags)
+        args = parse_args(["--resume", str(folder)])
+        run = build(args)
+        resume(run, args)
+    batch = run.data[:NUM_BELIEFS]
+    rollout = respond(run, args, batch, args.temperature)
+    scores, _ = judge(run, args, batch, rollout)
+    limits = (args.micro_batch_size, args.micro_batch_tokens)
+    with torch.no_grad():
+        quantiles = in_micro_batches(response_quantiles, run.critic, rollout, *limits)
+    last, found = quantiles[:, -1].mean(dim=1).sort(dim=-1).values, {}
+    domains = [ids[run.domain_at] for ids in batch[PROMPT_IDS]]
+    for domain in set(domains):
+        rows = torch.tensor([own == domain for own in domains])
+        name = run.tokenizer.decode([domain])
+        levels = run.critic.levels
+        found[name] = {"scores": rounded(scores[rows].quantile(levels))}
+        found[name] |= {
+            "believed": rounded(last[rows].mean(dim=0)),
+            "std": scores[rows].std().item(),
+        }
+    return found
+
+
+def first_data():
+    """Training under a reward model's noise, over seeds, and what the critic believes of it."""
+    runs, bands = noise.current("main"), {}
+    for method, *_ in CURVES:
+        own = runs["reward model", method]
+        if len(own) < 2:
+            raise InputError(f"expected runs of {method}, found {len(own)}: noise.py --jobs 2")
+        bands[method] = bands_of(own)
+    seeds = len(runs["reward model", CURVES[0][0]])
+    found = beliefs(CURVES[0][0], min(noise.GRIDS["main"][2]), Path("runs/figure-first"))
+    ends = sorted(found, key=lambda name: found[name]["std"])
+    shown = {name: found[name] for name in (ends[0], ends[-1])}
+    return {"seeds": seeds, "bands": bands, "levels": rounded(quantile_levels(200)), "fits": shown}
 
 
 def draw_first(figure, data):
     *axes, last = figure.subplots(1, 3)
-    seeds = f"20 % of rewards flipped, {data['seeds']} seeds"
-    for ax, measure, title in zip(axes, MEASURES, (seeds, "the same models, longer dialogues")):
-        draw_band(ax, data["bands"][measure]["dvpo"], RED, "DVPO")
-        draw_band(ax, data["bands"][measure]["ppo"], BLUE, "PPO", "--")
-        words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, sampled"}
-        ax.set(title=title, ylim=(0.15, 1.0), **words)
-        ax.legend()
+    titles = (f"a reward model's noise, {data['seeds']} seeds", "the same models, longer dialogues")
+    for ax, measure, title in zip(axes, MEASURES, titles):
+        for method, text, colour, style in CURVES:
+            draw_band(ax, data["bands"][method][measure], colour, text, style)
+        words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, greedy"}
+        ax.set(title=title, **words)
+    axes[0].legend()
     for (name, fit), colour in zip(data["fits"].items(), (BLUE, RED)):
-        mean, low, up = fit["tails"]
-        text = f"{name}\nmean {mean:.2f}, tails -{low:.2f} / +{up:.2f}"
-        last.plot(data["levels"], fit["quantiles"], color=colour, label=text)
-    last.axvspan(0, 0.1, color="0.9", zorder=0)
-    last.axvspan(0.9, 1, color="0.9", zorder=0)
-    words = {"xlabel": "probability level (tails grey)", "ylabel": "return"}
-    last.set(title="What the critic believes: heavy lower tail", xlim=(0, 1), **words)
+        last.plot(data["levels"], fit["scores"], ":", color=colour, label=f"scores, {name}")
+        last.plot(data["levels"], fit["believed"], color=colour, label=f"the critic's, {name}")
+    words = {"xlabel": "probability level", "ylabel": "score (reward units)", "xlim": (0, 1)}
+    last.set(title="The least and the most noisy domain", **words)
     last.legend()
 
 

@@ -28,11 +28,6 @@ ALGORITHMS = {
     "reinforce++": Algorithm(critic="none", kl="reward", weights="token"),
 }
 
-FORMS = [
-    f"{bound}-{kind}"
-    for bound in ("tanh", "clip", "lower", "rank", "precision", "rankprecision")
-    for kind in ("sd", "iqr", "gini")
-]
 RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 
 # group: (name, default, allowed, help). A default in a tuple is (built-in model, pretrained
@@ -80,12 +75,7 @@ FLAGS = {
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
     "distributional critic (dvpo)": [
-        (
-            "readout",
-            "mean",
-            ["mean", "spread", *FORMS],
-            "the mean, or surprises in spreads, bounded",
-        ),
+        ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
         ("num-quantiles", 200, "[1, inf)", "M"),
         ("num-heads", 4, "[1, inf)", "N"),
