@@ -187,6 +187,9 @@ def build(args):
     if device.startswith("cuda") and not has_gpu:
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
     if name is None:
+        if "OMP_NUM_THREADS" not in os.environ:
+            # For a model so small, threads wait for each other more than they compute.
+            torch.set_num_threads(1)
         name = Path(args.output_dir) / "warm_start"
         warm_start(args.task, args.seed, name)
     policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
