@@ -42,6 +42,7 @@ SIZES = f"{SIZES} num_key_value_heads vocab_size".split()
 SHAPES = {
     "tiny": (64, 128, 3, 4, 4, 64),
     "small": (256, 1024, 4, 4, 4, 2048),
+    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
     "qwen3-1.7b": (2048, 6144, 28, 16, 8, 151936),
 }
 # Functions of train.py, and the phase that each is. scoring: log-probs; values: the critic's.
@@ -55,16 +56,21 @@ TIMED = {
 }
 
 
-def make_model(args, folder):
-    """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
-    torch.manual_seed(0)
+def config_of(args):
+    """The transformers config of --shape, with room for --prompt and --response."""
     config = dict(zip(SIZES, SHAPES[args.shape]), pad_token_id=0, eos_token_id=1, bos_token_id=None)
     count, context = config["vocab_size"], args.prompt + args.response + 1
     config |= {"max_position_embeddings": context, "tie_word_embeddings": count > 10000}
     llama, qwen = transformers.LlamaConfig, transformers.Qwen3Config
-    config = qwen(head_dim=128, **config) if "qwen3" in args.shape else llama(**config)
+    return qwen(head_dim=128, **config) if "qwen3" in args.shape else llama(**config)
+
+
+def make_model(args, folder):
+    """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
+    torch.manual_seed(0)
+    config = config_of(args)
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, count))]
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, config.vocab_size))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     special = {"pad_token": "<pad>", "eos_token": "<eos>", "padding_side": "left"}
@@ -136,24 +142,30 @@ def told_to_go_on(connection):
     return False
 
 
+def random_run(args, flags, folder):
+    """A random model of --shape in a folder, and train.py's flags and Run for it, warm-up done."""
+    make_model(args, Path(folder))
+    own = f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl"
+    own += f" --reward experiments.bench:lengths_reward --output-dir {folder} --eval-samples 1"
+    own += f" --batch-size {args.batch} --response-length {args.response}"
+    train_args = parse_args([*own.split(), *flags])
+    run = build(train_args)
+    for model in {run.policy, run.sampler, run.reference or run.policy}:
+        shape_lengths(model, args.prompt, args.ragged)
+    run.iteration = train_args.critic_warmup_steps
+    return run, train_args
+
+
 def worker(connection, args, flags):
     """One row's process: a run as train.py builds it, an iteration for each message -> seconds."""
     quiet()
     peak_memory()
     held = peak_memory()  # imports are not an iteration's
     with tempfile.TemporaryDirectory() as folder:
-        make_model(args, Path(folder))
-        own = f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl"
-        own += f" --reward experiments.bench:lengths_reward --output-dir {folder} --eval-samples 1"
-        own += f" --batch-size {args.batch} --response-length {args.response}"
-        train_args = parse_args([*own.split(), *flags])
-        run = build(train_args)
-    for model in {run.policy, run.sampler, run.reference or run.policy}:
-        shape_lengths(model, args.prompt, args.ragged)
+        run, train_args = random_run(args, flags, folder)
     seconds, running = {}, []
     for name, phase in TIMED.items():
         timed(train, name, phase, seconds, running)
-    run.iteration = train_args.critic_warmup_steps
     while told_to_go_on(connection):
         seconds.update(dict.fromkeys(TIMED.values(), 0.0))
         peak_memory()

@@ -1,0 +1,277 @@
+"""What a GPU has to say of this code, in eight minutes and without a download.
+
+    python experiments/on_gpu.py
+    python experiments/on_gpu.py --model FOLDER -- --dataset-name FILE --reward math
+    python experiments/on_gpu.py --small --output runs/small.jsonl    # tiny: does the script work?
+
+Parts: do CPU and GPU agree in fp32; what bf16 does to the first ratio; three sizes of random
+models: memory against memory.py's formula, decoding and update against what the card can do, DVPO
+against PPO; the built-in task; and with --model a real one, trained with train.py's flags behind
+--. Each adds a line to --output as it ends; one that lacks memory or time is skipped, and says so.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest.mock import patch
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)
+    wanted = ("torch", "transformers", "datasets", "tqdm")
+    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
+        bring = "without a network: pip download -r requirements.txt, and pip install --no-index"
+        sys.exit(f"on_gpu.py: expected {', '.join(missing)} to be installed, found none; {bring}")
+
+import torch
+
+import train
+from experiments import bench, memory
+from experiments.seeds import DEVICE, RESULTS, current_commit, run_script
+from harness.flags import number_in, parse_args
+from harness.setup import autocast, respond
+from rollout import LogprobRecorder, generate, in_micro_batches, response_logprobs
+from tasks import one_line
+
+AIMS = {"difference": "< 1e-4", "decoding, dynamic": ">= 0.5", "update": ">= 0.45"}
+AIMS |= {"time, DVPO / PPO": "<= 1.05", "memory, DVPO / PPO": "<= 1.10"}
+# Of generate: the usual cache, and one of fixed size, as it is and compiled into CUDA graphs.
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "static, compiled": {"cache_implementation": "static"},
+}
+
+
+def sizes(args, shape):
+    """bench.py's flags for a random model: batch 64, prompts and responses of 512."""
+    batch, length = (4, 8) if args.small else (64, 512)
+    flags = f"--shape {shape} --batch {batch} --prompt {length} --response {length}"
+    return bench.make_parser().parse_args(flags.split())
+
+
+@contextlib.contextmanager
+def random_run(args, shape, flags):
+    with tempfile.TemporaryDirectory() as folder:
+        yield bench.random_run(sizes(args, shape), flags.split(), folder)
+
+
+def seconds_of(function, *rest, times=1):
+    """The median time of a call, and what it gave."""
+    found = []
+    for _ in range(times):
+        start = bench.now()
+        result = function(*rest)
+        found.append(bench.now() - start)
+    return statistics.median(found), result
+
+
+def on_device(rollout):
+    """A rollout's tensors on the GPU; its lengths stay on the CPU."""
+    tensors = {name: v for name, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
+    tensors = {name: v.to(DEVICE) for name, v in tensors.items() if name != "lengths"}
+    return dataclasses.replace(rollout, **tensors)
+
+
+def next_of(rollouts, *rest, **kwargs):
+    """What takes the place of respond, and samples nothing."""
+    return next(rollouts)
+
+
+def agreement(args):
+    """Three iterations on the CPU, and on the GPU from what the CPU sampled, in fp32."""
+    rollouts, metrics = [], {}
+
+    def recorded(*rest, **kwargs):
+        rollouts.append(respond(*rest, **kwargs))
+        return rollouts[-1]
+
+    for name, device in {"cpu": "cpu", "gpu": DEVICE}.items():
+        source = recorded
+        if name == "gpu":
+            source = functools.partial(next_of, iter([on_device(rollout) for rollout in rollouts]))
+        with random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own):
+            with patch.object(train, "respond", source):
+                metrics[name] = [iteration(run, own)[2] for _ in range(3)]
+    pairs = [(a[key], b[key]) for a, b in zip(*metrics.values()) for key in a]
+    pairs = [tuple(map(float, pair)) for pair in pairs]
+    return {"difference": max(abs(a - b) / (1 + abs(a)) for a, b in pairs if a == a)}
+
+
+def iteration(run, own):
+    """-> seconds of collect and of update, metrics."""
+    of_collect, (experience, metrics) = seconds_of(train.collect, run, own)
+    torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
+    of_update, more = seconds_of(train.update, run, own, experience)
+    run.iteration += 1
+    return of_collect, of_update, metrics | more
+
+
+def half_precision(args):
+    """The first minibatch's ratio under bf16, and how far sampling was from scoring."""
+    with random_run(args, "small", "--dtype bfloat16") as (run, own):
+        experience, _ = train.collect(run, own)
+        first = experience[torch.arange(own.batch_size // own.num_mini_batches)]
+        ratio = train.minibatch_backward(run, own, first, True)["val/ratio"]
+        batch = run.data[: own.batch_size]
+        rollout = respond(run, own, batch, own.temperature, record_logprobs=True)
+        limits = (own.micro_batch_size, own.micro_batch_tokens, own.temperature)
+        with torch.no_grad(), autocast(run):
+            scored = in_micro_batches(response_logprobs, run.policy, rollout, *limits)
+        off = (rollout.logprobs - scored)[rollout.mask].abs()
+    found = {"|ratio - 1|": abs(ratio.item() - 1), "sampling off by, mean": off.mean().item()}
+    return found | {"sampling off by, most": off.max().item()}
+
+
+def rates(args):
+    """What the card does: FLOP/s of a large bf16 product, bytes/s of a large copy."""
+    n, numbers = (256, 2**16) if args.small else (8192, 2**29)
+    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
+    source = torch.zeros(numbers, device=DEVICE)
+    target = torch.empty_like(source)
+    seconds_of(torch.mm, a, a, times=3)
+    matrix = 2 * n**3 / seconds_of(torch.mm, a, a, times=9)[0]
+    return matrix, 8 * numbers / seconds_of(target.copy_, source, times=9)[0]
+
+
+def decode_shares(run, own, bandwidth):
+    """{cache: decoding's bytes (weights, keys and values) as a share of the copy bandwidth}."""
+    prompts = torch.tensor(run.data[: own.batch_size]["_prompt_ids"], device=DEVICE)
+    config, size, found = run.policy.config, 2 if run.half else 4, {}
+    length = prompts.shape[1] + own.response_length / 2
+    cached = config.num_hidden_layers * prompts.numel() / prompts.shape[1] * length
+    bytes_a_step = size * (run.policy.num_parameters() + 2 * cached * memory.widths(config)[2])
+    limits = {"max_new_tokens": own.response_length, "eos_token_id": 1, "pad_token_id": 0}
+    for name, cache in CACHES.items():
+
+        def decode(settings=limits | cache):
+            recorder, whole = LogprobRecorder(0.0), torch.ones_like(prompts)
+            return generate(run.sampler, prompts, whole, 1.0, recorder, **settings)
+
+        try:
+            with torch.no_grad(), autocast(run):
+                times = [seconds_of(decode)[0] for _ in range(2)]  # the first one compiles
+            share = bytes_a_step * own.response_length / times[-1] / bandwidth
+            found |= {f"decoding, {name}": share}
+        except Exception as error:  # a compiler that is not there, each in its own words
+            found |= {f"decoding, {name}": f"failed: {one_line(error)[:60]}"}
+    return found
+
+
+def update_share(run, own, seconds, matrix):
+    """The update's FLOPs as a share of the matrix rate: 6 a weight and token, attention left out.
+
+    The policy's output layer sees responses only; what checkpointing computes again is not counted.
+    """
+    table = run.policy.get_input_embeddings().weight.numel()
+    responses = own.batch_size * own.response_length
+    tokens = responses + own.batch_size * len(run.data[0]["_prompt_ids"])
+    body = sum(parameter.numel() for parameter in run.policy.parameters())
+    body -= table * (1 if run.policy.config.tie_word_embeddings else 2)
+    num_critic = body + sum(parameter.numel() for parameter in run.critic.heads.parameters())
+    flops = 6 * own.num_ppo_epochs * (tokens * (body + num_critic) + responses * table)
+    return flops / seconds / matrix
+
+
+def one_size(args, shape):
+    """Iterations of DVPO and PPO at one size, beside the card's own rates and the formula."""
+    flags, found, measured = "--num-ppo-epochs 1 --critic-warmup-steps 0", {}, {}
+    config, own = bench.config_of(sizes(args, shape)), sizes(args, shape)
+    for algo in ("PPO", "DVPO"):
+        needed = f"--algo {algo.lower()} --model-name-or-path x --dataset-name x --reward exact"
+        needed += f" --batch-size {own.batch} --response-length {own.response} {flags}"
+        formula = memory.needs(config, config, parse_args(needed.split()), own.prompt)["peak"]
+        if DEVICE == "cuda" and 1.1 * formula > torch.cuda.mem_get_info()[0]:
+            free = torch.cuda.mem_get_info()[0] / 2**30
+            return found | {"skipped": f"{algo} needs {formula / 2**30:.0f} GiB, {free:.0f} free"}
+        with random_run(args, shape, f"--algo {algo.lower()} {flags}") as (run, train_args):
+            iteration(run, train_args)
+            bench.peak_memory()
+            of_collect, of_update, _ = iteration(run, train_args)
+            measured[algo] = (of_collect + of_update, bench.peak_memory() * 2**20)
+            found |= {f"{algo}: collect": of_collect, f"{algo}: update": of_update}
+            found |= {f"{algo}: peak / formula": measured[algo][1] / formula}
+            if algo == "DVPO":
+                matrix, bandwidth = rates(args)
+                found |= {"update": update_share(run, train_args, of_update, matrix)}
+                found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
+                found |= decode_shares(run, train_args, bandwidth)
+        del run
+        if DEVICE == "cuda":
+            torch.cuda.empty_cache()
+    of_time, of_memory = (b / a if a else None for a, b in zip(*measured.values()))
+    return found | {"time, DVPO / PPO": of_time, "memory, DVPO / PPO": of_memory}
+
+
+def trained(folder, flags):
+    """A run of train.py -> scores before and after, seconds."""
+    if status := train.main([*flags, "--output-dir", str(folder)]):
+        raise RuntimeError(f"train.py ended with status {status}")
+    results = json.loads((folder / "results.json").read_text())
+    pairs = results["before"].items()
+    found = {name: f"{value:.3f} -> {results['after'][name]:.3f}" for name, value in pairs}
+    return found | {"seconds": results["seconds"]}
+
+
+def parts_of(args):
+    """{name: (least seconds that it takes, function)}."""
+    task = "--total-episodes 16 --batch-size 8 --eval-samples 8" if args.small else ""
+    shapes = ("tiny",) if args.small else ("small", "qwen3-0.6b", "qwen3-1.7b")
+    parts = {
+        "CPU and GPU": (20, lambda: agreement(args)),
+        "bf16": (20, lambda: half_precision(args)),
+    }
+    for shape, least in zip(shapes, (30, 90, 150)):
+        parts[shape] = (least, lambda shape=shape: one_size(args, shape))
+    folder = args.output.with_suffix("")
+    parts["built-in task"] = (60, lambda: trained(folder / "task", task.split()))
+    if args.model:
+        own = ["--model-name-or-path", args.model, *args.flags]
+        parts["real model"] = (120, lambda: trained(folder / "model", own))
+    return parts
+
+
+def run_parts(args):
+    if DEVICE != "cuda" and not args.small:
+        sys.exit("on_gpu.py: expected a GPU, found none; --small tries the script on a CPU")
+    device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
+    about = {"device": device, "torch": torch.__version__, "commit": current_commit()}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    start, table, failed = time.time(), [], False
+    for name, (least, part) in parts_of(args).items():
+        begin = time.time()
+        try:
+            left = 60 * args.minutes - (begin - start)
+            found = part() if left > least else {"skipped": f"{least} s wanted, {left:.0f} s left"}
+        except Exception as error:  # the other parts have answers, too
+            found, failed = {"failed": one_line(error)}, True
+        row = {"part": name, **found, "seconds in all": round(time.time() - begin, 1)}
+        with open(args.output, "a") as out:
+            out.write(json.dumps(row | about) + "\n")
+        for key, value in found.items():
+            value = f"{value:.4g}" if isinstance(value, float) else str(value)
+            table.append(f"{name:16}{key:28}{value:20}{AIMS.get(key, '')}")
+            print(table[-1], flush=True)
+    print(f"\n{device}, commit {about['commit']}, {time.time() - start:.0f} s", *table, sep="\n")
+    sys.exit(int(failed))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
+    parser.add_argument("--minutes", type=number_in("(0, 600]", float), default=8.0)
+    parser.add_argument("--output", type=Path, default=RESULTS / "on-gpu.jsonl")
+    parser.add_argument("--model", help="folder of a real model")
+    parser.add_argument("flags", nargs="*", help="of train.py for --model, behind --")
+    run_script(parser, run_parts)
+
+
+if __name__ == "__main__":
+    main()
