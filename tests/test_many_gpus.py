@@ -2,10 +2,8 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -14,7 +12,6 @@ from safetensors.torch import load_file
 import train
 from experiments import many_gpus
 from experiments.seeds import ROOT
-from harness.flags import parse_args
 
 ALGOS = ("dvpo", "ppo", "grpo")
 FLAGS = """
