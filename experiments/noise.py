@@ -62,8 +62,8 @@ CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "obj
 WINDOW = 5  # a curve is a mean over as many iterations
 
 
-def tuned(name, flags=""):
-    return f"--algo {name} --learning-rate {TUNED[name]} {flags}".strip()
+def tuned(name, flags="", rate=None):
+    return f"--algo {name} --learning-rate {rate or TUNED[name]} {flags}".strip()
 
 
 def weights(value, terms=TERMS):
@@ -72,14 +72,15 @@ def weights(value, terms=TERMS):
 
 # Without its flag, a default's runs are the main grid's.
 LADDER = {name: weights(0, TERMS[count:]) for name, count in RUNGS.items()}
-TRIED = {
-    f"{name}, lr {lr}": f"--algo {name} --learning-rate {lr}"
-    for name, lr in itertools.product(METHODS, LEARNING_RATES)
-}
 ALL = {name: tuned(name) for name in METHODS}
 # The control has the bound, and no distribution.
-ALL |= {"dvpo, spread": tuned("dvpo", "--readout spread")}
-ALL |= {"control": tuned("ppo", "--readout spread")}
+BOUND = "--readout spread"
+ALL |= {"dvpo, spread": tuned("dvpo", BOUND), "control": tuned("ppo", BOUND, "4e-4")}
+TRIED = {}
+for rate in LEARNING_RATES:
+    TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
+    TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
+    TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
