@@ -23,7 +23,7 @@ from experiments.seeds import COUNT, load_policy, run_script
 from harness.flags import number_in
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError
-from tasks.conversations import turns_between
+from tasks.conversations import continuation
 from tasks.prompts import PROMPT_IDS, load_prompts
 from tasks.warm_start import example, fine_tune
 
@@ -33,7 +33,7 @@ SAID = ("completion", "reference", "answer")  # columns; the first that a row ha
 def end_of_turn(tokenizer, stop_ids):
     """The stop token that the template writes behind an assistant's turn, else the EOS."""
     if tokenizer.chat_template:
-        ids = turns_between("x", tokenizer)
+        ids = continuation(None, "x", tokenizer)
         first = next((token for token in ids if tokenizer.decode([token]).strip()), None)
         if first in stop_ids:
             return first

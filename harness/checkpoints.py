@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from pathlib import Path
 
 import numpy
@@ -138,18 +137,12 @@ def cut_log(path, iteration):
         os.truncate(path, sum(map(len, lines[:iteration])))
 
 
-def fingerprint(run):
-    """A number that another version of the data would not have."""
-    tables = [data.with_format("arrow")[:] for data in (run.data, *run.evals.values())]
-    return zlib.crc32(repr([table.to_pydict() for table in tables]).encode())
-
-
 def resume(run, args):
     """Goes on from the newest checkpoint that loads, renames newer ones; InputError if none."""
     output_dir, failed = Path(args.output_dir), {}
     flags = output_dir / "args.json"
     saved = json.loads(flags.read_text()).get("data") if flags.exists() else None
-    if saved not in (None, fingerprint(run)):
+    if saved not in (None, run.checksum):
         raise InputError(f"--resume: expected the data and tokenizer of {flags}, found others")
     for iteration, folder in reversed(checkpoints(output_dir).items()):
         try:
@@ -169,6 +162,9 @@ def resume(run, args):
     for broken, found in failed.items():
         shutil.rmtree(broken.with_suffix(".broken"), ignore_errors=True)
         print(f"{found}; now {broken.rename(broken.with_suffix('.broken')).name}", file=sys.stderr)
+    if run.iteration * args.batch_size < args.total_episodes:
+        # They are of a shorter run.
+        (output_dir / "results.json").unlink(missing_ok=True)
     print(f"going on from {folder}")
 
 
@@ -190,7 +186,7 @@ def begin(run, args):
     if not args.resume:
         set_aside(Path(args.output_dir))
     about = {"torch": torch.__version__, "transformers": transformers.__version__}
-    flags = {"flags": {**vars(args), "resume": None}, "versions": about, "data": fingerprint(run)}
+    flags = {"flags": {**vars(args), "resume": None}, "versions": about, "data": run.checksum}
     write_whole(Path(args.output_dir) / "args.json", json.dumps(flags, indent=2) + "\n")
 
 

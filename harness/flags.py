@@ -77,8 +77,8 @@ FLAGS = {
     "distributional critic (dvpo)": [
         ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
-        ("num-quantiles", 200, "[1, inf)", "M"),
-        ("num-heads", 4, "[1, inf)", "N"),
+        ("num-quantiles", 200, "[1, 10000]", "M"),
+        ("num-heads", 4, "[1, 1000]", "N"),
         ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in the critic's unit"),
         ("tau-grid", "midpoint", ["midpoint", "right"], "levels (j - 1/2)/M or j/M"),
         ("alpha", 0.1, "(0, 1]", "share of the lower tail"),

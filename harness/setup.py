@@ -6,6 +6,7 @@ import math
 import os
 import re
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from critic import QuantileCritic
 from harness.flags import ALGORITHMS, RISK_TERMS
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
-from tasks import InputError, one_line
+from tasks import InputError, naming, one_line
 from tasks.builtin import BUILT_IN
 from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
@@ -41,6 +42,7 @@ class Run:
     context: float  # most tokens that the policy takes
     data: Any  # prompts to train on
     evals: dict  # {name: prompts to evaluate on}
+    checksum: int  # of both: another version of the data has another
     reward: Any  # f(prompts, completions, **columns) -> scores
     user: Any  # f(messages, **columns) -> reply, or None
     risk: RiskConfig
@@ -160,12 +162,11 @@ def build_critic(args, policy, context):
     trunk = load(AutoModel, name, flag) if name else copy.deepcopy(policy.base_model)
     num_heads = 1 if kind == "scalar" else args.num_heads
     num_quantiles = args.num_quantiles if kind == "quantiles" else 1
-    try:
+    # Also what is no language model.
+    with naming(flag):
         if trunk.config.vocab_size < policy.config.vocab_size or context_of(trunk) < context:
             raise InputError("expected the policy's vocabulary and context, found smaller ones")
         return QuantileCritic(trunk, num_heads, num_quantiles, args.tau_grid, seed=args.seed)
-    except Exception as error:  # of what is no language model, in its own words
-        raise InputError(f"{flag}: {one_line(error)}") from error
 
 
 def to_train(model, device, args, learning_rate):
@@ -187,9 +188,6 @@ def build(args):
     if device.startswith("cuda") and not has_gpu:
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
     if name is None:
-        if "OMP_NUM_THREADS" not in os.environ:
-            # For a model so small, threads wait for each other more than they compute.
-            torch.set_num_threads(1)
         name = Path(args.output_dir) / "warm_start"
         warm_start(args.task, args.seed, name)
     policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
@@ -222,6 +220,7 @@ def build(args):
         context=context,
         data=data,
         evals=evals,
+        checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
         reward=reward,
         user=user,
         risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),

@@ -20,6 +20,15 @@ def one_line(error):
 
 
 @contextlib.contextmanager
+def naming(what):
+    """Whatever a library raises is an InputError: what could not be done, and why."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {one_line(error.__cause__ or error)}") from error
+
+
+@contextlib.contextmanager
 def users_code(flag):
     """Whatever a user's code raises is an InputError with its file and line; not so Ctrl-C."""
     try:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rollout import assemble, completion_texts, padded
-from tasks import InputError, as_messages, one_line, users_code
+from tasks import InputError, as_messages, naming, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS, render_chat
 
@@ -30,27 +30,18 @@ class Conversation:
         self.logprobs += logprobs
 
 
-def turns_between(reply, tokenizer):
+def continuation(last_id, reply, tokenizer, limit=float("inf")):
     """Ids that the chat template writes between two turns of the policy, a user's reply in them."""
     mark = "turn-of-the-policy"
     messages = as_messages("x") + as_messages(mark, "assistant") + as_messages(reply)
-    text = render_chat(messages, tokenizer).partition(mark)[2]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise InputError("expected a chat template that writes every turn, found one that does not")
-    return ids
-
-
-def continuation(last_id, reply, tokenizer, limit=float("inf")):
-    """turns_between, without the template's end of turn if the turn ended in that, in last_id."""
-    try:
-        ids = turns_between(reply, tokenizer)
-        if max(ids) >= limit:
-            raise InputError(f"expected token ids below {limit}, found {max(ids)}")
-    except Exception as error:  # the template's, or for half a character the tokenizer's
-        found = f"found with {reply[:40]!r}: {one_line(error)}"
-        raise InputError(f"--user: expected a chat template for all turns, {found}") from error
-    # Llama 2's template writes a space before it.
+    # The template may raise, and for half a character the tokenizer.
+    with naming(f"--user: expected a chat template for all turns, found with {reply[:40]!r}"):
+        text = render_chat(messages, tokenizer).partition(mark)[2]
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids or max(ids) >= limit:
+            found = max(ids, default="none")  # as of a template that leaves turns out
+            raise InputError(f"expected token ids below {limit}, found {found}")
+    # Not again the end of turn that was sampled. Llama 2's template writes a space before it.
     if last_id in ids and not tokenizer.decode(ids[: ids.index(last_id)]).strip():
         return ids[ids.index(last_id) + 1 :]
     return ids
@@ -96,8 +87,7 @@ def hear(talk, user, tokenizer, max_tokens, limit):
     with users_code("--user"):
         reply = user(copies, **talk.columns)
         if not isinstance(reply, str | None):
-            expected = "expected a str, or None at the end"
-            raise InputError(f"--user: {expected}, found {str(reply)[:80]!r}")
+            raise InputError(f"--user: expected a str, or None at the end, found {reply!r:.80}")
     if reply is None:
         return False
     ids = continuation(talk.ids[-1], reply, tokenizer, limit)

@@ -8,7 +8,7 @@ import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 
-from tasks import InputError, as_messages, one_line
+from tasks import InputError, as_messages, naming, one_line
 from tasks.builtin import task_rows
 from tasks.noise import PSEUDO_LABEL
 from tasks.verifiers import assert_readable, math_reward
@@ -51,16 +51,13 @@ def load_prompts(
     flag, name, split, tokenizer, max_tokens, template=True, limit=inf, reward=None, **source
 ):
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
-    try:
+    with naming(f"{flag}: cannot load {name!r}"):
         data = load_data(name, split, **source)
         # All columns: bytes that are no text would end a run when it comes to their row.
         data.to_dict()
         if reward is math_reward:
             assert_readable(data["answer"])
         prompt_ids = encode_prompts(data["prompt"], tokenizer, template, limit)
-    except Exception as error:  # datasets raises many kinds, and their cause says most
-        found = one_line(error.__cause__ or error)
-        raise InputError(f"{flag}: cannot load {name!r}: {found}") from error
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))
     fitting = [row for row, ids in enumerate(prompt_ids) if len(ids) <= max_tokens]

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from tasks import InputError, as_messages, one_line, users_code
+from tasks import InputError, as_messages, naming, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
 from tasks.verifiers import choice_reward, exact_reward, math_reward
@@ -58,10 +58,8 @@ def load_reward(spec, device="cpu"):
         return VERIFIERS[spec]
     if not spec.startswith("model:"):
         return load_function("--reward", spec, "math, choice, exact, model:NAME or module:function")
-    try:
+    with naming(f"--reward: cannot load {spec!r}"):
         return model_reward(spec.removeprefix("model:"), device)
-    except Exception as error:  # a broken folder or a missing one, each library in its own words
-        raise InputError(f"--reward: cannot load {spec!r}: {one_line(error)}") from error
 
 
 def judged_text(prompt, completion, tokenizer):

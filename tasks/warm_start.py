@@ -1,6 +1,7 @@
 """The model that is trained when none is given: a tiny Llama, briefly taught a built-in task."""
 
 import json
+import os
 
 import torch
 from tqdm import tqdm
@@ -39,7 +40,7 @@ def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=
     """num_steps of AdamW on loss_of(model, some examples) -> the losses; half: in bf16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     losses = []
-    for step, rows in enumerate(tqdm(batches, desc="warm start", leave=False)):
+    for step, rows in enumerate(tqdm(batches, desc="warm start", leave=False, disable=None)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * (min(1, (step + 1) / 20) * (1 - step / num_steps))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
@@ -54,6 +55,9 @@ def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=
 
 def warm_start(task, seed, folder):
     """Saves the policy and its tokenizer in folder, a Path, unless this seed's are there."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # For a model so small, threads wait for each other more than they compute.
+        torch.set_num_threads(1)
     settings = json.dumps({"task": task, "seed": seed, "version": 2})
     made = folder / "settings.json"
     if made.exists() and made.read_bytes() == settings.encode():

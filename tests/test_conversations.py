@@ -12,7 +12,7 @@ from critic import QuantileCritic
 from rollout import assemble, response_logprobs, response_quantiles, sample
 from tasks import InputError
 from tasks.builtin import task_tokenizer
-from tasks.conversations import continuation, converse, turns_between
+from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS, encode_prompts
 
@@ -195,12 +195,12 @@ LEAVES_OUT = [
 
 def test_between_two_turns_stands_what_the_template_writes():
     tokenizer = Written(bos_tokenizer(CHATML))
-    assert turns_between("and then?", tokenizer) == [7]
+    assert continuation(None, "and then?", tokenizer) == [7]
     between = "<|im_end|>\n<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.written == [(between, False)]
     for template in LEAVES_OUT:
-        with pytest.raises(InputError, match="expected a chat template that writes every turn"):
-            turns_between("x", bos_tokenizer(template))
+        with pytest.raises(InputError, match="a chat template for all turns, .* found none"):
+            continuation(None, "x", bos_tokenizer(template))
 
 
 def test_what_follows_a_turn_drops_the_templates_mark_only_where_it_was_sampled():
@@ -249,13 +249,13 @@ def ends(messages):
 
 
 MISTAKES = [
-    (lambda messages: 3, "expected a str, or None at the end, found '3'"),
+    (lambda messages: 3, "expected a str, or None at the end, found 3"),
     (lambda messages: 1 / 0, r"it raised ZeroDivisionError.* \(test_conversations.py, line "),
     (fails, r"it raised ValueError\(\) \(test_conversations.py, line "),
     (lambda messages: sys.exit(0), r"it raised SystemExit\(0\)"),
     (lambda: "ok", r"it raised TypeError\(.*takes 0 positional arguments but 1 was given.\)$"),
     (lambda messages, level: "ok", r"it raised TypeError\(.*missing .* argument: 'level'.\)$"),
-    (lambda messages: ["ok"], r"expected a str, or None at the end, found .\[.ok.\]"),
+    (lambda messages: ["ok"], r"expected a str, or None at the end, found \[.ok.\]"),
     (ends, r"it raised GeneratorExit\(\) \(test_conversations.py, line "),
 ]
 
