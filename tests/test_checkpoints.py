@@ -74,6 +74,16 @@ def test_a_resumed_run_asks_anew_whether_to_trust_sampling(dtype, trusted, finis
     assert all(torch.equal(a, b.bfloat16()) for a, b in copies)
 
 
+@pytest.mark.parametrize("more,stays", [(1536, True), (1537, False)])
+def test_results_of_a_shorter_run_go_when_it_goes_on(more, stays, finished, tmp_path):
+    """They would look like the longer one's, until that one ends."""
+    names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000024", *names)
+    args = parse_args(["--resume", str(tmp_path), "--total-episodes", str(more)])
+    checkpoints.resume(build(args), args)
+    assert (tmp_path / "results.json").exists() is stays
+
+
 def same_tensors(a, b):
     """Whether two nested structures hold the same tensors and numbers."""
     if isinstance(a, torch.Tensor):

@@ -96,6 +96,7 @@ BAD_FLAGS = [
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
     ("--eval-dataset-split test", "--eval-dataset-name: expected one with --eval-dataset-split"),
     ("--cliprange 1e308", "--cliprange: expected a number of 32 bits"),
+    ("--num-quantiles 2000000000", "--num-quantiles: expected a whole number in [1, 10000]"),
     ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
     ("--task sums --user json:dumps", "--user: expected none with --task sums"),
     ("--output-dir run/warm_start/config.json/x", "the file run/warm_start/config.json"),
