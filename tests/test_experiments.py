@@ -537,13 +537,30 @@ def test_the_figure_of_terms_says_what_its_data_say():
         assert fits.keys() == {"core", *(f"+ {term}" for term in RISK_TERMS), "all"}
 
 
-def test_the_figures_data_are_computed():
-    """The curves as stored; the fits in small."""
+def test_the_figures_data_are_computed(monkeypatch):
+    """The curves as stored; the fits in small; of the domains the calmest and the wildest."""
     found = figures.terms_data(steps=2, m=3)["fits"]
     assert {len(fit["quantiles"]) for fits in found.values() for fit in fits.values()} == {3}
-    found = json.loads(json.dumps(figures.first_data(steps=2, m=3)))
+    domains = {name: {"std": std} for name, std in {"a": 2.0, "b": 1.0, "c": 3.0}.items()}
+    monkeypatch.setattr(figures, "beliefs", lambda *rest: domains)
+    found = json.loads(json.dumps(figures.first_data()))
     stored = data_of("first")
-    assert found["bands"] == stored["bands"] and found["seeds"] == stored["seeds"] == 5
+    assert found["bands"] == stored["bands"] and found["seeds"] == stored["seeds"] == 10
+    assert [*found["fits"]] == ["b", "c"]
+
+
+@pytest.mark.slow
+def test_what_a_critic_believes_is_read_of_a_run_that_has_ended(tmp_path, warm_start, monkeypatch):
+    small = "--total-episodes 32 --batch-size 16 --num-quantiles 8 --eval-samples 8"
+    monkeypatch.setattr(noise, "BUDGET", small)
+    monkeypatch.setattr(figures, "NUM_BELIEFS", 64)
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    found = figures.beliefs("dvpo, spread", 0, tmp_path)
+    assert found.keys() == SLOTS.keys()
+    for fit in found.values():
+        assert len(fit["scores"]) == len(fit["believed"]) == 8 and fit["std"] > 0
+        assert fit["scores"] == sorted(fit["scores"])
+        assert fit["believed"] == sorted(fit["believed"])
 
 
 def test_the_results_of_figures_whose_code_is_gone_say_what_they_did():
