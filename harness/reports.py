@@ -153,7 +153,7 @@ def announce(run, args, num_iterations):
         print(f"note: at first all {len(scores)} scores are {scores[0]:g}: nothing to learn from?")
 
 
-def shortened(said, width=90):
+def shortened(said, width=72):
     """A text, or turns, in one line of at most so many characters: the end of a long one."""
     text = " / ".join(" ".join(turn["content"].split()) or "(empty)" for turn in as_messages(said))
     return text if len(text) <= width else "..." + text[3 - width :]

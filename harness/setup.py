@@ -181,21 +181,26 @@ def to_train(model, device, args, learning_rate):
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
+def risk_config(args):
+    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    return RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights)
+
+
 def build(args):
     """A Run before its first iteration; raises InputError for whatever cannot work."""
     start, has_gpu, name = time.time(), torch.cuda.is_available(), args.model_name_or_path
     device = args.device if args.device != "auto" else "cuda" if has_gpu else "cpu"
     if device.startswith("cuda") and not has_gpu:
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
+    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
+    reward = load_reward(args.reward, device) if args.reward else reward
+    user = load_function("--user", args.user) if args.user else user
     if name is None:
         name = Path(args.output_dir) / "warm_start"
         warm_start(args.task, args.seed, name)
     policy = load(AutoModelForCausalLM, name, "--model-name-or-path")
     tokenizer = load(AutoTokenizer, name, "--model-name-or-path")
     stop_ids, context = stop_token_ids(policy, tokenizer, args.stop_token), context_of(policy)
-    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
-    reward = load_reward(args.reward, device) if args.reward else reward
-    user = load_function("--user", args.user) if args.user else user
     if user is not None:
         continuation(None, "hello", tokenizer)  # it needs a chat template
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
@@ -206,7 +211,6 @@ def build(args):
     for parameter in sampler.parameters() if half else ():
         # Not .to(): a rotary embedding's buffers stay fp32.
         parameter.data = parameter.data.bfloat16()
-    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
     run = Run(
         policy=policy,
@@ -223,7 +227,7 @@ def build(args):
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
         reward=reward,
         user=user,
-        risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
+        risk=risk_config(args),
         half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
