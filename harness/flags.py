@@ -242,6 +242,8 @@ def check(args):
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
         require(has_critic, flag, "an --algo with a critic", args.algo)
+    numbers = args.reward != "math" or has_data or args.task == "sums"
+    require(numbers, "reward", f"another for --task {args.task}, whose answers are words", "math")
     written = args.chat_template == "auto" or not args.user
     require(written, "chat-template", "auto with --user, whose turns it writes", "never")
     can_chat = not args.user or args.model_name_or_path or args.task != "sums"
