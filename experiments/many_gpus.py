@@ -10,6 +10,7 @@ Checkpoints are train.py's: either program goes on from them. More: docs/many-gp
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import os
 import sys
@@ -24,7 +25,6 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map
 
 import rollout
@@ -157,8 +157,18 @@ def shard_run(run):
     if run.critic is not None:
         plain["critic"] = copy.deepcopy(run.critic).cpu()
         run.critic_optimizer = shard(run.critic, run.critic_optimizer)
-        run.critic.start_at = implicit_replication()(run.critic.start_at)
+        run.critic.start_at = functools.partial(start_at, run.critic, plain["critic"])
     return plain
+
+
+@torch.no_grad()
+def start_at(critic, plain, returns):
+    """QuantileCritic.start_at, for sharded heads."""
+    plain.start_at(returns.cpu())
+    bias = critic.heads.bias
+    start = plain.heads.bias.detach().to(returns.device)
+    bias.copy_(distribute_tensor(start, bias.device_mesh, bias.placements))
+    critic.scale.copy_(plain.scale)
 
 
 def save(run, args, plain):
@@ -250,7 +260,8 @@ def join():
     if torch.cuda.is_available() and args.device == "auto":
         args.device = f"cuda:{rank}"
         torch.cuda.set_device(int(rank))
-    dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     size, world = args.batch_size // args.num_mini_batches, dist.get_world_size()
     if size % world:
         expected = f"expected minibatches of a multiple of {world} responses"

@@ -16,12 +16,11 @@ from experiments.seeds import ROOT
 ALGOS = ("dvpo", "ppo", "grpo")
 FLAGS = """
     --total-episodes 48 --batch-size 16 --eval-samples 2 --micro-batch-size 3 --num-quantiles 8
-    --critic-warmup-steps 1 --learning-rate 1e-3 --critic-learning-rate 1e-2
+    --critic-warmup-steps 1 --learning-rate 2e-4
 """.split()
 # Two processes for all methods: most of the time is importing.
 DRIVER = """
 import sys
-import torch.distributed as dist
 from experiments import many_gpus
 from harness import reports
 reports.quiet()
@@ -30,7 +29,6 @@ for algo in {algos}:
     sys.argv = ["many_gpus.py", *argv, "--algo", algo, "--output-dir", "{folder}/" + algo]
     args = many_gpus.join()
     assert many_gpus.train_on_all(args) == 0
-    dist.destroy_process_group()
 """
 
 
@@ -52,7 +50,7 @@ def by_two(tmp_path_factory, warm_start):
     driver.write_text(DRIVER.format(algos=ALGOS, folder=folder))
     process = torchrun(driver, *FLAGS)
     out, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, out[-3000:]
+    assert process.returncode == 0, out
     return folder
 
 
@@ -75,4 +73,4 @@ def test_two_processes_end_where_one_does(algo, by_two, tmp_path, warm_start, mo
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
     moved = max((one[key] - start[key]).abs().max().item() for key in one)
-    assert moved > 1e-3
+    assert moved > 2e-4
