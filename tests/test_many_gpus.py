@@ -74,3 +74,10 @@ def test_two_processes_end_where_one_does(algo, by_two, tmp_path, warm_start, mo
         torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
     moved = max((one[key] - start[key]).abs().max().item() for key in one)
     assert moved > 2e-4
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_what_two_have_saved(by_two):
+    more = ["--resume", str(by_two / "dvpo"), "--total-episodes", "64"]
+    assert train.main(more) == 0
+    assert (by_two / "dvpo" / "checkpoint-000004").is_dir()
