@@ -206,15 +206,15 @@ def begin(args):
     """What train.train does before its loop -> Run, a log that only the first process keeps."""
     is_first = dist.get_rank() == 0
     if not is_first:
-        # The first one makes the warm start.
+        # The first one makes the warm start, and puts the folder of a resumed run in order.
         dist.barrier()
     run = setup.build(args)
-    if is_first:
-        dist.barrier()
     transformers.set_seed(args.seed)
     if args.resume:
         checkpoints.resume(run, args)
-    elif is_first:
+    if is_first:
+        dist.barrier()
+    if is_first and not args.resume:
         checkpoints.try_saving(run, args)
         run.before, run.examples = reports.evaluate(run, args)
     if not is_first:

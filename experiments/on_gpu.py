@@ -39,6 +39,7 @@ from harness.flags import number_in, parse_args
 from harness.setup import autocast, respond
 from rollout import LogprobRecorder, generate, in_micro_batches, response_logprobs
 from tasks import one_line
+from tasks.prompts import PROMPT_IDS
 
 AIMS = {"difference": "< 1e-4", "decoding, dynamic": ">= 0.5", "update": ">= 0.45"}
 AIMS |= {"time, DVPO / PPO": "<= 1.05", "memory, DVPO / PPO": "<= 1.10"}
@@ -143,7 +144,7 @@ def rates(args):
 
 def decode_shares(run, own, bandwidth):
     """{cache: decoding's bytes (weights, keys and values) as a share of the copy bandwidth}."""
-    prompts = torch.tensor(run.data[: own.batch_size]["_prompt_ids"], device=DEVICE)
+    prompts = torch.tensor(run.data[: own.batch_size][PROMPT_IDS], device=DEVICE)
     config, size, found = run.policy.config, 2 if run.half else 4, {}
     length = prompts.shape[1] + own.response_length / 2
     cached = config.num_hidden_layers * prompts.numel() / prompts.shape[1] * length
@@ -172,7 +173,7 @@ def update_share(run, own, seconds, matrix):
     """
     table = run.policy.get_input_embeddings().weight.numel()
     responses = own.batch_size * own.response_length
-    tokens = responses + own.batch_size * len(run.data[0]["_prompt_ids"])
+    tokens = responses + own.batch_size * len(run.data[0][PROMPT_IDS])
     body = sum(parameter.numel() for parameter in run.policy.parameters())
     body -= table * (1 if run.policy.config.tie_word_embeddings else 2)
     num_critic = body + sum(parameter.numel() for parameter in run.critic.heads.parameters())
