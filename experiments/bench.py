@@ -69,7 +69,8 @@ def make_model(args, folder):
     """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
     torch.manual_seed(0)
     config = config_of(args)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, config.vocab_size))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -143,8 +144,9 @@ def told_to_go_on(connection):
 
 
 def random_run(args, flags, folder):
-    """A random model of --shape in a folder, and train.py's flags and Run for it, warm-up done."""
-    make_model(args, Path(folder))
+    """A random model of --shape, made if the folder has none; train.py's flags and Run for it."""
+    if not (Path(folder) / "config.json").exists():
+        make_model(args, Path(folder))
     own = f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl"
     own += f" --reward experiments.bench:lengths_reward --output-dir {folder} --eval-samples 1"
     own += f" --batch-size {args.batch} --response-length {args.response}"
