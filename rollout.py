@@ -148,13 +148,13 @@ def generate(model, prompt_ids, attention_mask, temperature, recorder, **setting
 
 @torch.no_grad()
 def sample(
-    model, prompt_ids, pad_id, stop_ids, response_length, temperature, record_logprobs=False
+    model, prompt_ids, pad_id, stop_ids, response_length, temperature, record_logprobs=False, **more
 ):
     """Samples one response to each prompt (temperature 0: greedy), and says what was sampled.
 
     prompt_ids: B lists of ids -> Rollout on the model's device. Draws from torch's generator.
     record_logprobs: keep those that sampling drew from (not for temperature 0), which saves a
-    scoring pass where they are those of scoring.
+    scoring pass where they are those of scoring. more: settings of transformers' generate.
     """
     device = model.device
     prompts = padded(prompt_ids, pad_id, device)
@@ -162,7 +162,7 @@ def sample(
     width = prompts.shape[1]
     recorder = LogprobRecorder(temperature if record_logprobs else 0.0)
     limits = {"max_new_tokens": response_length, "eos_token_id": stop_ids, "pad_token_id": pad_id}
-    input_ids = generate(model, prompts, attention, temperature, recorder, **limits)
+    input_ids = generate(model, prompts, attention, temperature, recorder, **limits, **more)
     # The mask comes from the first stop token, never from `ids != pad`: pad may be the stop token.
     is_stop = torch.isin(input_ids[:, width:], torch.tensor(stop_ids, device=device))
     mask = is_stop.cumsum(dim=1) - is_stop.long() == 0

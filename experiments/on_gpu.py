@@ -18,6 +18,7 @@ import gc
 import importlib.util
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -38,26 +39,28 @@ import train
 from experiments import bench, memory
 from experiments.seeds import DEVICE, RESULTS, current_commit, run_script
 from harness.flags import number_in, parse_args
+from harness.gpu import COMPILED, GROUPED
 from harness.setup import autocast, respond
 from rollout import generate, in_micro_batches, response_logprobs
 from tasks import one_line
 from tasks.prompts import PROMPT_IDS
 
-AIMS = {"difference": "< 1e-4", "decoding, dynamic": ">= 0.5", "update, 4096 tokens": ">= 0.45"}
-AIMS |= {"update, 16384 tokens": ">= 0.45", "decoding, static, compiled": ">= 0.5"}
-AIMS |= {"time, DVPO / PPO": "<= 1.05", "memory, DVPO / PPO": "<= 1.10"}
-# Of generate: the usual cache, and one of fixed size, as it is and compiled into CUDA graphs.
-CACHES = {
-    "dynamic": {},
-    "static": {"cache_implementation": "static", "disable_compile": True},
-    "static, compiled": {"cache_implementation": "static"},
+AIMS = {"difference, first": "< 1e-4", "decoding, compiled": ">= 0.5"}
+AIMS |= {"update, compiled, 16384": ">= 0.45", "time, DVPO / PPO": "<= 1.05"}
+AIMS |= {"memory, DVPO / PPO": "<= 1.10"}
+# How to decode: {name: (attention, settings of generate)}.
+DECODINGS = {
+    "compiled": (GROUPED, COMPILED),
+    "grouped": (GROUPED, {}),
+    "usual": ("sdpa", {}),
 }
+STANCES = {"default": "compiled", "force_eager": "eager"}  # of torch.compiler
 MICRO_BATCHES = (4096, 16384)  # tokens; the first is train.py's default
 
 
 def sizes(args, shape):
-    """bench.py's flags for a random model: batch 64, prompts and responses of 512."""
-    batch, length = (4, 8) if args.small else (64, 512)
+    """bench.py's flags for a random model: 64 prompts and responses of 512 tokens, if not tiny."""
+    batch, length = (4, 8) if args.small else (16, 64) if shape == "tiny" else (64, 512)
     flags = f"--shape {shape} --batch {batch} --prompt {length} --response {length}"
     return bench.make_parser().parse_args(flags.split())
 
@@ -105,9 +108,13 @@ def agreement(args):
         with random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own):
             with patch.object(train, "respond", source):
                 metrics[name] = [iteration(run, own)[2] for _ in range(3)]
-    pairs = [(a[key], b[key]) for a, b in zip(*metrics.values()) for key in a]
-    pairs = [tuple(map(float, pair)) for pair in pairs]
-    return {"difference": max(abs(a - b) / (1 + abs(a)) for a, b in pairs if a == a)}
+    found = {}
+    for when, a, b in zip(("first", "second", "third"), *metrics.values()):
+        pairs = {key: (float(a[key]), float(b[key])) for key in a}
+        off = {key: abs(x - y) / (1 + abs(x)) for key, (x, y) in pairs.items() if x == x}
+        worst = max(off, key=off.get)
+        found |= {f"difference, {when}": off[worst], f"most off, {when}": worst}
+    return found
 
 
 def iteration(run, own):
@@ -160,29 +167,31 @@ class Clock:
         return statistics.median(b - a for a, b in zip(self.times, self.times[1:]))
 
 
-def decode_shares(run, own, bandwidth):
-    """{cache: decoding's bytes (weights, keys and values) as a share of the copy bandwidth}.
+def decode_shares(run, own, bandwidth, found):
+    """Adds {way of decoding: its bytes (weights, keys, values) as a share of the copy bandwidth}.
 
-    A quarter of the steps of a response, about its middle.
+    A quarter of the steps of a response, about its middle. Every other prompt is padded.
     """
     prompts = torch.tensor(run.data[: own.batch_size][PROMPT_IDS], device=DEVICE)
     steps = own.response_length // 4
     prompts = torch.cat([prompts, prompts[:, : own.response_length // 2 - steps // 2]], dim=1)
-    config, size, found = run.policy.config, 2 if run.half else 4, {}
+    attention_mask = torch.ones_like(prompts)
+    attention_mask[1::2, 0] = 0
+    config, size = run.policy.config, 2 if run.half else 4
     cached = config.num_hidden_layers * len(prompts) * (prompts.shape[1] + steps / 2)
     bytes_a_step = size * (run.policy.num_parameters() + 2 * cached * memory.widths(config)[2])
     limits = {"max_new_tokens": steps, "eos_token_id": 1, "pad_token_id": 0}
-    for name, cache in CACHES.items():
+    for name, (attention, settings) in DECODINGS.items():
         clock = Clock()
+        run.sampler.set_attn_implementation(attention)
         try:
             with torch.no_grad(), autocast(run):
-                inputs = (run.sampler, prompts, torch.ones_like(prompts), 1.0, clock)
-                generate(*inputs, **limits, **cache)
+                inputs = (run.sampler, prompts, attention_mask, 1.0, clock)
+                generate(*inputs, **limits, **settings)
             found |= {f"decoding, {name}": bytes_a_step / clock.step() / bandwidth}
             found |= {f"decoding, {name}, ms": 1000 * clock.step()}
         except Exception as error:  # a compiler that is not there, each in its own words
             found |= {f"decoding, {name}": f"failed: {one_line(error)[:60]}"}
-    return found
 
 
 def update_share(run, own, seconds, matrix):
@@ -207,65 +216,80 @@ def peak_bytes(config, own, algo):
     return memory.needs(config, config, parse_args(needed.split()), own.prompt)["peak"]
 
 
-def one_size(args, shape):
+def one_size(args, shape, found):
     """An iteration of DVPO, and its update beside PPO's on the same responses. No reference."""
-    own, found, measured, rollouts = sizes(args, shape), {}, {}, []
-    config, flags = bench.config_of(own), "--num-ppo-epochs 1 --critic-warmup-steps 0 --kl-coef 0"
+    own, measured, rollouts = sizes(args, shape), {}, []
+    flags = "--num-ppo-epochs 1 --critic-warmup-steps 0 --kl-coef 0 --dtype bfloat16"
+    # On a CPU, compiling takes minutes.
+    flags += "" if args.small else " --compile"
+    free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else math.inf
+    formula = peak_bytes(bench.config_of(own), own, "dvpo")
+    if formula > free:
+        found |= {"skipped": f"{formula / 2**30:.0f} GiB needed, {free / 2**30:.0f} free"}
+        return
+    flags += " --gradient-checkpointing" if 1.2 * formula > free else ""
+    found |= {"flags": flags}
     with tempfile.TemporaryDirectory() as folder:
         for algo in ("dvpo", "ppo"):
-            formula = peak_bytes(config, own, algo)
-            if DEVICE == "cuda" and 1.05 * formula > torch.cuda.mem_get_info()[0]:
-                free = torch.cuda.mem_get_info()[0] / 2**30
-                skipped = f"{algo} needs {formula / 2**30:.0f} GiB, {free:.0f} free"
-                return found | {"skipped": skipped}
             run, own_args = bench.random_run(own, f"--algo {algo} {flags}".split(), folder)
-            found |= one_algorithm(run, own_args, rollouts, measured, args)
-            found[f"{algo}: peak / formula"] = measured[algo][1] / formula
+            one_algorithm(run, own_args, rollouts, measured, args, found)
+            found |= {f"{algo}: peak / formula": measured[algo][1] / formula}
+            formula = peak_bytes(bench.config_of(own), own, "ppo")
             del run
             gc.collect()
             if DEVICE == "cuda":
                 torch.cuda.empty_cache()
-    of_time, of_memory = (b / a if b else None for b, a in zip(*measured.values()))
-    return found | {"time, DVPO / PPO": of_time, "memory, DVPO / PPO": of_memory}
+    of_time, of_memory = (a / b if b else None for a, b in zip(*measured.values()))
+    found |= {"time, DVPO / PPO": of_time, "memory, DVPO / PPO": of_memory}
 
 
-def one_algorithm(run, own, rollouts, measured, args):
-    """The times and shares of one run; adds its responses, or takes those that are there."""
-    found, algo, source = {}, own.algo, respond
+def one_algorithm(run, own, rollouts, measured, args, found):
+    """Adds times and shares of one run to found; samples rollouts, or takes what is there."""
+    algo, source = own.algo, respond
     if rollouts:
         source = functools.partial(next_of, itertools.repeat(rollouts[0]))
+    bench.peak_memory()
     with patch.object(train, "respond", source):
+        # The first time, much is compiled or loaded.
+        of_start, (experience, _) = seconds_of(train.collect, run, own)
         if not rollouts:
-            short = argparse.Namespace(**vars(own) | {"response_length": 8})
-            iteration(run, short)  # kernels are loaded, states of optimisers made
-        bench.peak_memory()
-        of_collect, (experience, _) = seconds_of(train.collect, run, own)
-        rollouts.append(experience.rollout)
-        seconds = [seconds_of(train.update, run, own, experience)[0] for _ in range(3)]
-    measured[algo] = (min(seconds[1:]), bench.peak_memory() * 2**20)
-    found |= {f"{algo}: update, s": measured[algo][0]}
+            of_collect, (experience, _) = seconds_of(train.collect, run, own)
+            found |= {"first collect, s": of_start, "collect, s": of_collect}
+    rollouts.append(experience.rollout)
+    train.update(run, own, experience)
+    of_update, _ = seconds_of(train.update, run, own, experience, times=3)
+    measured[algo] = (of_update, bench.peak_memory() * 2**20)
+    found |= {f"{algo}: update, s": of_update}
     if algo == "dvpo":
         matrix, bandwidth = rates(args)
-        found |= {f"{algo}: collect, s": of_collect, "TFLOP/s": matrix / 1e12}
-        found |= {"GB/s": bandwidth / 1e9, **decode_shares(run, own, bandwidth)}
-        for own.micro_batch_tokens in MICRO_BATCHES:
-            try:
-                of_update, _ = seconds_of(train.update, run, own, experience, times=2)
-                share = update_share(run, own, of_update, matrix)
-            except torch.OutOfMemoryError:
-                share = "out of memory"
-            found |= {f"update, {own.micro_batch_tokens} tokens": share}
-    return found
+        found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
+        share = update_share(run, own, of_update, matrix)
+        found |= {f"update, compiled, {MICRO_BATCHES[0]}": share}
+        update_shares(run, own, experience, matrix, found)
+        decode_shares(run, own, bandwidth, found)
 
 
-def trained(folder, flags):
-    """A run of train.py -> scores before and after, seconds."""
+def update_shares(run, own, experience, matrix, found):
+    """Adds {way of updating: its FLOPs as a share of the matrix rate}."""
+    for stance, own.micro_batch_tokens in [*itertools.product(STANCES, MICRO_BATCHES)][1:]:
+        name = f"update, {STANCES[stance]}, {own.micro_batch_tokens}"
+        try:
+            with torch.compiler.set_stance(stance):
+                train.update(run, own, experience)
+                of_update, _ = seconds_of(train.update, run, own, experience)
+            found |= {name: update_share(run, own, of_update, matrix)}
+        except torch.OutOfMemoryError:
+            found |= {name: "out of memory"}
+
+
+def trained(folder, flags, found):
+    """A run of train.py: adds scores before and after, seconds."""
     if status := train.main([*flags, "--output-dir", str(folder)]):
         raise RuntimeError(f"train.py ended with status {status}")
     results = json.loads((folder / "results.json").read_text())
     pairs = results["before"].items()
-    found = {name: f"{value:.3f} -> {results['after'][name]:.3f}" for name, value in pairs}
-    return found | {"seconds": results["seconds"]}
+    found |= {name: f"{value:.3f} -> {results['after'][name]:.3f}" for name, value in pairs}
+    found |= {"seconds": results["seconds"]}
 
 
 def parts_of(args):
@@ -277,16 +301,16 @@ def parts_of(args):
     )
     shapes = ("tiny",) if args.small else ("small", "qwen3-0.6b", "qwen3-1.7b")
     parts = {
-        "CPU and GPU": (20, lambda: agreement(args)),
-        "bf16": (20, lambda: half_precision(args)),
+        "CPU and GPU": (20, lambda found: found.update(agreement(args))),
+        "bf16": (20, lambda found: found.update(half_precision(args))),
     }
     for shape, least in zip(shapes, (30, 90, 150)):
-        parts[shape] = (least, lambda shape=shape: one_size(args, shape))
+        parts[shape] = (least, lambda found, shape=shape: one_size(args, shape, found))
     folder = args.output.with_suffix("")
-    parts["built-in task"] = (60, lambda: trained(folder / "task", task.split()))
+    parts["built-in task"] = (60, lambda found: trained(folder / "task", task.split(), found))
     if args.model:
         own = ["--model-name-or-path", args.model, *args.flags]
-        parts["real model"] = (120, lambda: trained(folder / "model", own))
+        parts["real model"] = (120, lambda found: trained(folder / "model", own, found))
     return parts
 
 
@@ -298,15 +322,22 @@ def run_parts(args):
     args.output.parent.mkdir(parents=True, exist_ok=True)
     start, table, failed = time.time(), [], False
     for name, (least, part) in parts_of(args).items():
-        begin = time.time()
+        if args.parts and name not in args.parts:
+            continue
+        begin, found = time.time(), {}
+        left = 60 * args.minutes - (begin - start)
         try:
-            left = 60 * args.minutes - (begin - start)
-            found = part() if left > least else {"skipped": f"{least} s wanted, {left:.0f} s left"}
+            if left < least:
+                found |= {"skipped": f"{least} s wanted, {left:.0f} s left"}
+            else:
+                part(found)
         except Exception as error:  # the other parts have answers, too
-            found, failed = {"failed": one_line(error)}, True
-        row = {"part": name, **found, "seconds in all": round(time.time() - begin, 1)}
-        with open(args.output, "a") as out:
-            out.write(json.dumps(row | about) + "\n")
+            failed = True
+            found |= {"failed": one_line(error)}
+        finally:  # Ctrl-C
+            row = {"part": name, **found, "seconds in all": round(time.time() - begin, 1)}
+            with open(args.output, "a") as out:
+                out.write(json.dumps(row | about) + "\n")
         for key, value in found.items():
             value = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.append(f"{name:16}{key:28}{value:20}{AIMS.get(key, '')}")
@@ -319,6 +350,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--minutes", type=number_in("(0, 600]", float), default=8.0)
+    parser.add_argument("--parts", nargs="+", help="only these, as the table names them")
     parser.add_argument("--output", type=Path, default=RESULTS / "on-gpu.jsonl")
     parser.add_argument("--model", help="folder of a real model")
     parser.add_argument("flags", nargs="*", help="of train.py for --model, behind --")

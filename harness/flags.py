@@ -110,6 +110,7 @@ FLAGS = {
         ("device", "auto", None, "auto, cpu or cuda"),
         ("dtype", "auto", ["auto", "float32", "bfloat16"], "of products; auto: bf16 on cuda"),
         ("gradient-checkpointing", False, None, "trade time for memory in the update"),
+        ("compile", False, None, "with bf16: faster on a GPU, after minutes of compiling"),
     ],
 }
 

@@ -15,7 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from critic import QuantileCritic
-from harness.flags import ALGORITHMS, RISK_TERMS
+from harness.flags import ALGORITHMS, RISK_TERMS, require
+from harness.gpu import COMPILED, GROUPED, compile_layers
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
 from tasks import InputError, naming, one_line
@@ -211,6 +212,8 @@ def build(args):
     for parameter in sampler.parameters() if half else ():
         # Not .to(): a rotary embedding's buffers stay fp32.
         parameter.data = parameter.data.bfloat16()
+    if half and sampler.config._attn_implementation == "sdpa":
+        sampler.set_attn_implementation(GROUPED)
     reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
     run = Run(
         policy=policy,
@@ -235,6 +238,10 @@ def build(args):
     )
     # In bf16 they never are.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
+    if args.compile:
+        require(half, "compile", "--dtype bfloat16 with it", "float32")
+        for model in filter(None, (policy, critic, reference)):
+            compile_layers(model)
     return run
 
 
@@ -244,7 +251,9 @@ def respond(run, args, batch, temperature, record_logprobs=False):
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
     stops = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
     limits = {"response_length": args.response_length, "record_logprobs": record_logprobs}
-    take_turn = functools.partial(sample, run.sampler, temperature=temperature, **stops, **limits)
+    settings = COMPILED if args.compile else {}
+    own = {"temperature": temperature, **stops, **limits, **settings}
+    take_turn = functools.partial(sample, run.sampler, **own)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
