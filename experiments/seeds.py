@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -77,6 +78,8 @@ def current_commit():
     # Not experiments/results: results may change while runs go on.
     pathspec = ["--", ".", ":!experiments/results"]
     git = {"cwd": ROOT, "capture_output": True, "text": True}
+    if shutil.which("git") is None:
+        return "unknown"
     changed = subprocess.run(["git", "status", "--porcelain", "-uno", *pathspec], **git).stdout
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **git).stdout.strip()
     return commit + "-dirty" * bool(changed)

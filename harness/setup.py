@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from critic import QuantileCritic
 from harness.flags import ALGORITHMS, RISK_TERMS, require
-from harness.gpu import COMPILED, GROUPED, compile_layers
+from harness.gpu import COMPILED, compile_layers, half_copy
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
 from tasks import InputError, naming, one_line
@@ -193,6 +193,8 @@ def build(args):
     device = args.device if args.device != "auto" else "cuda" if has_gpu else "cpu"
     if device.startswith("cuda") and not has_gpu:
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
+    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
+    require(half or not args.compile, "compile", "--dtype bfloat16 with it", "float32")
     reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
     reward = load_reward(args.reward, device) if args.reward else reward
     user = load_function("--user", args.user) if args.user else user
@@ -206,14 +208,7 @@ def build(args):
         continuation(None, "hello", tokenizer)  # it needs a chat template
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
-    half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
-    # Decoding reads every weight per token: half of them are half the time.
-    sampler = copy.deepcopy(policy).requires_grad_(False).to(device) if half else policy
-    for parameter in sampler.parameters() if half else ():
-        # Not .to(): a rotary embedding's buffers stay fp32.
-        parameter.data = parameter.data.bfloat16()
-    if half and sampler.config._attn_implementation == "sdpa":
-        sampler.set_attn_implementation(GROUPED)
+    sampler = half_copy(policy).to(device) if half else policy
     reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
     run = Run(
         policy=policy,
@@ -238,10 +233,7 @@ def build(args):
     )
     # In bf16 they never are.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
-    if args.compile:
-        require(half, "compile", "--dtype bfloat16 with it", "float32")
-        for model in filter(None, (policy, critic, reference)):
-            compile_layers(model)
+    compile_layers(*filter(None, (policy, critic, reference) if args.compile else ()))
     return run
 
 

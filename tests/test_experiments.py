@@ -73,10 +73,12 @@ def test_every_part_of_on_gpu_answers(tmp_path, monkeypatch, warm_start, capsys)
     status, rows = run_on_gpu(monkeypatch, tmp_path / "on.jsonl")
     assert status == 0 and [*rows] == ["CPU and GPU", "bf16", "tiny", "built-in task"]
     # Of the CPU with itself: replayed samples and minibatches are the recorded ones.
-    assert rows["CPU and GPU"]["difference"] == 0
+    assert rows["CPU and GPU"]["difference, third"] == 0
     assert rows["bf16"]["|ratio - 1|"] < 1e-6 and 0 < rows["bf16"]["sampling off by, most"] < 0.1
-    shares = [rows["tiny"][f"decoding, {name}"] for name in on_gpu.CACHES]
-    assert all(share > 0 for share in [*shares, rows["tiny"]["update"]])
+    shares = [rows["tiny"][f"decoding, {name}"] for name in on_gpu.DECODINGS]
+    ways = itertools.product(on_gpu.STANCES.values(), on_gpu.MICRO_BATCHES)
+    shares += [rows["tiny"][f"update, {stance}, {tokens}"] for stance, tokens in ways]
+    assert all(share > 0 for share in shares)
     assert rows["tiny"]["time, DVPO / PPO"] > 0 and rows["built-in task"]["seconds"] > 0
     out = capsys.readouterr().out
     assert {*on_gpu.AIMS} <= {key for row in rows.values() for key in row}
