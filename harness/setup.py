@@ -125,6 +125,9 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
+    if context <= args.response_length:
+        found = f"less than the model's context of {context} tokens, found {args.response_length}"
+        raise InputError(f"--response-length: expected {found}")
     options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
     answers = args.reward in VERIFIERS or args.pseudo_label_noise > 0
@@ -144,7 +147,10 @@ def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
     held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
+    count = len(train)
     train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
+    if args.dataset_name and len(train) < count:
+        print(f"--dataset-name: {count - len(train)} of {count} rows left out, as held out too")
     if len(train) == 0:
         raise InputError("--dataset-name: expected prompts beside the held-out ones, found none")
     if args.pseudo_label_noise:

@@ -30,7 +30,9 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
         raise InputError(f"a file has no config, found {config!r}")
     else:
         # datasets takes a path for a pattern.
-        data = load_dataset(kind, data_files=escape(str(path.resolve(strict=True))), split=split)
+        if path.stat().st_size == 0:
+            raise InputError("expected rows, found an empty file")
+        data = load_dataset(kind, data_files=escape(str(path.resolve())), split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")

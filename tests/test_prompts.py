@@ -112,7 +112,7 @@ BROKEN = [
     (b'{"prompt": "a"}\n""\n', "JSON parse error: "),
     (b'{"prompt": "a"}\n{"prompt": "\xff\xfe"}\n', "'utf-8' codec"),
     (b'{"prompt": "a", "answer": "\xff\xfe"}\n', "'utf-8' codec"),
-    (b"", "StopIteration"),
+    (b"", "expected rows, found an empty file"),
     (b"\n \n", "Instruction"),
     (b'{"prompt": "a\\ud800"}\n', "JSON parse error: .* surrogate"),
 ]

@@ -129,6 +129,15 @@ def test_held_out_prompts_stay_out_of_training(warm_start, tmp_path):
     assert not held_out & set(map(str, run.data["prompt"]))
 
 
+def test_rows_that_are_held_out_too_are_left_out_with_a_count(model_folder, tmp_path, capsys):
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    write_rows(tmp_path / "eval.jsonl", rows_of()[:2])
+    flags = f"--eval-dataset-name {tmp_path}/eval.jsonl --output-dir {tmp_path}"
+    run = build(parse_args([*own(model_folder, data, "exact"), *flags.split()]))
+    assert len(run.data) == 10
+    assert "--dataset-name: 2 of 12 rows left out, as held out too" in capsys.readouterr().out
+
+
 def test_a_users_own_label_column_is_just_a_column(model_folder, tmp_path):
     seen = []
 
@@ -522,7 +531,7 @@ BAD_DATA = [
         ["--dataset-name", "utf-8"],
     ),
     (b"\x00\x01\x02", "", ["--dataset-name", "data.jsonl", "JSON parse error"]),
-    (b"", "", ["--dataset-name"]),
+    (b"", "", ["--dataset-name", "expected rows, found an empty file"]),
     (None, "", ["--dataset-name", "No such file"]),
     (ONE, "--dataset-name data.csv", ["--dataset-name", "json, jsonl or parquet", "data.csv"]),
     (ONE, "--dataset-name broken.parquet", ["--dataset-name", "broken.parquet"]),
@@ -540,6 +549,7 @@ BAD_DATA = [
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
     (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
     (ONE * 4, "", ["--dataset-name", "held-out"]),
+    (ONE, "--response-length 999", ["--response-length", "less than", "of 64 tokens, found 999"]),
     (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
     (ONE, "--reward bad:nan", ["--reward", "row 7", "nan"]),
