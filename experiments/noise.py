@@ -1,7 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --grid tuning --jobs 2     # or ladder
+    python experiments/noise.py --grid tuning --jobs 2     # or ladder, rates
     python experiments/noise.py --grid quick               # short runs; their numbers mean nothing
     python experiments/noise.py --table                    # print what results/ holds
 
@@ -81,9 +81,12 @@ for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
+# Does robust PPO gain by its lower rate?
+RATES = ("ppo", "ppo, lr 1e-4", "dvpo, spread", "dvpo, spread, lr 1e-4", "robust")
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
+    "rates": ({name: (ALL | TRIED)[name] for name in RATES}, SOME, range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, SOME, range(3)),
 }
@@ -102,13 +105,19 @@ def windows(values):
     return found
 
 
+def borrow_warm_start(folder, seed):
+    """Copies a seed's warm start into a run's folder, if there is one -> where it is kept."""
+    warm = Path("runs") / f"warm-dialogue-seed{seed}"
+    if warm.exists():
+        shutil.copytree(warm, folder / "warm_start")
+    return warm
+
+
 def run(flags, seed):
     """One run of train.py -> its results, and what it was made with."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
-        folder, warm = Path(name), Path("runs") / f"warm-dialogue-seed{seed}"
-        if warm.exists():
-            shutil.copytree(warm, folder / "warm_start")
+        folder, warm = Path(name), borrow_warm_start(Path(name), seed)
         flags = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
             try:

@@ -16,6 +16,11 @@ from tasks.verifiers import assert_readable, math_reward
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
 
+def assert_not_empty(path):
+    if path.stat().st_size == 0:
+        raise InputError("expected rows, found an empty file")
+
+
 def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     """Rows with a column prompt: of a file, the hub, or a task (split: its name, rows, seed)."""
     path = Path(name)
@@ -30,8 +35,7 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
         raise InputError(f"a file has no config, found {config!r}")
     else:
         # datasets takes a path for a pattern.
-        if path.stat().st_size == 0:
-            raise InputError("expected rows, found an empty file")
+        assert_not_empty(path)
         data = load_dataset(kind, data_files=escape(str(path.resolve())), split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
