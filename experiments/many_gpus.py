@@ -25,7 +25,6 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.distributed.tensor.experimental import implicit_replication
 from torch.utils._pytree import tree_map_only
 
 import rollout
@@ -36,7 +35,7 @@ from tasks import InputError, one_line
 # What single processes call; below are functions of the same names that take their place.
 ONE = {"respond": setup.respond, "judge": setup.judge, "micro_batches": rollout.micro_batches}
 ONE |= {"in_micro_batches": rollout.in_micro_batches}
-ONE |= {"minibatch_backward": train.minibatch_backward}
+ONE |= {"minibatch_backward": train.minibatch_backward, "clip_grad_norm_": train.clip_grad_norm_}
 
 
 def unsharded(run):
@@ -106,6 +105,10 @@ def minibatch_backward(*arguments):
     values = torch.stack([*sums.values()])
     dist.all_reduce(values)
     return dict(zip(sums, values))
+
+
+def clip_grad_norm_(*arguments):
+    return ONE["clip_grad_norm_"](*arguments).full_tensor()
 
 
 def sharded_like(parameter, value):
@@ -198,7 +201,6 @@ def start(args, num_iterations):
     return run, contextlib.nullcontext()
 
 
-@implicit_replication()
 def train_on_all(args):
     """train.train, with every process in it -> exit status."""
     join(args)
