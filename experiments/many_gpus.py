@@ -204,10 +204,8 @@ def start(args, num_iterations):
 def train_on_all(args):
     """train.train, with every process in it -> exit status."""
     join(args)
-    is_first, num_iterations = (
-        dist.get_rank() == 0,
-        math.ceil(args.total_episodes / args.batch_size),
-    )
+    is_first = dist.get_rank() == 0
+    num_iterations = math.ceil(args.total_episodes / args.batch_size)
     run, log = start(args, num_iterations)
     whole = shard_run(run)
     with log as log, checkpoints.stopping_on_signals() as received, last_words():
