@@ -63,18 +63,9 @@ class Experience:
 
 
 def train(args):
-    """The whole run: evaluation, iterations, checkpoint, evaluation, report -> exit status."""
-    run, num_iterations = build(args), math.ceil(args.total_episodes / args.batch_size)
-    # Of python, numpy and torch: a user's reward may draw from any.
-    transformers.set_seed(args.seed)
-    if args.resume:
-        checkpoints.resume(run, args)
-    else:
-        checkpoints.try_saving(run, args)
-        # Before an earlier run is moved aside: the reward may fail.
-        run.before, run.examples = reports.evaluate(run, args)
-    reports.announce(run, args, num_iterations)
-    checkpoints.begin(run, args)
+    """The whole run: start, iterations, checkpoint, evaluation, report -> exit status."""
+    num_iterations = math.ceil(args.total_episodes / args.batch_size)
+    run = start(args, num_iterations)
     log = reports.open_log(run, args, num_iterations)
     with log as log, checkpoints.stopping_on_signals() as received:
         while run.iteration < num_iterations and not received:
@@ -93,6 +84,22 @@ def train(args):
         return 128 + received[0]
     reports.report(run, args, folder)
     return 0
+
+
+def start(args, num_iterations):
+    """A new Run, evaluated, or one that --resume goes on with; its folder in order."""
+    run = build(args)
+    # Of python, numpy and torch: a user's reward may draw from any.
+    transformers.set_seed(args.seed)
+    if args.resume:
+        checkpoints.resume(run, args)
+    else:
+        checkpoints.try_saving(run, args)
+        # Before an earlier run is moved aside: the reward may fail.
+        run.before, run.examples = reports.evaluate(run, args)
+    reports.announce(run, args, num_iterations)
+    checkpoints.begin(run, args)
+    return run
 
 
 @torch.no_grad()
@@ -166,12 +173,10 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
     """
     mask = rollout.mask
     if args.algo in ("grpo", "dr_grpo"):
-        divide_by_std = args.algo == "grpo"
-        advantages = dvpo.group_advantages(scores, args.group_size, divide_by_std)
+        advantages = dvpo.group_advantages(scores, args.group_size, args.algo == "grpo")
         return advantages.unsqueeze(1).expand(mask.shape), None
     if args.algo == "reinforce++":
-        returns = dvpo.discounted_returns(rewards, mask, args.gamma)
-        return dvpo.masked_whiten(returns, mask), None
+        return dvpo.masked_whiten(dvpo.discounted_returns(rewards, mask, args.gamma), mask), None
     if args.algo == "robust":
         gae, values = dvpo.robust_gae, head_quantiles[..., 0]
     else:
@@ -246,10 +251,8 @@ def policy_backward(run, args, part, weights, num_tokens):
     with autocast(run):
         logprobs = response_logprobs(run.policy, part.rollout, args.temperature)
     # w A in the clipped loss is w times the loss, as w >= 0.
-    weighted = weights * part.advantages
-    loss, metrics = dvpo.clipped_policy_loss(
-        logprobs, part.logprobs, weighted, mask, args.cliprange, num_tokens
-    )
+    states = (logprobs, part.logprobs, weights * part.advantages, mask)
+    loss, metrics = dvpo.clipped_policy_loss(*states, args.cliprange, num_tokens)
     if ALGORITHMS[args.algo].kl == "loss" and part.ref_logprobs is not None:
         kl = dvpo.kl_estimate(logprobs, part.ref_logprobs, "k3")
         loss = loss + args.kl_coef * dvpo.masked_mean(weights * kl, mask, num_tokens)
@@ -265,8 +268,7 @@ def policy_backward(run, args, part, weights, num_tokens):
 def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
     is_distributional = ALGORITHMS[args.algo].critic == "quantiles"
-    # Without them critic_loss is the squared error of a value: PPO, whose critic has one head of
-    # one number, and robust PPO, with N (build_critic).
+    # Without them critic_loss is the squared error of a value: PPO has one head, robust PPO N.
     kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)

@@ -25,12 +25,11 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 import rollout
 import train
 from harness import checkpoints, reports, setup
-from harness.flags import parse_args
 from tasks import InputError, one_line
 
 # What single processes call; below are functions of the same names that take their place.
@@ -39,64 +38,50 @@ ONE |= {"in_micro_batches": rollout.in_micro_batches}
 ONE |= {"minibatch_backward": train.minibatch_backward, "clip_grad_norm_": train.clip_grad_norm_}
 
 
-def full(value):
-    """A sharded tensor put together, by all processes at once; anything else as it is."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def unsharded(run):
     """A Run that one process can use alone: its policy is the sampler."""
     return dataclasses.replace(run, policy=run.sampler)
 
 
 def sample_share(run, args, batch, rank, world, *rest, **kwargs):
-    """The responses to one process's part of a batch, by random numbers of its own."""
+    """The fields of one process's Rollout, on the CPU, by random numbers of its own."""
     size = len(batch["prompt"])
     part = slice(rank * size // world, (rank + 1) * size // world)
     with torch.random.fork_rng():
         torch.manual_seed(1_000_003 * args.seed + world * run.iteration + rank)
         own = {name: column[part] for name, column in batch.items()}
-        return ONE["respond"](unsharded(run), args, own, *rest, **kwargs)
+        share = ONE["respond"](unsharded(run), args, own, *rest, **kwargs)
+    return tree_map_only(torch.Tensor, torch.Tensor.cpu, [*vars(share).values()])
 
 
-def together(parts, device):
-    """The rollouts of several processes as one."""
-    names = ("input_ids", "attention_mask", "mask", "truncated", "logprobs", "messages")
-    rows = {}
-    for name in names:
-        found = [getattr(part, name) for part in parts]
-        rows[name] = None if found[0] is None else [row for part in found for row in part]
-    result = rollout.Rollout(
-        *(rollout.padded(rows[name], 0, device) for name in names[:3]),
-        torch.stack(rows["truncated"]).to(device),
-        messages=rows["messages"],
-    )
-    if rows["logprobs"]:
-        result.logprobs = rollout.padded(rows["logprobs"], 0.0, device)
-    return result
+def together(shares, device):
+    """The shares of several processes as one Rollout."""
+    fields = []
+    for parts in zip(*shares):
+        fields.append(None if parts[0] is None else [row for part in parts for row in part])
+    *wide, truncated, _, logprobs, messages = fields
+    wide = [rollout.padded(rows, 0, device) for rows in wide]
+    logprobs = logprobs and rollout.padded(logprobs, 0.0, device)
+    return rollout.Rollout(*wide, torch.stack(truncated).to(device), None, logprobs, messages)
 
 
 def respond(run, args, batch, *rest, **kwargs):
-    parts = [None] * dist.get_world_size()
-    share = sample_share(run, args, batch, dist.get_rank(), len(parts), *rest, **kwargs)
-    dist.all_gather_object(parts, share)
-    return together(parts, run.policy.device)
+    shares = [None] * dist.get_world_size()
+    own = sample_share(run, args, batch, dist.get_rank(), len(shares), *rest, **kwargs)
+    dist.all_gather_object(shares, own)
+    return together(shares, run.policy.device)
 
 
 def judge(run, args, batch, responses):
     """One process asks the reward: it may be a paid service, or draw random numbers."""
     found = [None, None]
     if dist.get_rank() == 0:
-        try:
-            found = [ONE["judge"](run, args, batch, responses), torch.get_rng_state()]
-        except InputError as error:
-            found[0] = error
+        scores = ONE["judge"](run, args, batch, responses)
+        found = [[part.cpu() for part in scores], torch.get_rng_state()]
     dist.broadcast_object_list(found)
-    if isinstance(found[0], InputError):
-        raise found[0]
     # All processes go on with the same random numbers: they cut the same minibatches.
     torch.set_rng_state(found[1])
-    return tuple(scores.to(responses.mask.device) for scores in found[0])
+    return [scores.to(responses.mask.device) for scores in found[0]]
 
 
 def micro_batches(responses, rows, *limits):
@@ -117,144 +102,136 @@ def in_micro_batches(*arguments):
 
 def minibatch_backward(*arguments):
     sums = ONE["minibatch_backward"](*arguments)
-    values = torch.stack([sums[name] for name in sorted(sums)])
+    values = torch.stack([*sums.values()])
     dist.all_reduce(values)
-    return dict(zip(sorted(sums), values))
+    return dict(zip(sums, values))
 
 
-def clip_grad_norm_(parameters, max_norm):
-    parameters = list(parameters)
-    for parameter in parameters:
-        # FSDP takes the mean over processes; ours are sums, over the minibatch's tokens.
-        parameter.grad.mul_(dist.get_world_size())
-    return full(ONE["clip_grad_norm_"](parameters, max_norm))
+def clip_grad_norm_(*arguments):
+    return ONE["clip_grad_norm_"](*arguments).full_tensor()
+
+
+def sharded_like(parameter, value):
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
 
 
 def shard(model, optimizer):
     """Shards a model, layer by layer -> its optimiser, with what the old one has learnt."""
-    before = list(model.parameters())
     lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
-    for layer in max(lists, key=len, default=()):
-        fully_shard(layer)
-    fully_shard(model)
+    for part in [*max(lists, key=len, default=()), model]:
+        fully_shard(part)
+        # Sums over processes, not means: the losses are divided by the minibatch's tokens.
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)
     sharded = torch.optim.AdamW(model.parameters())
-    sharded.param_groups[0] |= {**optimizer.param_groups[0], "params": [*model.parameters()]}
-    for old, new in zip(before, model.parameters()):
-        for name, value in optimizer.state[old].items():
-            if value.shape == new.shape:
-                value = distribute_tensor(value, new.device_mesh, new.placements)
-            sharded.state[new][name] = value
+    sharded.load_state_dict(optimizer.state_dict())
+    for parameter, state in sharded.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape:
+                state[name] = sharded_like(parameter, value)
     return sharded
 
 
 def shard_run(run):
-    """Shards a Run's models -> {name: model as it was, on the CPU, to save from}."""
+    """Shards a Run's models -> those and their optimisers whole, on the CPU, to save from."""
     if run.sampler is run.policy:
         # In fp32.
         run.sampler = copy.deepcopy(run.policy).requires_grad_(False)
-    plain = {"policy": copy.deepcopy(run.policy).cpu()}
-    run.optimizer = shard(run.policy, run.optimizer)
+    parts, whole = vars(run), {}
+    for name, optimizer in {"policy": "optimizer", "critic": "critic_optimizer"}.items():
+        if parts[name] is not None:
+            whole[name] = copy.deepcopy(parts[name]).cpu()
+            whole[optimizer] = torch.optim.AdamW(whole[name].parameters())
+            parts[optimizer] = shard(parts[name], parts[optimizer])
     if run.critic is not None:
-        plain["critic"] = copy.deepcopy(run.critic).cpu()
-        run.critic_optimizer = shard(run.critic, run.critic_optimizer)
-        run.critic.start_at = functools.partial(start_at, run.critic, plain["critic"])
-    return plain
+        run.critic.start_at = functools.partial(start_at, run.critic, whole["critic"])
+    refresh(run)
+    return whole
 
 
 @torch.no_grad()
-def start_at(critic, plain, returns):
+def start_at(critic, whole, returns):
     """QuantileCritic.start_at, for sharded heads."""
-    plain.start_at(returns.cpu())
-    bias = critic.heads.bias
-    start = plain.heads.bias.detach().to(returns.device)
-    bias.copy_(distribute_tensor(start, bias.device_mesh, bias.placements))
-    critic.scale.copy_(plain.scale)
-
-
-def save(run, args, plain):
-    """train.py's own checkpoint, put together by all processes and written by the first one."""
-    found = {}
-    for name, optimizer in {"policy": "optimizer", "critic": "critic_optimizer"}.items():
-        if name in plain:
-            state, moments = getattr(run, name).state_dict(), getattr(run, optimizer).state_dict()
-            plain[name].load_state_dict({key: full(value) for key, value in state.items()})
-            found[name] = plain[name]
-            found[optimizer] = torch.optim.AdamW(plain[name].parameters())
-            found[optimizer].load_state_dict(tree_map(full, moments))
-    folder = None
-    if dist.get_rank() == 0:
-        folder = checkpoints.save_checkpoint(dataclasses.replace(run, **found), args)
-    dist.barrier()
-    return folder
+    whole.start_at(returns.cpu())
+    start = whole.heads.bias.detach().to(returns.device)
+    critic.heads.bias.copy_(sharded_like(critic.heads.bias, start))
+    critic.scale.copy_(whole.scale)
 
 
 @torch.no_grad()
 def refresh(run):
     """Gives every process's sampler the policy's weights."""
     for own, new in zip(run.sampler.parameters(), run.policy.parameters()):
-        own.copy_(full(new))
+        own.copy_(new.full_tensor())
 
 
-def agreed(received, device):
-    """Whether a signal has reached any process."""
-    asked = torch.tensor(float(bool(received)), device=device)
-    dist.all_reduce(asked)
-    return asked.item() > 0
+def save(run, args, whole):
+    """train.py's own checkpoint, put together by all processes and written by the first one."""
+    for name, part in whole.items():
+        state = vars(run)[name].state_dict()
+        state = tree_map_only(DTensor, lambda value: value.full_tensor().cpu(), state)
+        if dist.get_rank() == 0:
+            part.load_state_dict(state)
+    folder = None
+    if dist.get_rank() == 0:
+        folder = checkpoints.save_checkpoint(dataclasses.replace(run, **whole), args)
+    dist.barrier()
+    return folder
 
 
-def begin(args):
-    """What train.train does before its loop -> Run, a log that only the first process keeps."""
-    is_first = dist.get_rank() == 0
-    if not is_first:
-        # The first one makes the warm start, and puts the folder of a resumed run in order.
+def agreed(received):
+    """The signals that have reached any process."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, received)
+    received[:] = sum(found, [])
+    return received
+
+
+def start(args, num_iterations):
+    """-> Run, log. The first process puts the folder in order before the others look into it."""
+    if dist.get_rank() == 0:
+        run = train.start(args, num_iterations)
         dist.barrier()
+        return run, reports.open_log(run, args, num_iterations)
+    dist.barrier()
     run = setup.build(args)
     transformers.set_seed(args.seed)
     if args.resume:
         checkpoints.resume(run, args)
-    if is_first:
-        dist.barrier()
-    if is_first and not args.resume:
-        checkpoints.try_saving(run, args)
-        run.before, run.examples = reports.evaluate(run, args)
-    if not is_first:
-        return run, contextlib.nullcontext()
-    num_iterations = math.ceil(args.total_episodes / args.batch_size)
-    reports.announce(run, args, num_iterations)
-    checkpoints.begin(run, args)
-    return run, reports.open_log(run, args, num_iterations)
+    return run, contextlib.nullcontext()
 
 
 def train_on_all(args):
     """train.train, with every process in it -> exit status."""
-    run, log = begin(args)
-    plain, num_iterations = shard_run(run), math.ceil(args.total_episodes / args.batch_size)
+    join(args)
     is_first = dist.get_rank() == 0
-    refresh(run)
-    with log as log, checkpoints.stopping_on_signals() as received:
-        while run.iteration < num_iterations and not agreed(received, run.policy.device):
-            start = time.time()
+    num_iterations = math.ceil(args.total_episodes / args.batch_size)
+    run, log = start(args, num_iterations)
+    whole = shard_run(run)
+    with log as log, checkpoints.stopping_on_signals() as received, last_words():
+        while run.iteration < num_iterations and not agreed(received):
+            begin = time.time()
             experience, metrics = train.collect(run, args)
             metrics |= train.update(run, args, experience)
             run.iteration += 1
+            metrics["tps"] = experience.rollout.mask.sum().item() / (time.time() - begin)
             refresh(run)
-            metrics["tps"] = experience.rollout.mask.sum().item() / (time.time() - start)
             if is_first:
                 reports.log_iteration(log, unsharded(run), args, metrics)
             if args.save_steps and run.iteration % args.save_steps == 0:
-                save(run, args, plain)
-        folder = save(run, args, plain)
+                save(run, args, whole)
+        folder = save(run, args, whole)
     if run.iteration < num_iterations:
         print(f"stopped after iteration {run.iteration}: --resume {args.output_dir} goes on")
-        return 130
+        return 128 + received[0]
     if is_first:
         reports.report(unsharded(run), args, folder)
     return 0
 
 
-def join():
+def join(args):
     """Joins the processes that torchrun has started, and puts this file's functions in place."""
-    args, rank = parse_args(), os.environ.get("LOCAL_RANK")
+    rank = os.environ.get("LOCAL_RANK")
     if rank is None:
         raise InputError("expected torchrun --nproc-per-node K, found a single process")
     if torch.cuda.is_available() and args.device == "auto":
@@ -269,30 +246,31 @@ def join():
     for name in ONE:
         setattr(train, name, globals()[name])
     rollout.micro_batches = micro_batches
-    return args
 
 
-def main():
-    reports.quiet()
+@contextlib.contextmanager
+def last_words():
+    """Ends this process with a line, when it learns of another one's end: by a RuntimeError."""
     try:
-        args = join()
-        lock = contextlib.nullcontext()
-        if dist.get_rank() == 0:
-            lock = checkpoints.alone_in(args.output_dir)
-        with lock:
-            return train_on_all(args)
-    except (InputError, OSError) as error:
-        print(f"many_gpus.py: error: {error}", file=sys.stderr)
-        return 2
+        yield
     except RuntimeError as error:
-        # So a process learns of another one's end.
-        found = f"many_gpus.py: process {os.environ['RANK']}: {one_line(error)}"
-        print(f"{found}; the last checkpoint stays: --resume", file=sys.stderr)
-        return 1
+        found = f"many_gpus.py: process {os.environ.get('RANK')}: {one_line(error)}"
+        print(f"{found}; the last checkpoint stays: --resume", file=sys.stderr, flush=True)
+        # The group would wait for its lost member at the interpreter's end.
+        os._exit(1)
+
+
+def main(argv=None):
+    train.train = train_on_all
+    if os.environ.get("RANK", "0") != "0":
+        # The first process speaks for all, and holds the folder.
+        sys.stdout, checkpoints.STOPPING = open(os.devnull, "w"), b""
+        checkpoints.alone_in = contextlib.nullcontext
+    with last_words():
+        return train.main(argv)
 
 
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # A process group that has lost a member would wait for it at the interpreter's end.
     os._exit(status)

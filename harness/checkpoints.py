@@ -22,6 +22,7 @@ from tasks import InputError, one_line
 
 # What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
 LOCK, SIGNALS, MASKS = contextlib.ExitStack(), contextlib.ExitStack(), []
+STOPPING = b"\nstopping after this iteration, with a checkpoint; once more: at once\n"
 
 
 def flushed(path):
@@ -216,7 +217,7 @@ def stopping_on_signals():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        os.write(2, b"\nstopping after this iteration, with a checkpoint; once more: at once\n")
+        os.write(2, STOPPING)
 
     with SIGNALS:
         if threading.current_thread() is threading.main_thread():

@@ -88,8 +88,7 @@ def evaluate(run, args):
             scores[name] = torch.tensor([row[-1] for row in rows])
             # Or training would refuse them, when an earlier run is moved aside.
             assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)
-            rows = [dict(zip(("prompt", "completion", "score"), row)) for row in rows]
-            examples = examples or rows
+            examples = examples or [dict(zip(("prompt", "completion", "score"), x)) for x in rows]
     return scores, examples
 
 

@@ -2,33 +2,35 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import weights
 from safetensors.torch import load_file
 
 import train
 from experiments import many_gpus
 from experiments.seeds import ROOT
+from harness import checkpoints
 
 ALGOS = ("dvpo", "ppo", "grpo")
 FLAGS = """
     --total-episodes 48 --batch-size 16 --eval-samples 2 --micro-batch-size 3 --num-quantiles 8
     --critic-warmup-steps 1 --learning-rate 2e-4
 """.split()
-# Two processes for all methods: most of the time is importing.
+# Two processes for all methods, and one of them resumed: most of the time is importing.
 DRIVER = """
 import sys
 from experiments import many_gpus
-from harness import reports
-reports.quiet()
-argv = sys.argv[1:]
 for algo in {algos}:
-    sys.argv = ["many_gpus.py", *argv, "--algo", algo, "--output-dir", "{folder}/" + algo]
-    args = many_gpus.join()
-    assert many_gpus.train_on_all(args) == 0
+    argv = [*sys.argv[1:], "--algo", algo, "--output-dir", "{folder}/" + algo]
+    assert many_gpus.main(argv) == 0
+assert many_gpus.main(["--resume", "{folder}/dvpo", "--total-episodes", "64"]) == 0
 """
 
 
@@ -51,6 +53,8 @@ def by_two(tmp_path_factory, warm_start):
     process = torchrun(driver, *FLAGS)
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0, out
+    # The first process speaks for all.
+    assert out.count("prompts to train on") == 4 and out.count("going on from") == 1
     return folder
 
 
@@ -60,24 +64,62 @@ def sampled_as_by_two(run, args, batch, *rest, **kwargs):
     return many_gpus.together(parts, "cpu")
 
 
+def assert_same_policy(one, two, number):
+    name = f"checkpoint-{number:06d}/policy/model.safetensors"
+    one, two = load_file(one / name), load_file(two / name)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
+    return one
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGOS)
 def test_two_processes_end_where_one_does(algo, by_two, tmp_path, warm_start, monkeypatch):
     monkeypatch.setattr(train, "respond", sampled_as_by_two)
     shutil.copytree(warm_start, tmp_path / "warm_start")
     assert train.main([*FLAGS, "--algo", algo, "--output-dir", str(tmp_path)]) == 0
-    name = "checkpoint-000003/policy/model.safetensors"
+    one = assert_same_policy(tmp_path, by_two / algo, 3)
     start = load_file(warm_start / "model.safetensors")
-    one, two = load_file(tmp_path / name), load_file(by_two / algo / name)
-    assert one.keys() == two.keys()
-    for key, value in one.items():
-        torch.testing.assert_close(two[key], value, rtol=0, atol=1e-5)
-    moved = max((one[key] - start[key]).abs().max().item() for key in one)
-    assert moved > 2e-4
+    assert max((one[key] - start[key]).abs().max().item() for key in one) > 2e-4
+    if algo == "dvpo":
+        # A resumed one, too: with Adam's moments.
+        assert train.main(["--resume", str(tmp_path), "--total-episodes", "64"]) == 0
+        assert_same_policy(tmp_path, by_two / algo, 4)
 
 
 @pytest.mark.slow
 def test_one_process_goes_on_from_what_two_have_saved(by_two):
-    more = ["--resume", str(by_two / "dvpo"), "--total-episodes", "64"]
+    more = ["--resume", str(by_two / "dvpo"), "--total-episodes", "80"]
     assert train.main(more) == 0
-    assert (by_two / "dvpo" / "checkpoint-000004").is_dir()
+    assert (by_two / "dvpo" / "checkpoint-000005").is_dir()
+
+
+def process_of_rank(rank, launcher):
+    """The pid of a process that torchrun has started."""
+    for path in Path(f"/proc/{launcher.pid}/task").glob("*/children"):
+        for pid in map(int, path.read_text().split()):
+            if f"RANK={rank}" in Path(f"/proc/{pid}/environ").read_text().split("\0"):
+                return pid
+    raise AssertionError(f"no process {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_run_and_the_last_checkpoint_stays(rank, tmp_path, warm_start):
+    shutil.copytree(warm_start, tmp_path / "warm_start")
+    flags = ["--output-dir", tmp_path, "--total-episodes", 10**6, "--save-steps", 1]
+    process = torchrun("experiments/many_gpus.py", *FLAGS, *flags)
+    while process.poll() is None and not checkpoints.checkpoints(tmp_path):
+        time.sleep(0.01)
+    os.kill(process_of_rank(rank, process), signal.SIGKILL)
+    out, _ = process.communicate(timeout=60)
+    (line,) = (line for line in out.splitlines() if "many_gpus.py: process" in line)
+    assert f"process {1 - rank}: " in line and "the last checkpoint stays: --resume" in line
+    assert process.returncode != 0
+    newest = checkpoints.newest_checkpoint(tmp_path)
+    assert weights(newest).isfinite().all()
+    done = int(newest.name[-6:])
+    more = ["--resume", str(tmp_path), "--total-episodes", str(16 * (done + 1))]
+    assert train.main(more) == 0
+    assert checkpoints.newest_checkpoint(tmp_path).name == f"checkpoint-{done + 1:06d}"
