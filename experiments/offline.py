@@ -6,8 +6,8 @@
 
 One log of responses of the starting policy, scored as noise.py scores: as many as a run of noise.py
 samples. On it a critic is fitted, Q (B, T, V) over the vocabulary, and from it a policy is taken in
-one step: log-probs of the log weighted by exp(advantage / temperature). awr is that alone; cql and
-rfqi are awr with alpha or radius 0, bit for bit. Finished runs are kept.
+one step: log-probs of the log weighted by exp(A / temperature), A = Q(s, a) - E_b Q(s, b) [ours].
+awr is that alone; cql and rfqi are awr with alpha or radius 0, bit for bit. Finished runs are kept.
 """
 
 import argparse
@@ -51,6 +51,7 @@ def cql_loss(q, actions, targets, mask, alpha):
         (Q(s, a) - y)^2 / 2 + alpha (log sum_b exp Q(s, b) - Q(s, a))
     The price is CQL's (Kumar et al. 2020, equation 4, CQL(H)); over tokens, as in ILQL (Snell et
     al. 2022), whose implicit maximum is left out. [ours] y is a return: nothing is bootstrapped.
+    q and targets in units of the returns' standard deviation.
     """
     assert q.shape[:-1] == actions.shape == targets.shape == mask.shape, f"q {tuple(q.shape)}"
     taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -76,7 +77,10 @@ def robust_value(values, worst, radius):
 def robust_returns(rewards, mask, gamma, radius, worst):
     """Returns along the sampled path, each next state as bad as the ball allows: (B, T) -> (B, T).
 
-    y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns. [ours]
+        y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns.
+
+    [ours] RFQI bootstraps V(s'); here the sampled return stands for it, so that a noisy one adds
+    pessimism, too: E min(y, worst) <= min(E y, worst). The radius is paid for at every token.
     """
     following, has_next = torch.zeros_like(rewards[:, 0]), torch.zeros_like(mask[:, 0])
     returns = torch.zeros_like(rewards)
@@ -110,7 +114,7 @@ def sampled_log(run, args):
 
 
 def in_turn(log, epochs, desc):
-    """(number of a batch, ROWS of its rows) until all of the log was seen epochs times."""
+    """(epoch, number of a batch, ROWS of its rows) until the log was seen epochs times."""
     size = len(log[0][1])
     for epoch in tqdm(range(epochs), desc, leave=False):
         parts = [(n, rows) for n in range(len(log)) for rows in torch.randperm(size).split(ROWS)]
@@ -133,18 +137,19 @@ def state_values(critic, policy, rollout):
 
 
 def fitted_critic(run, args, log, own):
-    """Q of the starting policy on its log; each epoch is one fitted iteration of rfqi."""
+    """Q of the starting policy on its log; rfqi's worst state is looked for after each epoch."""
     returns = torch.cat([rewards[:, -1] for _, rewards in log])
     critic = QuantileCritic(copy.deepcopy(run.policy.base_model), 1, run.policy.config.vocab_size)
     critic.scale.copy_(returns.std().clamp(min=1e-8))
     critic.heads.bias.data.fill_((returns.mean() / critic.scale).item())
     optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, weight_decay=0.0)
-    seen, worst = -1, returns.min()
+    # At first the worst state is the worst return.
+    seen, worst = 0, returns.min()
     for epoch, number, rows in in_turn(log, CRITIC_EPOCHS, "critic"):
         if own.radius and epoch > seen:
             # What P may move to: the states of the log, as the critic now sees them.
             values = [state_values(critic, run.policy, r)[1][r.mask].min() for r, _ in log]
-            worst, seen = (torch.stack(values).min() if epoch else worst), epoch
+            worst, seen = torch.stack(values).min(), epoch
         rollout, rewards = log[number][0][rows], log[number][1][rows]
         rewards = rewards[:, -rollout.mask.shape[1] :]
         targets = robust_returns(rewards, rollout.mask, args.gamma, own.radius, worst)
@@ -253,7 +258,7 @@ def print_table(rows):
         groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
     heads = ("greedy", "out of domain", "foreseen", "scored", "worst turns")
     print(
-        f"{'noise':18}{'method':10}{'temp.':>6}{'price':>6}{'seeds':>6}",
+        f"{'noise':18}{'method':10}{'temp.':>6}{'by':>6}{'seeds':>6}",
         *map("{:>15}".format, heads),
     )
     for (method, kind, temperature, alpha, radius), found in groups.items():

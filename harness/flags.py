@@ -115,7 +115,8 @@ FLAGS = {
 }
 
 # What may differ in a resumed run.
-CHANGEABLE = {*"resume output_dir total_episodes device save_steps eval_steps report_to".split()}
+CHANGEABLE = {*"resume output_dir total_episodes device compile save_steps eval_steps".split()}
+CHANGEABLE.add("report_to")
 
 
 def number_in(interval, cast):

@@ -3,9 +3,9 @@
 import copy
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 # Of generate: the KV cache has a fixed size, and on a GPU transformers puts what reads it into
@@ -20,23 +20,18 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
     numbers to add, or None -> (B, T, H, E), None. [ours] Given a mask, transformers' own function
     first copies each key H / G times.
     """
-    num_rows, num_heads, num_columns, width = query.shape
-    if num_columns > 1:
+    (num_rows, num_heads, num_columns, width), groups = query.shape, key.shape[1]
+    if num_columns > 1 or groups == num_heads or kwargs.get("position_bias") is not None:
         options = kwargs | {"scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    query = query.reshape(num_rows, key.shape[1], num_heads // key.shape[1], width)
-    scores = query @ key.transpose(2, 3) * (width**-0.5 if scaling is None else scaling)
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, -torch.inf)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    output = scores.softmax(dim=-1, dtype=torch.float32).to(value.dtype) @ value
+    query = query.reshape(num_rows, groups, num_heads // groups, width)
+    options = {"attn_mask": attention_mask, "scale": scaling}
+    output = scaled_dot_product_attention(query, key, value, **options)
     return output.reshape(num_rows, 1, num_heads, value.shape[-1]), None
 
 
-GROUPED = "sdpa_grouped"
-AttentionInterface.register(GROUPED, grouped_attention)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
+# Under its own name, which some models ask for: and so what decodes is what a run checks at first.
+AttentionInterface.register("sdpa", grouped_attention)
 
 
 def half_copy(model):
@@ -45,13 +40,13 @@ def half_copy(model):
     for parameter in sampler.parameters():
         # Not .to(): a rotary embedding's buffers stay fp32.
         parameter.data = parameter.data.bfloat16()
-    if sampler.config._attn_implementation == "sdpa":
-        sampler.set_attn_implementation(GROUPED)
     return sampler
 
 
 def compile_layers(*models):
     """A layer at a time: they share their code, so that it is compiled once for all of them."""
+    # With and without padding, with gradients and without, of all models; the usual limit is 8.
+    torch._dynamo.config.recompile_limit = 64
     for module in (module for model in models for module in model.modules()):
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from critic import QuantileCritic
-from harness.flags import ALGORITHMS, RISK_TERMS, require
+from harness.flags import ALGORITHMS, RISK_TERMS
 from harness.gpu import COMPILED, compile_layers, half_copy
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
@@ -200,7 +200,8 @@ def build(args):
     if device.startswith("cuda") and not has_gpu:
         raise InputError(f"--device: expected auto or cpu, as there is no GPU; found {device}")
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
-    require(half or not args.compile, "compile", "--dtype bfloat16 with it", "float32")
+    if args.compile and not half:
+        raise InputError("--compile: expected --dtype bfloat16 with it, found float32")
     reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
     reward = load_reward(args.reward, device) if args.reward else reward
     user = load_function("--user", args.user) if args.user else user

@@ -1,16 +1,14 @@
 """harness/gpu.py, as far as a CPU can tell; experiments/on_gpu.py asks a GPU."""
 
-import copy
-
 import pytest
 import torch
 from conftest import SMALL, log, refused, run_of, train_in
+from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train
-from harness.gpu import COMPILED, GROUPED, compile_layers, grouped_attention
+from harness.gpu import COMPILED, compile_layers, grouped_attention
 from rollout import response_logprobs, response_quantiles, sample
-from tasks.prompts import PROMPT_IDS
 
 MASKS = ("none", "bool", "numbers")
 SHORT = "--total-episodes 128 --eval-samples 16"
@@ -19,18 +17,18 @@ SHORT = "--total-episodes 128 --eval-samples 16"
 @pytest.fixture
 def quick_compile(monkeypatch):
     """Traces and differentiates as always, but leaves the kernels to PyTorch: seconds."""
-    real = torch.nn.Module.compile
-    quick = lambda module, **options: real(module, **options, backend="aot_eager")
+    real, compiled = torch.nn.Module.compile, []
+
+    def quick(module, **options):
+        compiled.append(type(module).__name__)
+        real(module, **options, backend="aot_eager")
+
     monkeypatch.setattr(torch.nn.Module, "compile", quick)
-    yield
+    # Else what is too much for the limit is run as it is, with a warning.
+    limits = {"recompile_limit": 3, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        yield compiled
     torch.compiler.reset()
-
-
-def replayed(run, prompts, **settings):
-    """Sampled with a seed, log-probs recorded."""
-    torch.manual_seed(0)
-    ends = (run.stop_ids[0], run.stop_ids, 8)
-    return sample(run.sampler, prompts, *ends, 1.0, record_logprobs=True, **settings)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -53,19 +51,39 @@ def test_grouped_attention_is_sdpa(mask, columns, group):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_sampler_in_bf16_decodes_with_it_and_draws_the_same(warm_start, tmp_path):
-    run, _ = run_of(warm_start, tmp_path, "--dtype", "bfloat16")
-    assert run.sampler.config._attn_implementation == GROUPED
-    assert run.policy.config._attn_implementation == "sdpa"
-    prompts = run.data[:6][PROMPT_IDS]
-    assert len({len(ids) for ids in prompts}) > 1  # padding
-    run.sampler = copy.deepcopy(run.policy)
-    usual = replayed(run, prompts)
-    run.sampler.set_attn_implementation(GROUPED)
-    for settings in ({}, COMPILED):
-        grouped = replayed(run, prompts, **settings)
-        assert torch.equal(grouped.input_ids, usual.input_ids)
-        torch.testing.assert_close(grouped.logprobs, usual.logprobs, rtol=1e-4, atol=1e-5)
+def test_scores_stay_fp32_in_half_precision():
+    """Rounded to bf16 before the softmax, scores of this size would be off three times as far."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(8, heads, n, 64) for heads, n in ((4, 1), (2, 99), (2, 99)))
+    exact, _ = grouped_attention(None, 3 * query, key, value, None)
+    half = [tensor.bfloat16() for tensor in (3 * query, key, value)]
+    own, _ = grouped_attention(None, *half, None)
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, False
+    usual, _ = sdpa_attention_forward(module, *half, None)
+    off = [(found.float() - exact).abs().mean() for found in (own, usual)]
+    assert 0 < off[0] < 1.2 * off[1]
+
+
+def test_decoding_with_it_draws_the_same():
+    """Prompts of unequal length, two query heads a key, a cache that grows or does not."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+    torch.manual_seed(0)
+    config = Qwen3Config(**sizes, **heads, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config)
+    prompts, found = [[3, 4, 5, 6], [7, 8], [9, 10, 11]], []
+    ways = [(sdpa_attention_forward, {}), (grouped_attention, {}), (grouped_attention, COMPILED)]
+    for attention, settings in ways:
+        AttentionInterface.register("sdpa", attention)
+        torch.manual_seed(1)
+        found.append(sample(model, prompts, 0, [1], 8, 1.0, record_logprobs=True, **settings))
+    assert len(set(found[0].input_ids[:, -1].tolist())) > 1
+    for other in found[1:]:
+        assert torch.equal(other.input_ids, found[0].input_ids)
+        torch.testing.assert_close(other.logprobs, found[0].logprobs, rtol=1e-4, atol=1e-5)
+    layer = model.model.layers[0].self_attn
+    assert grouped_attention is AttentionInterface()[layer.config._attn_implementation]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -73,21 +91,30 @@ def test_compiled_layers_compute_the_same(checkpointing, warm_start, tmp_path, q
     flags = ["--gradient-checkpointing"] if checkpointing else []
     run, args = run_of(warm_start, tmp_path, *flags)
     experience, _ = train.collect(run, args)
-    found = []
+    models, found = (run.policy, run.critic, run.reference), []
+    # Rows of one length have no padding: another graph.
+    lengths = experience.rollout.lengths[:, 0]
+    alike = (lengths == lengths[0]).nonzero().flatten()[:5]
     for compiled in (False, True):
         if compiled:
-            compile_layers(run.policy, run.critic)
-        for part in (experience[torch.arange(5)], experience[torch.arange(5, 12)]):
+            compile_layers(*models)
+            assert quick_compile == ["LlamaDecoderLayer"] * 9
+        for part in (
+            experience[torch.arange(5)],
+            experience[torch.arange(5, 12)],
+            experience[alike],
+        ):
+            with torch.no_grad():
+                before = [response_logprobs(model, part.rollout, 1.0) for model in models[::2]]
             logprobs = response_logprobs(run.policy, part.rollout, 1.0)
             quantiles = response_quantiles(run.critic, part.rollout)
             (logprobs.sum() + quantiles.square().sum()).backward()
-            models = (run.policy, run.critic)
             grads = [p.grad.clone() for m in models for p in m.parameters() if p.grad is not None]
             for model in models:
                 model.zero_grad()
-            found.append((logprobs, quantiles, *grads))
+            found.append((*before, logprobs, quantiles, *grads))
     assert len(found[0]) > 20
-    for usual, compiled in zip(found[:2], found[2:]):
+    for usual, compiled in zip(found[:3], found[3:]):
         for a, b in zip(usual, compiled):
             torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5)
 
@@ -95,7 +122,7 @@ def test_compiled_layers_compute_the_same(checkpointing, warm_start, tmp_path, q
 @pytest.mark.slow
 def test_a_compiled_run_trains_saves_and_goes_on(warm_start, tmp_path, quick_compile):
     flags = f"--compile --dtype bfloat16 {SHORT} --critic-warmup-steps 0".split()
-    assert train_in(tmp_path / "run", warm_start, *flags) == 0
+    assert train_in(tmp_path / "run", warm_start, *flags) == 0 and quick_compile
     more = ["--resume", str(tmp_path / "run"), "--total-episodes", "192"]
     assert train.main(more) == 0 and len(log(tmp_path / "run")) == 3
 
