@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
 
 import train
-from experiments.seeds import current_commit
+from experiments.seeds import DEVICE, current_commit
 from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
@@ -69,7 +69,7 @@ def make_model(args, folder):
     """Saves a random model, a word tokenizer and prompts of --prompt words for train.py."""
     torch.manual_seed(0)
     config = config_of(args)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    with torch.device(DEVICE):
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, config.vocab_size))]
     inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, "<pad>"))

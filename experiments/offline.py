@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm
+from tqdm import tqdm, trange
 
 from critic import QuantileCritic
 from dvpo import masked_mean
@@ -33,7 +33,7 @@ from experiments.seeds import COUNT, RESULTS, current_commit, interval, read_row
 from harness.flags import number_in, parse_args
 from harness.reports import evaluate
 from harness.setup import build, judge, respond
-from rollout import response_quantiles
+from rollout import response_logprobs, response_quantiles
 from tasks import InputError
 from tasks.prompts import batch_rows
 
@@ -113,13 +113,11 @@ def sampled_log(run, args):
     return log
 
 
-def in_turn(log, epochs, desc):
-    """(epoch, number of a batch, ROWS of its rows) until the log was seen epochs times."""
+def in_turn(log):
+    """All of the log by chance, once: (number of a batch, ROWS of its rows)."""
     size = len(log[0][1])
-    for epoch in tqdm(range(epochs), desc, leave=False):
-        parts = [(n, rows) for n in range(len(log)) for rows in torch.randperm(size).split(ROWS)]
-        for at in torch.randperm(len(parts)).tolist():
-            yield epoch, *parts[at]
+    parts = [(n, rows) for n in range(len(log)) for rows in torch.randperm(size).split(ROWS)]
+    return [parts[at] for at in torch.randperm(len(parts)).tolist()]
 
 
 def step(loss, model, optimizer):
@@ -144,18 +142,18 @@ def fitted_critic(run, args, log, own):
     critic.heads.bias.data.fill_((returns.mean() / critic.scale).item())
     optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, weight_decay=0.0)
     # At first the worst state is the worst return.
-    seen, worst = 0, returns.min()
-    for epoch, number, rows in in_turn(log, CRITIC_EPOCHS, "critic"):
-        if own.radius and epoch > seen:
+    worst = returns.min()
+    for epoch in trange(CRITIC_EPOCHS, desc="critic", leave=False):
+        if own.radius and epoch:
             # What P may move to: the states of the log, as the critic now sees them.
             values = [state_values(critic, run.policy, r)[1][r.mask].min() for r, _ in log]
-            worst, seen = torch.stack(values).min(), epoch
-        rollout, rewards = log[number][0][rows], log[number][1][rows]
-        rewards = rewards[:, -rollout.mask.shape[1] :]
-        targets = robust_returns(rewards, rollout.mask, args.gamma, own.radius, worst)
-        q = response_quantiles(critic, rollout)[:, :, 0] / critic.scale
-        loss = cql_loss(q, rollout.response_ids, targets / critic.scale, rollout.mask, own.alpha)
-        step(loss, critic, optimizer)
+            worst = torch.stack(values).min()
+        for number, rows in in_turn(log):
+            rollout, rewards = log[number][0][rows], log[number][1][rows]
+            rewards, mask = rewards[:, -rollout.mask.shape[1] :], rollout.mask
+            targets = robust_returns(rewards, mask, args.gamma, own.radius, worst) / critic.scale
+            q = response_quantiles(critic, rollout)[:, :, 0] / critic.scale
+            step(cql_loss(q, rollout.response_ids, targets, mask, own.alpha), critic, optimizer)
     return critic
 
 
@@ -169,13 +167,13 @@ def extracted_policy(run, args, log, critic, own):
     scale = torch.cat([a[r.mask] for a, (r, _) in zip(advantages, log)]).std()
     policy = copy.deepcopy(run.policy)
     optimizer = torch.optim.AdamW(policy.parameters(), args.learning_rate, weight_decay=0.0)
-    for _, number, rows in in_turn(log, POLICY_EPOCHS, "policy"):
-        rollout = log[number][0][rows]
-        part = advantages[number][rows][:, -rollout.mask.shape[1] :]
-        ids = rollout.response_ids.unsqueeze(-1)
-        logprobs = response_logits(policy, rollout).log_softmax(dim=-1).gather(-1, ids).squeeze(-1)
-        weights = (part / (own.temperature * scale)).exp().clamp(max=MOST_WEIGHT)
-        step(-masked_mean(weights * logprobs, rollout.mask), policy, optimizer)
+    for _ in trange(POLICY_EPOCHS, desc="policy", leave=False):
+        for number, rows in in_turn(log):
+            rollout = log[number][0][rows]
+            part = advantages[number][rows][:, -rollout.mask.shape[1] :]
+            logprobs = response_logprobs(policy, rollout, args.temperature)
+            weights = (part / (own.temperature * scale)).exp().clamp(max=MOST_WEIGHT)
+            step(-masked_mean(weights * logprobs, rollout.mask), policy, optimizer)
     return policy
 
 

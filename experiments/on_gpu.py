@@ -109,7 +109,7 @@ def agreement(args):
             source = functools.partial(next_of, iter([on_device(rollout) for rollout in rollouts]))
         with random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own):
             with patch.object(train, "respond", source):
-                metrics[name] = [iteration(run, own)[2] for _ in range(3)]
+                metrics[name] = [iteration(run, own) for _ in range(3)]
     found = {}
     for when, a, b in zip(("first", "second", "third"), *metrics.values()):
         pairs = {key: (float(a[key]), float(b[key])) for key in a}
@@ -120,12 +120,12 @@ def agreement(args):
 
 
 def iteration(run, own):
-    """-> seconds of collect and of update, metrics."""
-    of_collect, (experience, metrics) = seconds_of(train.collect, run, own)
+    """-> metrics."""
+    experience, metrics = train.collect(run, own)
     torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
-    of_update, more = seconds_of(train.update, run, own, experience)
+    metrics |= train.update(run, own, experience)
     run.iteration += 1
-    return of_collect, of_update, metrics | more
+    return metrics
 
 
 def half_precision(args):
@@ -225,18 +225,18 @@ def one_size(args, shape, found):
     # On a CPU, compiling takes minutes.
     flags += "" if args.small else " --compile"
     free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else math.inf
-    formula = peak_bytes(bench.config_of(own), own, "dvpo")
-    if formula > free:
-        found |= {"skipped": f"{formula / 2**30:.0f} GiB needed, {free / 2**30:.0f} free"}
+    formula = {algo: peak_bytes(bench.config_of(own), own, algo) for algo in ("dvpo", "ppo")}
+    needed = max(formula.values())
+    if needed > free:
+        found |= {"skipped": f"{needed / 2**30:.0f} GiB needed, {free / 2**30:.0f} free"}
         return
-    flags += " --gradient-checkpointing" if 1.2 * formula > free else ""
+    flags += " --gradient-checkpointing" if 1.2 * needed > free else ""
     found |= {"flags": flags}
     with tempfile.TemporaryDirectory() as folder:
-        for algo in ("dvpo", "ppo"):
+        for algo in formula:
             run, own_args = bench.random_run(own, f"--algo {algo} {flags}".split(), folder)
             one_algorithm(run, own_args, rollouts, measured, args, found)
-            found |= {f"{algo}: peak / formula": measured[algo][1] / formula}
-            formula = peak_bytes(bench.config_of(own), own, "ppo")
+            found |= {f"{algo}: peak / formula": measured[algo][1] / formula[algo]}
             del run
             gc.collect()
             if DEVICE == "cuda":
@@ -297,11 +297,9 @@ def trained(folder, flags, found):
 
 def parts_of(args):
     """{name: (least seconds that it takes, function)}."""
-    task = (
-        "--total-episodes 16 --batch-size 8 --eval-samples 8"
-        if args.small
-        else "--total-episodes 6400"
-    )
+    task = "--total-episodes 6400"
+    if args.small:
+        task = "--total-episodes 16 --batch-size 8 --eval-samples 8"
     shapes = ("tiny",) if args.small else ("small", "qwen3-0.6b", "qwen3-1.7b")
     parts = {
         "CPU and GPU": (20, lambda found: found.update(agreement(args))),

@@ -115,8 +115,8 @@ FLAGS = {
 }
 
 # What may differ in a resumed run.
-CHANGEABLE = {*"resume output_dir total_episodes device compile save_steps eval_steps".split()}
-CHANGEABLE.add("report_to")
+CHANGEABLE = "resume output_dir total_episodes device compile save_steps eval_steps report_to"
+CHANGEABLE = {*CHANGEABLE.split()}
 
 
 def number_in(interval, cast):

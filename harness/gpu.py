@@ -44,9 +44,9 @@ def half_copy(model):
 
 
 def compile_layers(*models):
-    """A layer at a time: they share their code, so that it is compiled once for all of them."""
+    """A layer at a time: they share their code, and it is compiled once for all. None: left out."""
     # With and without padding, with gradients and without, of all models; the usual limit is 8.
     torch._dynamo.config.recompile_limit = 64
-    for module in (module for model in models for module in model.modules()):
+    for module in (module for model in filter(None, models) for module in model.modules()):
         if isinstance(module, GradientCheckpointingLayer):
             module.compile(dynamic=True)

@@ -240,7 +240,8 @@ def build(args):
     )
     # In bf16 they never are.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
-    compile_layers(*filter(None, (policy, critic, reference) if args.compile else ()))
+    if args.compile:
+        compile_layers(policy, critic, reference)
     return run
 
 
@@ -250,9 +251,8 @@ def respond(run, args, batch, temperature, record_logprobs=False):
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
     stops = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
     limits = {"response_length": args.response_length, "record_logprobs": record_logprobs}
-    settings = COMPILED if args.compile else {}
-    own = {"temperature": temperature, **stops, **limits, **settings}
-    take_turn = functools.partial(sample, run.sampler, **own)
+    limits |= COMPILED if args.compile else {}
+    take_turn = functools.partial(sample, run.sampler, temperature=temperature, **stops, **limits)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])

@@ -34,8 +34,8 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     else:
-        # datasets takes a path for a pattern.
         assert_not_empty(path)
+        # datasets takes a path for a pattern.
         data = load_dataset(kind, data_files=escape(str(path.resolve())), split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
     if prompt_column not in data.column_names or len(data) == 0:
