@@ -1,11 +1,11 @@
 """A setting of the paper with a real model: methods x kinds of noise x seeds.
 
-    python experiments/settings.py DATA --model FOLDER --jobs 2 -- FLAGS     # of train.py, all runs'
+    python experiments/settings.py DATA --model FOLDER --jobs 2 -- FLAGS     # train.py's
     python experiments/settings.py DATA --table
 
 DATA is a folder: train.jsonl and held.jsonl, other.jsonl for out of domain, and for the noise
 `votes` votes.jsonl, train.jsonl as pseudo_labels.py labels it. Finished runs stand in
-experiments/results/setting-NAME.jsonl, NAME the folder's, and are skipped.
+experiments/results/setting-DATA.jsonl and are skipped.
 """
 
 import argparse
@@ -13,8 +13,10 @@ import concurrent.futures
 import contextlib
 import gc
 import io
+import itertools
 import json
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
@@ -28,10 +30,18 @@ from tqdm import tqdm
 
 import train
 from experiments import evaluate
-from experiments.noise import NOISES
-from experiments.seeds import COUNT, DEVICE, RESULTS, current_commit, interval, read_rows
-from experiments.seeds import run_script
+from experiments.noise import CURVES, NOISES
+from experiments.seeds import (
+    COUNT,
+    DEVICE,
+    RESULTS,
+    current_commit,
+    interval,
+    read_rows,
+    run_script,
+)
 from harness.flags import parse_args
+from tasks import InputError
 from tasks.rewards import load_reward
 
 METHODS = {
@@ -72,7 +82,7 @@ def run(args, method, kind, seed):
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
             if train.main([*flags, *own]):
-                raise RuntimeError(said.getvalue().strip().splitlines()[-1])
+                raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
             found = json.loads((Path(folder) / "results.json").read_text())
             gc.collect()
             found["after"][OTHER] = out_of_domain(folder, args)
@@ -81,8 +91,8 @@ def run(args, method, kind, seed):
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         found["device"] = torch.cuda.get_device_name()
-    curve = [round(row["objective/true_scores"], 4) for row in rows]
-    return {**found, "flags": flags, "true": curve, "all seconds": round(time.time() - begin, 1)}
+    curves = {name: [row.get(key) for row in rows] for name, key in CURVES.items()}
+    return {**found, **curves, "flags": flags, "with evaluation": round(time.time() - begin, 1)}
 
 
 def run_grid(args, target):
@@ -120,28 +130,32 @@ def run_grid(args, target):
 
 
 def print_table(rows):
-    """Scores by noise and method: before, after, and minus PPO's, paired by seed."""
+    """A row per noise and method: seeds, each score, and how far it is from PPO's, paired."""
     found = {}
     for row in rows:
         found.setdefault((row["noise"], row["method"]), {})[row["seed"]] = row["after"]
     before = [row["before"] for row in rows if "before" in row]
-    for name in before[0] if before else ():
-        print(f"start, {name}: {sum(scores[name] for scores in before) / len(before):.3f}")
-    for (kind, method), own in found.items():
-        base = found.get((kind, "ppo"), {})
-        cells = []
-        for name in next(iter(own.values())):
-            values = [own[seed][name] for seed in sorted(own)]
-            pairs = [
-                own[seed][name] - base[seed][name] for seed in sorted(own.keys() & base.keys())
-            ]
-            for column in (values, pairs):
-                text = "{:.3f} ±{:.3f}".format(*interval(column)) if len(column) > 1 else column
-                cells.append(f"{text!s:17}")
-        print(f"{kind:10}{method:14}{len(own):3}  {'  '.join(cells)}")
+    starts = {name: statistics.fmean(scores[name] for scores in before) for name in before[0]}
+    starts |= found["none", "start"][0]
+    print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
+    print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))
+    for kind, method in itertools.product(KINDS, METHODS):
+        own, base = found.get((kind, method), {}), found.get((kind, "ppo"), {})
+        seeds = sorted(own.keys() & base.keys())
+        if len(seeds) < 2:
+            continue
+        cells = ""
+        for name in starts:
+            values = [own[seed][name] for seed in seeds]
+            pairs = [own[seed][name] - base[seed][name] for seed in seeds]
+            columns = (*interval(values), *interval(pairs))
+            cells += f"{'{:.3f} ±{:.3f}  {:+.3f} ±{:.3f}'.format(*columns):34}"
+        print(f"{kind:10}{method:14}{len(seeds):<6}{cells}")
 
 
 def run_and_print(args):
+    if not (args.table or args.model and args.flags):
+        raise InputError("expected --model and train.py's flags behind --, or --table")
     target = RESULTS / f"setting-{args.data.resolve().name}.jsonl"
     failed = 0 if args.table else run_grid(args, target)
     print_table(read_rows(target))

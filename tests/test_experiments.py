@@ -1,5 +1,6 @@
 """experiments/: the scripts run, at sizes of seconds."""
 
+import argparse
 import itertools
 import json
 import shutil
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from experiments import (
@@ -21,6 +23,7 @@ from experiments import (
     on_gpu,
     pseudo_labels,
     reward_model,
+    settings,
 )
 from harness.flags import RISK_TERMS, parse_args
 from tasks import InputError
@@ -249,6 +252,58 @@ def test_the_learning_rates_are_those_that_tuning_found(monkeypatch):
     for name, flags in noise.ALL.items():
         rates = {mean[f"{name}, lr {rate}"]: rate for rate in noise.LEARNING_RATES}
         assert f"--learning-rate {rates[max(rates)]}" in flags
+
+
+# ---- settings.py
+
+
+@pytest.mark.slow
+def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_path, capsys):
+    rows = [{"prompt": f"area {value}", "answer": value} for value in SLOTS["area"]]
+    for name in ("train", "held", "other"):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    own = argparse.Namespace(data=tmp_path, model=model_folder, kinds=["none"], seeds=[0], jobs=1)
+    own.flags = [*MODEL, "--reward", "exact"]
+    target = tmp_path / "setting.jsonl"
+    for _ in range(2):
+        assert settings.run_grid(own, target) == 0
+        start, ppo = read_rows(target)
+        assert start["method"] == "start" and start["after"].keys() == {settings.OTHER}
+        names = ["held out, greedy", "held out, sampled", settings.OTHER]
+        assert [*ppo["after"]] == names and [*ppo["before"]] == names[:2]
+        assert len(ppo["true"]) == 1 and ppo["commit"]
+
+
+def test_a_settings_table_pairs_seeds_with_ppos(capsys):
+    before = {"greedy": 0.25}
+    rows = [{"noise": "none", "method": "start", "seed": 0, "after": {settings.OTHER: 0.125}}]
+    for method, scores in {"ppo": (0.5, 0.6, 0.9), "grpo": (0.5, 0.8)}.items():
+        for seed, score in enumerate(scores):
+            row = {"noise": "verifier", "method": method, "seed": seed, "before": before}
+            rows.append({**row, "after": {"greedy": score, settings.OTHER: 0.0}})
+    settings.print_table(rows)
+    head, start, ppo, grpo = (line.split() for line in capsys.readouterr().out.splitlines())
+    assert start == ["start", "0.250", "0.125"]
+    assert ppo[:6] == ["verifier", "ppo", "3", "0.667", "±0.517", "+0.000"]
+    # Seeds 0 and 1: 0.65 and 0.1, and 12.71 standard errors: 0.15, 0.1.
+    assert grpo[:7] == ["verifier", "grpo", "2", "0.650", "±1.907", "+0.100", "±1.271"]
+
+
+@pytest.mark.parametrize(
+    "flags,found",
+    [
+        (["--kinds", "rain"], "argument --kinds: invalid choice: 'rain'"),
+        ([], "expected --model and train.py's flags behind --, or --table"),
+        (["--model", "nowhere", "--", "--reward", "exact"], "cannot load 'nowhere'"),
+        (["--table"], "No such file"),
+    ],
+)
+def test_a_settings_bad_flags_are_one_line(flags, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(settings, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["settings.py", str(tmp_path / "none"), *flags])
+    with pytest.raises(SystemExit) as stopped:
+        settings.main()
+    assert stopped.value.code == 2 and found in capsys.readouterr().err.splitlines()[-1]
 
 
 # ---- pseudo-labels and reward models
