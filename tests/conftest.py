@@ -47,9 +47,19 @@ MODEL = """
 SHAPES = {"batch": st.integers(1, 4), "length": st.integers(1, 7), "seed": st.integers(0, 2**31)}
 
 
+def slow(*values):
+    """Values of a parametrised test that run with -m slow: another of their kind runs always."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def dice(prompts, **columns):
     """A reward that is all chance, from generators that are not torch's."""
     return [random.random() + numpy.random.rand() for _ in prompts]
+
+
+def few_rows(task, split, num_rows, seed):
+    """task_rows, for a warm start of which nobody reads what it has learned."""
+    return task_rows(task, split, min(num_rows, 64), seed)
 
 
 def train_and_exit(argv, out):
