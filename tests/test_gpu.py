@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, log, refused, run_of, slow, train_in
+from conftest import SMALL, log, refused, run_of, train_in
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -86,7 +86,8 @@ def test_decoding_with_it_draws_the_same():
     assert grouped_attention is AttentionInterface()[layer.config._attn_implementation]
 
 
-@pytest.mark.parametrize("checkpointing", [False, slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same(checkpointing, warm_start, tmp_path, quick_compile):
     flags = ["--gradient-checkpointing"] if checkpointing else []
     run, args = run_of(warm_start, tmp_path, *flags)
