@@ -1,5 +1,6 @@
 """Fixtures that several test modules share: tiny models with a real tokenizer on disk."""
 
+import fcntl
 import json
 import os
 import random
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 
 import train
 from critic import QuantileCritic
+from harness import setup
 from harness.checkpoints import newest_checkpoint
 from harness.flags import parse_args
 from harness.setup import build
@@ -45,9 +47,19 @@ MODEL = """
 SHAPES = {"batch": st.integers(1, 4), "length": st.integers(1, 7), "seed": st.integers(0, 2**31)}
 
 
+def slow(*values):
+    """Values of a parametrised test that run with -m slow: another of their kind runs always."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def dice(prompts, **columns):
     """A reward that is all chance, from generators that are not torch's."""
     return [random.random() + numpy.random.rand() for _ in prompts]
+
+
+def few_rows(task, split, num_rows, seed):
+    """task_rows, for a warm start of which nobody reads what it has learned."""
+    return task_rows(task, split, min(num_rows, 64), seed)
 
 
 def train_and_exit(argv, out):
@@ -126,20 +138,53 @@ def model_folder(tmp_path_factory):
     return str(folder)
 
 
+def made_once(tmp_path_factory, name, make):
+    """A folder that make(folder) has filled, once for all of pytest-xdist's processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+    folder, is_made = root / name, root / f"{name}.made"
+    with open(root / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not is_made.exists():
+            make(folder)
+            is_made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def warm_start(tmp_path_factory):
     """The built-in model of seed 0, made once."""
-    folder = tmp_path_factory.mktemp("warm") / "warm_start"
-    make_warm_start("dialogue", 0, folder)
-    return folder
+    make = lambda folder: make_warm_start("dialogue", 0, folder)
+    return made_once(tmp_path_factory, "warm_start", make)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, warm_start):
     """The folder of a run of 24 iterations, with checkpoints of iterations 12 and 24."""
-    folder = tmp_path_factory.mktemp("finished")
-    assert train_in(folder, warm_start, "--save-steps", "12") == 0
-    return folder
+
+    def make(folder):
+        assert train_in(folder, warm_start, "--save-steps", "12") == 0
+
+    return made_once(tmp_path_factory, "finished", make)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_prompts():
+    """A built-in task's prompts with their ids, which nobody changes, are made once a process."""
+    known, load_prompts = {}, setup.load_prompts
+
+    def remembered(flag, *where, tokenizer, **options):
+        if flag != "--task":
+            return load_prompts(flag, *where, tokenizer=tokenizer, **options)
+        words = tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template
+        key = (*where, *words, *sorted(options.items()))
+        if key not in known:
+            known[key] = load_prompts(flag, *where, tokenizer=tokenizer, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup, "load_prompts", remembered)
+        yield
 
 
 # ---- runs

@@ -242,7 +242,8 @@ def test_resume_from_torn_flags_or_short_metrics_is_one_line(finished, tmp_path,
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json")
 
 
-def test_resuming_a_finished_run_moves_nothing(finished, tmp_path):
+def test_resuming_a_finished_run_moves_nothing(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "evaluate", lambda run, args: (run.before, run.examples))
     names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
     some_of(finished, tmp_path, "checkpoint-000024", *names)
     assert train.main(["--resume", str(tmp_path)]) == 0
@@ -318,29 +319,26 @@ def sizes(folder):
     return {str(path.relative_to(folder)): path.stat().st_size for path in files}
 
 
-def lines_until(limit, function, *rest):
-    """Calls function in a process that dies before its limit-th line of checkpoints.py.
+def at_every_line(look, function, *rest):
+    """What look() finds before every line of checkpoints.py that function(*rest) runs, and after.
 
-    -> Whether it got to the end.
+    A process that died there would leave just this: what Python has not written yet is lost.
     """
-    process = os.fork()
-    if process == 0:
-        left = [limit]
+    found, before = [], sys.gettrace()
 
-        def trace(frame, event, value):
-            if frame.f_code.co_filename != checkpoints.__file__:
-                return None
-            left[0] -= event == "line"
-            if left[0] <= 0:
-                os._exit(9)
-            return trace
+    def trace(frame, event, value):
+        if frame.f_code.co_filename != checkpoints.__file__:
+            return None
+        if event == "line":
+            found.append(look())
+        return trace
 
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        sys.settrace(trace)
+    sys.settrace(trace)
+    try:
         function(*rest)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+    finally:
+        sys.settrace(before)
+    return [*found, look()]
 
 
 def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
@@ -348,34 +346,29 @@ def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
 
     Wherever it dies, one or both of the newest are whole, and the next save clears up.
     """
-    folder = tmp_path / "run"
-    folder.mkdir()
-    run, args = run_of(warm_start, folder)
-    (folder / "metrics.jsonl").touch()
+    run, args = run_of(warm_start, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
     for run.iteration in (1, 2):
         whole = checkpoints.save_checkpoint(run, args)
     assert loads(whole)
-    kept, expected = tmp_path / "kept", sizes(whole)
-    shutil.copytree(folder, kept)
-    run.iteration, limit, done, seen = 3, 1, False, set()
-    while not done:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        some_of(kept, folder, "checkpoint-000001", "checkpoint-000002")
-        done = lines_until(limit, checkpoints.save_checkpoint, run, args)
-        found = checkpoints.checkpoints(folder)
-        left = [any(folder.glob(f"*.{kind}")) for kind in ("tmp", "old")]
-        seen.add((*found, *left))
-        assert all(sizes(path) == expected for path in found.values()) and 2 in found, found
-        limit += 1
-    assert loads(newest_checkpoint(folder)) and limit > 40
-    ends = {(1, 2, False, False), (2, 3, False, False)}
-    assert ends | {(1, 2, True, False), (1, 2, 3, False, False)} <= seen, seen
+    expected, run.iteration = sizes(whole), 3
+
+    def look():
+        found = checkpoints.checkpoints(tmp_path)
+        left = [any(tmp_path.glob(f"*.{kind}")) for kind in ("tmp", "old")]
+        return (*found, *left), all(sizes(path) == expected for path in found.values())
+
+    seen = at_every_line(look, checkpoints.save_checkpoint, run, args)
+    assert all(is_whole and 2 in names for names, is_whole in seen), seen
+    assert loads(newest_checkpoint(tmp_path)) and len(seen) > 40
+    names = {names for names, _ in seen}
+    assert {seen[0][0], seen[-1][0]} == {(1, 2, False, False), (2, 3, False, False)}
+    assert {(1, 2, True, False), (1, 2, 3, False, False)} <= names, names
     for left in ("checkpoint-000003.tmp", "checkpoint-000001.old"):
-        (folder / left).mkdir()
+        (tmp_path / left).mkdir()
     run.iteration = 4
     checkpoints.save_checkpoint(run, args)
-    names = sorted(path.name for path in folder.glob("checkpoint-*"))
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-000003", "checkpoint-000004"]
 
 
@@ -384,29 +377,25 @@ def test_a_kill_at_any_line_of_resuming_leaves_a_run_that_can_be_resumed(warm_st
 
     Wherever it dies, the older one has its line in metrics.jsonl, and the next try goes on.
     """
-    folder = tmp_path / "run"
-    folder.mkdir()
-    run, args = run_of(warm_start, folder)
-    (folder / "metrics.jsonl").touch()
+    run, args = run_of(warm_start, tmp_path)
+    (tmp_path / "metrics.jsonl").touch()
     for run.iteration in (1, 2):
         newest = checkpoints.save_checkpoint(run, args)
     (newest / "critic" / "model.safetensors").write_bytes(b"torn")
-    kept, limit, done = tmp_path / "kept", 1, False
-    shutil.copytree(folder, kept)
-    older = sizes(kept / "checkpoint-000001")
-    lines = [f'{{"iteration": {number}}}\n' for number in (1, 2, 3)]
-    while not done:
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
-        some_of(kept, folder, "checkpoint-000001", "checkpoint-000002")
-        (folder / "metrics.jsonl").write_text("".join(lines))
-        done = lines_until(limit, checkpoints.resume, run, args)
-        assert sizes(folder / "checkpoint-000001") == older
-        assert (folder / "metrics.jsonl").read_text() in ("".join(lines), lines[0])
-        assert len(list(folder.glob("checkpoint-000002*"))) == 1
-        limit += 1
-    assert limit > 40 and (folder / "metrics.jsonl").read_text() == lines[0]
-    assert (folder / "checkpoint-000002.broken").is_dir()
+    lines = "".join(f'{{"iteration": {number}}}\n' for number in (1, 2, 3))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+
+    def look():
+        newer = [path.name for path in tmp_path.glob("checkpoint-000002*")]
+        log_file = (tmp_path / "metrics.jsonl").read_text()
+        return sizes(tmp_path / "checkpoint-000001"), log_file, newer
+
+    seen = at_every_line(look, checkpoints.resume, run, args)
+    older, _, _ = seen[0]
+    one = lines.splitlines(keepends=True)[0]
+    assert all(same == older and text in (lines, one) for same, text, _ in seen), seen
+    assert all(len(newer) == 1 for _, _, newer in seen) and len(seen) > 40
+    assert seen[-1][1:] == (one, ["checkpoint-000002.broken"])
     checkpoints.resume(run, args)
     assert run.iteration == 1
 
@@ -514,7 +503,7 @@ FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["train", "conftest"])
 
 
-KILLED = "--total-episodes 384 --save-steps 1 --response-length 6".split()
+KILLED = "--save-steps 1 --response-length 6".split()
 
 
 def started(argv, out=os.devnull):
@@ -524,12 +513,12 @@ def started(argv, out=os.devnull):
 
 
 @pytest.fixture(scope="module")
-def to_kill(model_folder, tmp_path_factory):
+def to_kill(request, model_folder, tmp_path_factory):
     """(flags, finished folder): a run whose reward draws from python's and numpy's generators."""
     folder = tmp_path_factory.mktemp("kill")
     data = write_rows(folder / "data.jsonl", rows_of())
     own = f"--model-name-or-path {model_folder} --dataset-name {data} --reward conftest:dice"
-    argv = [*MODEL, *KILLED, *own.split()]
+    argv = [*MODEL, *KILLED, *own.split(), "--total-episodes", str(8 * request.param)]
     process = started([*argv, "--output-dir", str(folder / "whole")])
     process.join()
     assert process.exitcode == 0
@@ -538,8 +527,9 @@ def to_kill(model_folder, tmp_path_factory):
 
 def same_run(a, b):
     assert log(a) == log(b) and torch.equal(weights(a), weights(b))
-    after = [json.loads((folder / "results.json").read_text())["after"] for folder in (a, b)]
-    assert after[0] == after[1]
+    results = [json.loads((folder / "results.json").read_text()) for folder in (a, b)]
+    assert all(row.pop("seconds") > 0 for row in results) and results[0] == results[1]
+    assert results[0].keys() == {"before", "after", "interval", "examples"}
 
 
 def num_lines(path):
@@ -568,7 +558,9 @@ def wait_for(kind, folder, process, rng):
     time.sleep(rng.uniform(0, 0.005))
 
 
-@pytest.mark.parametrize("count", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "to_kill,count", [(24, 3), pytest.param(48, 20, marks=pytest.mark.slow)], indirect=["to_kill"]
+)
 def test_kills_change_nothing(count, to_kill, tmp_path):
     """SIGKILL of each kind in turn: the finished run is the uninterrupted one, bit for bit."""
     argv, whole = to_kill
@@ -587,6 +579,7 @@ def test_kills_change_nothing(count, to_kill, tmp_path):
     same_run(folder, whole)
 
 
+@pytest.mark.parametrize("to_kill", [24], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     argv, whole = to_kill
@@ -598,7 +591,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     process.join()
     assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
     out, name = (tmp_path / "out").read_text(), signal.Signals(number).name
-    where = rf"stopped by {name} after iteration \d+ of 48: --resume {folder} goes on"
+    where = rf"stopped by {name} after iteration \d+ of 24: --resume {folder} goes on"
     assert re.search(where, out), out
     assert train.main(["--resume", str(folder)]) == 0
     same_run(folder, whole)

@@ -469,6 +469,7 @@ def test_critic_starts_at_the_quantiles_of_returns_or_at_their_mean(model):
             critic.start_at(returns)
 
 
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
 def test_critic_starts_at_returns_of_any_precision_and_number(model):
     """torch.quantile wants one dtype, float or double, and at most 2^24 numbers."""
     critic = make_critic(model, num_quantiles=2)

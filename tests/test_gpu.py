@@ -86,6 +86,7 @@ def test_decoding_with_it_draws_the_same():
     assert grouped_attention is AttentionInterface()[layer.config._attn_implementation]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_layers_compute_the_same(checkpointing, warm_start, tmp_path, quick_compile):
     flags = ["--gradient-checkpointing"] if checkpointing else []

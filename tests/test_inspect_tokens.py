@@ -1,5 +1,6 @@
 """experiments/inspect_tokens.py: every number by single rows and loops; the page in a browser."""
 
+import functools
 import html.parser
 import json
 import math
@@ -70,9 +71,15 @@ def inspect(monkeypatch):
     return run
 
 
+@functools.cache
+def loaded(kind, folder):
+    options = {} if kind is QuantileCritic else {"dtype": torch.float32}
+    return kind.from_pretrained(folder, **options).eval()
+
+
 def logprobs_of(folder, tokens, own):
     """What a model gives to tokens (1, L) at positions own: floats, at temperature 1.5."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = loaded(AutoModelForCausalLM, folder)
     table = (model(tokens).logits[0].double() / 1.5).log_softmax(-1)
     return [table[at - 1, tokens[0, at]].item() for at in own]
 
@@ -88,7 +95,7 @@ def by_hand(folder, model_folder, row, algo):
     new, old = (logprobs_of(name, tokens, own) for name in (run / "policy", model_folder))
     rewards = [-0.3 * (a - b) for a, b in zip(new, old)]
     rewards[-1] += row["score"] - 0.5 * row["truncated"]
-    critic = QuantileCritic.from_pretrained(newest_checkpoint(folder / algo) / "critic").eval()
+    critic = loaded(QuantileCritic, newest_checkpoint(folder / algo) / "critic")
     positions = torch.arange(tokens.shape[1])[None]
     heads = critic(tokens, torch.ones_like(tokens), positions)[0]
     heads = heads.mean(dim=1).double().sort(dim=-1).values

@@ -482,6 +482,7 @@ def test_our_names_are_all_there_are():
     assert here <= set(OURS)
 
 
+@pytest.mark.slow
 def test_a_process_started_elsewhere_keeps_ours_and_theirs_apart(tmp_path):
     """As a run does it: our folder is first on the path, the user's is the working folder."""
     code = f"""

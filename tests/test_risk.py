@@ -1,9 +1,11 @@
 """risk.py: exact tail means, each term by hand, and the property that the terms exist for."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
+from conftest import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -301,17 +303,18 @@ def target_quantile_form(q, targets, config):
     return 0.1 * tail, {}
 
 
-@pytest.mark.parametrize(
-    "returns,m",
-    [
-        *((name, 64) for name in RETURNS),
-        pytest.param("gaussian", 200, marks=pytest.mark.slow),
-    ],
-)
-def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns, m):
-    steps = 700 if m == 64 else 350
-    mean, low, up = tails(fitted_quantiles(returns, None, m=m, steps=steps))
-    risk_mean, risk_low, risk_up = tails(fitted_quantiles(returns, RiskConfig(), m=m, steps=steps))
+# A fit takes seconds: those that several tests look at are made once.
+fit = functools.cache(fitted_quantiles)
+
+
+FITS = [("gaussian", 64, 350), ("coin", 64, 350), slow("gaussian", 200, 350)]
+FITS += [slow(name, 64, 700) for name in RETURNS]
+
+
+@pytest.mark.parametrize("returns,m,steps", FITS)
+def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns, m, steps):
+    mean, low, up = tails(fit(returns, None, m=m, steps=steps))
+    risk_mean, risk_low, risk_up = tails(fit(returns, RiskConfig(), m=m, steps=steps))
     assert abs(risk_mean - mean) < 0.05
     if returns == "coin":  # already as short as it can be: it must not grow
         assert risk_low < low + 0.01
@@ -321,8 +324,9 @@ def test_lower_tail_contracts_upper_tail_expands_mean_stays(returns, m):
 
 
 def test_mutant_that_reads_tails_off_the_targets_own_quantiles_fails():
-    _, _, up = tails(fitted_quantiles("gaussian", None))
-    _, _, mutant_up = tails(fitted_quantiles("gaussian", RiskConfig(**OFF), target_quantile_form))
+    _, _, up = tails(fit("gaussian", None, m=64, steps=350))
+    off = RiskConfig(**OFF)
+    _, _, mutant_up = tails(fitted_quantiles("gaussian", off, target_quantile_form, steps=350))
     assert mutant_up < 0.5 * up  # its "gain" pulls the upper tail down
 
 

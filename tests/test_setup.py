@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import (
     SMALL,
+    few_rows,
     log,
     own,
     refused,
@@ -358,6 +359,7 @@ def test_tokens_that_were_added_without_an_embedding_fill_no_padding_and_end_not
 
 def test_a_damaged_warm_start_is_made_again_or_refused(warm_start, tmp_path, monkeypatch):
     monkeypatch.setattr(tasks.warm_start, "fine_tune", lambda *rest, **named: [])
+    monkeypatch.setattr(tasks.warm_start, "task_rows", few_rows)
     shutil.copytree(warm_start, tmp_path / "warm_start")
     argv = [*SMALL, "--output-dir", str(tmp_path)]
     (tmp_path / "warm_start" / "model.safetensors").unlink()

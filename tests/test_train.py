@@ -2,7 +2,9 @@
 
 import argparse
 import collections
+import copy
 import io
+import itertools
 import json
 import math
 import shutil
@@ -21,7 +23,9 @@ from conftest import (
     refused,
     rows_of,
     run_of,
+    slow,
     some_of,
+    tiny_config,
     train_in,
     weights,
     write_rows,
@@ -37,8 +41,8 @@ from harness.flags import ALGORITHMS, parse_args
 from harness.setup import build
 from rollout import Rollout
 from tasks import InputError
+from tasks.builtin import task_tokenizer
 from tasks.noise import PSEUDO_LABEL, noisy_scores
-from tasks.warm_start import warm_start as make_warm_start
 
 
 def test_end_to_end_the_reward_rises_and_what_is_left_behind_loads(finished):
@@ -88,7 +92,7 @@ def test_ppo_shares_every_line_but_the_critics_loss(warm_start, tmp_path):
     assert weights(tmp_path).isfinite().all()
 
 
-@pytest.mark.parametrize("algo", ["robust", "grpo", "dr_grpo", "reinforce++"])
+@pytest.mark.parametrize("algo", ["robust", "grpo", *map(slow, ("dr_grpo", "reinforce++"))])
 def test_baselines_run_save_and_resume_with_no_more_parts_than_they_need(
     algo, warm_start, tmp_path
 ):
@@ -325,17 +329,22 @@ def test_a_model_whose_logits_are_not_finite_stops_the_run_in_its_first_iteratio
         train.collect(run, args)
 
 
-@pytest.mark.parametrize("algo", ALGORITHMS)
+SMALLEST = [
+    "--num-quantiles 1",
+    "--num-heads 1",
+    "--response-length 1",
+    "--response-length 2 --missing-eos-penalty 1 --whiten-rewards",
+]
+# Every set of flags with DVPO and every algorithm with the shortest response; robust's heads.
+FIRST = {("dvpo", flags) for flags in SMALLEST} | {(algo, SMALLEST[2]) for algo in ALGORITHMS}
+FIRST |= {("robust", "--num-heads 1"), ("grpo", SMALLEST[3])}
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        "--num-quantiles 1",
-        "--num-heads 1",
-        "--response-length 1",
-        "--response-length 2 --missing-eos-penalty 1 --whiten-rewards",
-    ],
+    "algo,flags",
+    [pair if pair in FIRST else slow(*pair) for pair in itertools.product(ALGORITHMS, SMALLEST)],
 )
-def test_the_smallest_of_everything(flags, algo, model_folder, tmp_path, monkeypatch):
+def test_the_smallest_of_everything(algo, flags, model_folder, tmp_path, monkeypatch):
     """M = 1, N = 1, T = 1, all rows truncated, all rewards equal: finite weights, for each."""
     monkeypatch.chdir(tmp_path)
     Path("same.py").write_text("def one(prompts, **columns): return [1.0] * len(prompts)\n")
@@ -396,7 +405,7 @@ class Waits(TorchDispatchMode):
         return any(getattr(index, "dtype", None) == torch.bool for index in indices)
 
 
-@pytest.mark.parametrize("algo", ["dvpo", "ppo", "grpo", "dr_grpo"])
+@pytest.mark.parametrize("algo", ["dvpo", "ppo", "grpo", slow("dr_grpo")])
 def test_the_update_waits_for_the_gpu_once_a_minibatch_and_for_the_critics_valid_tokens(
     algo, warm_start, tmp_path, monkeypatch
 ):
@@ -550,29 +559,27 @@ def test_truncation_penalty_and_bootstrap(warm_start, tmp_path):
     assert torch.equal(experience.targets[rollout.truncated, -1, 0], last.float())
 
 
-@pytest.fixture(scope="module")
-def booking(tmp_path_factory):
-    """The flags of a run of the built-in booking task, in a folder with its model."""
-    folder = tmp_path_factory.mktemp("booking")
-    make_warm_start("booking", 0, folder / "warm_start")
-    flags = f"--task booking --output-dir {folder} --learning-rate 3e-4"
-    return [*SMALL, *flags.split()]
-
-
 @pytest.mark.slow
-def test_the_reward_of_conversations_rises(booking):
-    assert train.main(booking) == 0
-    folder = Path(parse_args(booking).output_dir)
-    results = json.loads((folder / "results.json").read_text())
+def test_the_reward_of_conversations_rises(tmp_path):
+    flags = f"--task booking --output-dir {tmp_path} --learning-rate 3e-4"
+    assert train.main([*SMALL, *flags.split()]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
     assert results["after"]["in domain, sampled"] > results["before"]["in domain, sampled"] + 0.05
 
 
-def test_a_whole_conversation_is_one_response(booking):
-    """The built-in booking task: ratio 1 at first.
+def test_a_whole_conversation_is_one_response(tmp_path):
+    """The built-in booking task, with a policy that knows nothing: ratio 1 at first.
 
     The user's tokens are neither scored nor trained on.
     """
-    args = parse_args(booking)
+    tokenizer = task_tokenizer("booking")
+    config = tiny_config("llama", len(tokenizer))
+    config.max_position_embeddings = 256
+    torch.manual_seed(0)
+    for part in (AutoModelForCausalLM.from_config(config), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    flags = f"--task booking --model-name-or-path {tmp_path / 'model'} --output-dir {tmp_path}"
+    args = parse_args([*SMALL, *flags.split()])
     run = build(args)
     experience, _ = train.collect(run, args)
     rollout, mask = experience.rollout, experience.rollout.mask
@@ -611,11 +618,9 @@ def test_a_truncated_conversation_counts_on_the_state_after_its_last_token():
 # ---- no absolute units
 
 
-def learned(model_folder, folder, factor, offset, flags):
+def learned(start, args, factor, offset):
     """The policy's numbers after three iterations with rewards times factor, plus offset."""
-    data = write_rows(folder / "data.jsonl", rows_of())
-    args = parse_args([*own(model_folder, data, "exact"), *flags.split(), *UNITLESS])
-    run = build(args)
+    run = copy.deepcopy(start)
     run.reward = lambda prompts, completions, **columns: [
         (len(str(completion)) % 7 - 3.0) * factor + offset for completion in completions
     ]
@@ -627,20 +632,23 @@ def learned(model_folder, folder, factor, offset, flags):
 
 UNITLESS = "--kl-coef 0 --learning-rate 1e-3 --critic-learning-rate 3e-3".split()
 # Not --whiten-rewards, which adds the rewards' mean to numbers without a unit.
-CRITICS = ("--readout spread", "--readout mean")
-CRITICS += ("--algo ppo", "--algo ppo --readout spread", "--algo robust")
+CRITICS = ("--readout spread", "--algo ppo", "--algo robust")
+CRITICS += (slow("--readout mean"), slow("--algo ppo --readout spread"))
 
 
 @pytest.mark.parametrize("flags", CRITICS)
 def test_rewards_have_no_unit(flags, model_folder, tmp_path):
     """Times a power of two the same policy bit for bit; times any number, plus any, to rounding."""
-    base = learned(model_folder, tmp_path, 1.0, 0.0, flags)
+    data = write_rows(tmp_path / "data.jsonl", rows_of())
+    args = parse_args([*own(model_folder, data, "exact"), *flags.split(), *UNITLESS])
+    start = build(args)
+    base = learned(start, args, 1.0, 0.0)
     for power in (-20, 3, 20, 66):
-        assert torch.equal(learned(model_folder, tmp_path, 2.0**power, 0.0, flags), base)
-    moved = (base - learned(model_folder, tmp_path, 0.0, 0.0, flags)).abs().mean()
+        assert torch.equal(learned(start, args, 2.0**power, 0.0), base)
+    moved = (base - learned(start, args, 0.0, 0.0)).abs().mean()
     assert moved > 1e-4
     for factor, offset in ((1e-6, 0.0), (1e6, 0.0), (1e-3, 2.0), (1.0, 2e3)):
-        other = learned(model_folder, tmp_path, factor, offset, flags)
+        other = learned(start, args, factor, offset)
         assert (other - base).abs().mean() < 0.02 * moved, (factor, offset)
 
 

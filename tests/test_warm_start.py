@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import few_rows, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import sample
@@ -86,6 +86,7 @@ def test_a_folder_of_the_same_task_and_seed_stays_as_it_is(warm_start, monkeypat
 
 def test_a_second_warm_start_in_a_folder_leaves_nothing_of_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "fine_tune", lambda *args, **flags: None)
+    monkeypatch.setattr(module, "task_rows", few_rows)
     make("dialogue", 0, tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template
     make("sums", 0, tmp_path)
