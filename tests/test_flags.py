@@ -85,7 +85,7 @@ BAD_FLAGS = [
     ("--dtype float16", "--dtype"),
     ("--tau-grid left", "--tau-grid"),
     ("--stop-token nosuchword", "--stop-token"),
-    ("--algo grpo --batch-size 12", "--group-size"),
+    ("--algo grpo --batch-size 12 --num-mini-batches 2", "--group-size"),
     ("--reward-noise-outlier x 1", "--reward-noise-outlier"),
     ("--reward math:", "--reward"),
     ("--reward os:sep", "--reward"),
