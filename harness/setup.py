@@ -19,7 +19,7 @@ from harness.flags import ALGORITHMS, RISK_TERMS
 from harness.gpu import COMPILED, compile_layers, half_copy
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
-from tasks import InputError, naming, one_line
+from tasks import InputError, naming
 from tasks.builtin import BUILT_IN
 from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
@@ -76,7 +76,7 @@ def load(auto_class, name, flag):
     # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
     safe = {"trust_remote_code": False}
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
-    try:
+    with naming(f"{flag}: cannot load {str(name)!r}"):
         # A path is not a hub name: there is nothing to ask the network for.
         if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
@@ -91,8 +91,6 @@ def load(auto_class, name, flag):
             raise ValueError(f"expected all weights, found no {min(found['missing_keys'])}")
         # What the model can read, whatever its config says.
         model.config.vocab_size = model.get_input_embeddings().weight.shape[0]
-    except Exception as error:
-        raise InputError(f"{flag}: cannot load {str(name)!r}: {one_line(error)}") from error
     settings = getattr(model, "generation_config", None)
     try:
         if settings is not None:

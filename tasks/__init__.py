@@ -25,7 +25,7 @@ def naming(what):
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {one_line(error.__cause__ or error)}") from error
+        raise InputError(f"{what}: {one_line(error.__cause__ or error)}") from None
 
 
 @contextlib.contextmanager
