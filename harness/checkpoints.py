@@ -108,8 +108,7 @@ def save_checkpoint(run, args):
 def restore(run, folder):
     """Puts back what write_checkpoint wrote."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    policy = load(type(run.policy), folder / "policy", "policy")
-    run.policy.load_state_dict(policy.state_dict())
+    run.policy.load_state_dict(load(type(run.policy), folder / "policy", "policy").state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
         critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -134,7 +135,11 @@ def log_iteration(log, run, args, metrics):
     # Every tenth of the run, a line that stays.
     if 10 * run.iteration % bar.total < 10:
         with bar.external_write_mode():
-            print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            try:
+                print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            except BrokenPipeError:
+                # Nobody reads on, as behind `| head`: the run goes on.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def announce(run, args, num_iterations):
@@ -171,10 +176,9 @@ def report(run, args, folder):
     results["seconds"] = round(time.time() - run.start, 1)
     table = [f"\n{'mean score, 95 % interval':27}before          after           change"]
     for name, new in after.items():
-        old = torch.as_tensor(run.before[name])
-        # Prompt by prompt, unless an older checkpoint has but the mean.
-        change = new - old if new.shape == old.shape else new.mean() - old.mean()
-        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, change))
+        old = run.before[name]
+        # The change, prompt by prompt.
+        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, new - old))
         table.append(f"{name:24}{a:9.3f} ±{of_a:.3f}{b:9.3f} ±{of_b:.3f}{c:+9.3f} ±{of_c:.3f}")
         results["before"][name], results["after"][name] = a, b
         results["interval"][name] = [None if math.isnan(x) else x for x in (of_a, of_b, of_c)]

@@ -77,9 +77,6 @@ def load(auto_class, name, flag):
     safe = {"trust_remote_code": False}
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
     with naming(f"{flag}: cannot load {str(name)!r}"):
-        # A path is not a hub name: there is nothing to ask the network for.
-        if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
-            raise FileNotFoundError("no such folder")
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, **safe)
         config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
@@ -186,11 +183,6 @@ def to_train(model, device, args, learning_rate):
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
-def risk_config(args):
-    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
-    return RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights)
-
-
 def build(args):
     """A Run before its first iteration; raises InputError for whatever cannot work."""
     start, has_gpu, name = time.time(), torch.cuda.is_available(), args.model_name_or_path
@@ -213,12 +205,11 @@ def build(args):
         continuation(None, "hello", tokenizer)  # it needs a chat template
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
-    sampler = half_copy(policy).to(device) if half else policy
-    reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
+    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     run = Run(
         policy=policy,
-        sampler=sampler,
-        reference=reference,
+        sampler=half_copy(policy).to(device) if half else policy,
+        reference=copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None,
         critic=critic,
         optimizer=to_train(policy, device, args, args.learning_rate),
         critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
@@ -230,7 +221,7 @@ def build(args):
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
         reward=reward,
         user=user,
-        risk=risk_config(args),
+        risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
         half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
@@ -239,7 +230,7 @@ def build(args):
     # In bf16 they never are.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
     if args.compile:
-        compile_layers(policy, critic, reference)
+        compile_layers(policy, critic, run.reference)
     return run
 
 

@@ -97,9 +97,7 @@ def render_chat(prompt, tokenizer, row=0):
     is_list = prompt and isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
     if not (is_list and all(isinstance(m.get(key), str) for m in messages for key in keys)):
         raise InputError(f"{where}: expected a text or [{{role, content}}], found {prompt!r:.60}")
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: messages, but the tokenizer has no chat template")
-    with naming(f"{where}: the chat template refuses it"):
+    with naming(f"{where}: the tokenizer cannot write it as a chat"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 

@@ -90,7 +90,7 @@ BAD_FLAGS = [
     ("--reward math:", "--reward"),
     ("--reward os:sep", "--reward"),
     ("--user :f", "--user"),
-    ("--model-name-or-path a/b/c", "no such folder"),
+    ("--model-name-or-path a/b/c", "--model-name-or-path: cannot load 'a/b/c': Incorrect path"),
     ("--critic-model-name-or-path a/b/c", "--critic-model-name-or-path"),
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
@@ -100,7 +100,8 @@ BAD_FLAGS = [
     ("--num-quantiles 2000000000", "--num-quantiles: expected a whole number in [1, 10000]"),
     ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
     ("--task sums --user json:dumps", "--user: expected none with --task sums"),
-    ("--output-dir run/warm_start/config.json/x", "the file run/warm_start/config.json"),
+    ("--output-dir run/warm_start/config.json", "File exists: 'run/warm_start/config.json'"),
+    ("--output-dir run/warm_start/config.json/x", "directory: 'run/warm_start/config.json/x'"),
     ("--user :", "--user: expected module:function, found ':'"),
 ]
 TEXTS = [
@@ -281,7 +282,7 @@ def test_saved_flags_come_back_as_they_were(tmp_path):
 
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, tmp_path, capsys):
     folder = str(finished)
-    refused(capsys, ["--resume", "nowhere"], "nowhere/args.json, found none: No such file or")
+    refused(capsys, ["--resume", "nowhere"], "nowhere/args.json, found none: [Errno 2] No such")
     refused(capsys, ["--resume", folder, "--seed", "5"], "--seed", "expected 0", "found 5")
     refused(capsys, ["--resume", folder, "--output-dir", str(tmp_path)], "--output-dir", folder)
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json", "found none")

@@ -164,16 +164,11 @@ def test_intervals_by_hand_the_change_is_paired_by_prompt(tmp_path, monkeypatch)
     assert results["interval"]["held out, greedy"] == pytest.approx(expected)
 
 
-def test_a_single_score_or_a_mean_alone_has_no_interval(tmp_path, monkeypatch, capsys):
-    """The second: what checkpoints once held."""
-    one, two = ([("p", "said", score) for score in scores] for scores in ([1.0], [1.0, 0.0]))
+def test_a_single_score_has_no_interval(tmp_path, monkeypatch):
+    one = [("p", "said", 1.0)]
     results = results_of(tmp_path, evaluation_of(one), evaluation_of(one), monkeypatch)
     assert results["interval"] == {"held out, greedy": [None] * 3}
     assert results["after"] == {"held out, greedy": 1.0}
-    before = ({"held out, greedy": 0.25}, evaluation_of(two)[1])
-    results = results_of(tmp_path, before, evaluation_of(two), monkeypatch)
-    assert results["interval"] == {"held out, greedy": [None, pytest.approx(1.96 / 2), None]}
-    assert results["before"] == {"held out, greedy": 0.25} and "+0.250" in capsys.readouterr().out
 
 
 def test_responses_that_changed_are_shown_first_and_empty_ones_too(tmp_path, monkeypatch, capsys):

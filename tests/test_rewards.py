@@ -215,17 +215,11 @@ class LongError(Exception):
         return "one\ntwo\r\n\nthree"
 
 
-class SilentError(Exception):
-    def __repr__(self):
-        raise SystemExit(1)
-
-
 RAISED = [
     (NoException("slow"), r"it raised NoException\('slow'\) \("),
     (GeneratorExit(), r"it raised GeneratorExit\(\) \("),
     (StopIteration(), r"it raised StopIteration\(\) \("),
     (LongError(), r"it raised one two three \("),
-    (SilentError(), r"it raised SilentError \("),
     (ValueError(), r"it raised ValueError\(\) \("),
     (ValueError("two\nlines"), r"it raised ValueError\('two.*lines'\) \("),
     (KeyError("x"), r"it raised KeyError\('x'\) \("),
