@@ -31,26 +31,22 @@ SHOWN |= {"kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipf
 
 
 @torch.no_grad()
-def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """A batch in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
+def batch_metrics(experience, scores, true_scores, kl_coef, stop_ids):
+    """A batch in numbers, under TRL's names; true_scores (B,): before noise and penalties.
 
     kl and entropy: mean over sequences of the sum over tokens, in nats; without a reference, NaN.
     """
+    rollout, mask, logprobs = experience.rollout, experience.rollout.mask, experience.logprobs
     kl = scores.new_tensor(torch.nan)
-    if ref_logprobs is not None:
-        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
+    if experience.ref_logprobs is not None:
+        log_ratios = kl_estimate(logprobs, experience.ref_logprobs, "k1")
+        kl = torch.where(mask, log_ratios, 0).sum(dim=1).mean()
+    stops = torch.tensor(stop_ids, device=mask.device)
     return {
         "objective/kl": kl,
         "objective/scores": scores.mean(),
         "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
         "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef else 0),
-    }
-
-
-def response_metrics(rollout, true_scores, stop_ids):
-    """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
-    mask, stops = rollout.mask, torch.tensor(stop_ids, device=rollout.mask.device)
-    return {
         "objective/true_scores": true_scores.mean(),
         "val/num_eos_tokens": (torch.isin(rollout.response_ids, stops) & mask).sum(),
         "completions/mean_length": mask.sum(dim=1).float().mean(),
