@@ -77,6 +77,9 @@ def load(auto_class, name, flag):
     safe = {"trust_remote_code": False}
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
     with naming(f"{flag}: cannot load {str(name)!r}"):
+        # A path is not a hub name: there is nothing to ask the network for.
+        if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
+            raise FileNotFoundError("no such folder")
         if auto_class is AutoTokenizer:
             return auto_class.from_pretrained(name, **safe)
         config = AutoConfig.from_pretrained(name, return_dict=True, **safe)

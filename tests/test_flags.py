@@ -90,7 +90,7 @@ BAD_FLAGS = [
     ("--reward math:", "--reward"),
     ("--reward os:sep", "--reward"),
     ("--user :f", "--user"),
-    ("--model-name-or-path a/b/c", "--model-name-or-path: cannot load 'a/b/c': Incorrect path"),
+    ("--model-name-or-path a/b/c", "no such folder"),
     ("--critic-model-name-or-path a/b/c", "--critic-model-name-or-path"),
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
