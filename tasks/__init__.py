@@ -16,7 +16,7 @@ def as_messages(said, role="user"):
 
 def one_line(error):
     """The beginning of an exception's text without line breaks; its kind where it has no text."""
-    return " ".join(str(error).split())[:160] or f"{type(error).__name__} without a message"
+    return " ".join(str(error).split())[:160].strip() or f"{type(error).__name__} without a message"
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ BAD_FLAGS = [
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
     ("--eval-dataset-split test", "--eval-dataset-name: expected one with --eval-dataset-split"),
-    ("--reward math", "row 0: expected a number as answer for --reward math, found 'a"),
+    ("--reward math", "--task: cannot load 'dialogue': row 0: expected a number as answer"),
     ("--cliprange 1e308", "--cliprange: expected a number of 32 bits"),
     ("--num-quantiles 2000000000", "--num-quantiles: expected a whole number in [1, 10000]"),
     ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
