@@ -72,7 +72,7 @@ def turn_off(config):
 
 
 def load(auto_class, name, flag):
-    """A model in fp32, as bf16 loses small Adam steps, without chance; or a tokenizer."""
+    """A model in fp32 that leaves nothing to chance, or a tokenizer; raises InputError."""
     # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
     safe = {"trust_remote_code": False}
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
@@ -179,6 +179,8 @@ def to_train(model, device, args, learning_rate):
     if model is None:
         return None
     model.to(device).train()
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    assert dtypes == {torch.float32}, "bf16 weights lose small Adam steps"
     if args.gradient_checkpointing:
         getattr(model, "trunk", model).gradient_checkpointing_enable()
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)

@@ -369,6 +369,19 @@ def test_a_damaged_warm_start_is_made_again_or_refused(warm_start, tmp_path, mon
     assert settings[0].read_text() == settings[1].read_text()
 
 
+def test_weights_that_are_not_fp32_are_refused(warm_start, tmp_path, monkeypatch):
+    """Adam steps of 1e-6 vanish in bf16 weights."""
+    load = setup.load
+
+    def in_half(kind, *rest):
+        found = load(kind, *rest)
+        return found.bfloat16() if kind is AutoModelForCausalLM else found
+
+    monkeypatch.setattr(setup, "load", in_half)
+    with pytest.raises(AssertionError, match="bf16"):
+        run_of(warm_start, tmp_path)
+
+
 def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(
     warm_start, tmp_path, monkeypatch
 ):
