@@ -148,8 +148,7 @@ def collect(run, args):
     experience = Experience(rollout, logprobs, ref_logprobs, advantages, targets)
     found = {"scores": scores, "quantiles": head_quantiles} | vars(experience)
     assert_finite(run.iteration + 1, found)
-    metrics = reports.rollout_metrics(scores, logprobs, ref_logprobs, mask, args.kl_coef)
-    metrics |= reports.response_metrics(rollout, true_scores, run.stop_ids)
+    metrics = reports.batch_metrics(experience, scores, true_scores, args.kl_coef, run.stop_ids)
     if head_quantiles is not None:
         metrics |= reports.critic_metrics(args, head_quantiles, targets, returns, mask)
     return experience, metrics

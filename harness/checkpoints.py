@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -108,8 +107,7 @@ def save_checkpoint(run, args):
 def restore(run, folder):
     """Puts back what write_checkpoint wrote."""
     state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-    policy = load(type(run.policy), folder / "policy", "policy")
-    run.policy.load_state_dict(policy.state_dict())
+    run.policy.load_state_dict(load(type(run.policy), folder / "policy", "policy").state_dict())
     run.optimizer.load_state_dict(state["optimizer"])
     if run.critic is not None:
         critic = QuantileCritic.from_pretrained(folder / "critic", type(run.critic.trunk))
@@ -220,10 +218,9 @@ def stopping_on_signals():
         os.write(2, STOPPING)
 
     with SIGNALS:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before = signal.signal(number, handler) or signal.SIG_DFL
-                SIGNALS.callback(signal.signal, number, before)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, handler) or signal.SIG_DFL
+            SIGNALS.callback(signal.signal, number, before)
         yield received
 
 

@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -30,26 +31,22 @@ SHOWN |= {"kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipf
 
 
 @torch.no_grad()
-def rollout_metrics(scores, logprobs, ref_logprobs, mask, kl_coef):
-    """A batch in numbers, under TRL's names: scores (B,), log-probs and mask (B, T).
+def batch_metrics(experience, scores, true_scores, kl_coef, stop_ids):
+    """A batch in numbers, under TRL's names; true_scores (B,): before noise and penalties.
 
     kl and entropy: mean over sequences of the sum over tokens, in nats; without a reference, NaN.
     """
+    rollout, mask, logprobs = experience.rollout, experience.rollout.mask, experience.logprobs
     kl = scores.new_tensor(torch.nan)
-    if ref_logprobs is not None:
-        kl = torch.where(mask, kl_estimate(logprobs, ref_logprobs, "k1"), 0).sum(dim=1).mean()
+    if experience.ref_logprobs is not None:
+        log_ratios = kl_estimate(logprobs, experience.ref_logprobs, "k1")
+        kl = torch.where(mask, log_ratios, 0).sum(dim=1).mean()
+    stops = torch.tensor(stop_ids, device=mask.device)
     return {
         "objective/kl": kl,
         "objective/scores": scores.mean(),
         "objective/entropy": -torch.where(mask, logprobs, 0).sum(dim=1).mean(),
         "objective/rlhf_reward": scores.mean() - (kl_coef * kl if kl_coef else 0),
-    }
-
-
-def response_metrics(rollout, true_scores, stop_ids):
-    """The responses of a batch in numbers; true_scores (B,): before noise and penalties."""
-    mask, stops = rollout.mask, torch.tensor(stop_ids, device=rollout.mask.device)
-    return {
         "objective/true_scores": true_scores.mean(),
         "val/num_eos_tokens": (torch.isin(rollout.response_ids, stops) & mask).sum(),
         "completions/mean_length": mask.sum(dim=1).float().mean(),
@@ -134,7 +131,11 @@ def log_iteration(log, run, args, metrics):
     # Every tenth of the run, a line that stays.
     if 10 * run.iteration % bar.total < 10:
         with bar.external_write_mode():
-            print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            try:
+                print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            except BrokenPipeError:
+                # Nobody reads on, as behind `| head`: the run goes on.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def announce(run, args, num_iterations):
@@ -171,10 +172,9 @@ def report(run, args, folder):
     results["seconds"] = round(time.time() - run.start, 1)
     table = [f"\n{'mean score, 95 % interval':27}before          after           change"]
     for name, new in after.items():
-        old = torch.as_tensor(run.before[name])
-        # Prompt by prompt, unless an older checkpoint has but the mean.
-        change = new - old if new.shape == old.shape else new.mean() - old.mean()
-        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, change))
+        old = run.before[name]
+        # The change, prompt by prompt.
+        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, new - old))
         table.append(f"{name:24}{a:9.3f} ±{of_a:.3f}{b:9.3f} ±{of_b:.3f}{c:+9.3f} ±{of_c:.3f}")
         results["before"][name], results["after"][name] = a, b
         results["interval"][name] = [None if math.isnan(x) else x for x in (of_a, of_b, of_c)]

@@ -19,7 +19,7 @@ from harness.flags import ALGORITHMS, RISK_TERMS
 from harness.gpu import COMPILED, compile_layers, half_copy
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
-from tasks import InputError, naming, one_line
+from tasks import InputError, naming
 from tasks.builtin import BUILT_IN
 from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
@@ -76,7 +76,7 @@ def load(auto_class, name, flag):
     # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
     safe = {"trust_remote_code": False}
     options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
-    try:
+    with naming(f"{flag}: cannot load {str(name)!r}"):
         # A path is not a hub name: there is nothing to ask the network for.
         if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
@@ -91,8 +91,6 @@ def load(auto_class, name, flag):
             raise ValueError(f"expected all weights, found no {min(found['missing_keys'])}")
         # What the model can read, whatever its config says.
         model.config.vocab_size = model.get_input_embeddings().weight.shape[0]
-    except Exception as error:
-        raise InputError(f"{flag}: cannot load {str(name)!r}: {one_line(error)}") from error
     settings = getattr(model, "generation_config", None)
     try:
         if settings is not None:
@@ -188,11 +186,6 @@ def to_train(model, device, args, learning_rate):
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
-def risk_config(args):
-    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
-    return RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights)
-
-
 def build(args):
     """A Run before its first iteration; raises InputError for whatever cannot work."""
     start, has_gpu, name = time.time(), torch.cuda.is_available(), args.model_name_or_path
@@ -215,12 +208,11 @@ def build(args):
         continuation(None, "hello", tokenizer)  # it needs a chat template
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
-    sampler = half_copy(policy).to(device) if half else policy
-    reference = copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None
+    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
     run = Run(
         policy=policy,
-        sampler=sampler,
-        reference=reference,
+        sampler=half_copy(policy).to(device) if half else policy,
+        reference=copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None,
         critic=critic,
         optimizer=to_train(policy, device, args, args.learning_rate),
         critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
@@ -232,7 +224,7 @@ def build(args):
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
         reward=reward,
         user=user,
-        risk=risk_config(args),
+        risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
         half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
@@ -241,7 +233,7 @@ def build(args):
     # In bf16 they never are.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
     if args.compile:
-        compile_layers(policy, critic, reference)
+        compile_layers(policy, critic, run.reference)
     return run
 
 

@@ -16,7 +16,7 @@ def as_messages(said, role="user"):
 
 def one_line(error):
     """The beginning of an exception's text without line breaks; its kind where it has no text."""
-    return " ".join(str(error).split())[:160] or f"{type(error).__name__} without a message"
+    return " ".join(str(error).split())[:160].strip() or f"{type(error).__name__} without a message"
 
 
 @contextlib.contextmanager
@@ -25,7 +25,9 @@ def naming(what):
     try:
         yield
     except Exception as error:
-        raise InputError(f"{what}: {one_line(error.__cause__ or error)}") from error
+        # What is wrong with a file, datasets says in the cause alone.
+        is_vague = "while generating the dataset" in str(error)
+        raise InputError(f"{what}: {one_line(error.__cause__ if is_vague else error)}") from error
 
 
 @contextlib.contextmanager
@@ -36,10 +38,8 @@ def users_code(flag):
     except (InputError, KeyboardInterrupt):
         raise
     except BaseException as error:
-        where, found = "", type(error).__name__
+        where = ""
         for file, line, *_ in traceback.extract_tb(error.__traceback__):
             if Path(file).parent != Path(__file__).parent and "importlib" not in file:
                 where = f" ({Path(file).name}, line {line})"
-        with contextlib.suppress(BaseException):  # of its own __repr__
-            found = one_line(repr(error))
-        raise InputError(f"{flag}: it raised {found}{where}") from error
+        raise InputError(f"{flag}: it raised {one_line(repr(error))}{where}") from error

@@ -8,17 +8,12 @@ import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 
-from tasks import InputError, as_messages, naming, one_line
+from tasks import InputError, as_messages, naming
 from tasks.builtin import task_rows
 from tasks.noise import PSEUDO_LABEL
 from tasks.verifiers import assert_readable, math_reward
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
-
-
-def assert_not_empty(path):
-    if path.stat().st_size == 0:
-        raise InputError("expected rows, found an empty file")
 
 
 def load_data(name, split, config=None, prompt_column="prompt", answers=False):
@@ -33,8 +28,9 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
         data = load_dataset(name, config, split=split)
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
+    elif path.stat().st_size == 0:
+        raise InputError("expected rows, found an empty file")
     else:
-        assert_not_empty(path)
         # datasets takes a path for a pattern.
         data = load_dataset(kind, data_files=escape(str(path.resolve())), split=split)
     found = f"found {len(data)} rows of {', '.join(data.column_names) or 'nothing'}"
@@ -43,10 +39,10 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
     given = data["answer"] if "answer" in data.column_names else [None]
-    for row, answer in enumerate(given if answers else []):
-        if answer is None or answer != answer:
-            expected = "expected an 'answer' for --reward or --pseudo-label-noise"
-            raise InputError(f"row {row}: {expected}, found {answer}, {found}")
+    gaps = [row for row, answer in enumerate(given) if answer is None or answer != answer]
+    if answers and gaps:
+        expected = "expected an 'answer' for --reward or --pseudo-label-noise"
+        raise InputError(f"row {gaps[0]}: {expected}, found {given[gaps[0]]}, {found}")
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]
         data = data.select_columns(others).rename_column(prompt_column, "prompt")
@@ -77,26 +73,22 @@ def load_prompts(
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    templated, texts = tokenizer.chat_template and use_chat_template, {True: {}, False: {}}
+    encoded, templated = [], tokenizer.chat_template and use_chat_template
     for row, prompt in enumerate(prompts):
         is_plain = isinstance(prompt, str) and prompt != "" and not templated
-        texts[is_plain][row] = prompt if is_plain else render_chat(prompt, tokenizer, row)
-    encoded = {}
-    for is_plain, found in texts.items():
+        text = prompt if is_plain else render_chat(prompt, tokenizer, row)
         # A template writes its own special tokens: no second BOS.
-        options = {"add_special_tokens": is_plain, "return_special_tokens_mask": True}
-        both = tokenizer([*found.values()], **options) if found else {"input_ids": []}
-        for row, ids in enumerate(both["input_ids"]):
-            # Some tokenizers append an end, behind which nothing is left to say.
-            while is_plain and ids and both["special_tokens_mask"][row][len(ids) - 1]:
-                ids.pop()
-        encoded |= zip(found, both["input_ids"])
-    for row, prompt in enumerate(prompts):
-        if not encoded[row] or max(encoded[row]) >= limit:
+        found = tokenizer(text, add_special_tokens=is_plain, return_special_tokens_mask=True)
+        ids = found["input_ids"]
+        # Some tokenizers append an end, behind which nothing is left to say.
+        while is_plain and ids and found["special_tokens_mask"][len(ids) - 1]:
+            ids.pop()
+        if not ids or max(ids) >= limit:
             expected = f"expected token ids below {limit} (--model-name-or-path), found"
-            most = max(encoded[row], default="none")
+            most = max(ids, default="none")
             raise InputError(f"row {row}: {expected} {most} in {prompt!r:.60}")
-    return [encoded[row] for row in range(len(prompts))]
+        encoded.append(ids)
+    return encoded
 
 
 def render_chat(prompt, tokenizer, row=0):
@@ -105,12 +97,8 @@ def render_chat(prompt, tokenizer, row=0):
     is_list = prompt and isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
     if not (is_list and all(isinstance(m.get(key), str) for m in messages for key in keys)):
         raise InputError(f"{where}: expected a text or [{{role, content}}], found {prompt!r:.60}")
-    if not tokenizer.chat_template:
-        raise InputError(f"{where}: messages, but the tokenizer has no chat template")
-    try:
+    with naming(f"{where}: the tokenizer cannot write it as a chat"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # a template is a program of the model's author
-        raise InputError(f"{where}: the chat template refuses it: {one_line(error)}") from None
 
 
 def batch_rows(num_rows, first, count, seed):

@@ -12,6 +12,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -594,6 +595,21 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     where = rf"stopped by {name} after iteration \d+ of 24: --resume {folder} goes on"
     assert re.search(where, out), out
     assert train.main(["--resume", str(folder)]) == 0
+    same_run(folder, whole)
+
+
+def test_a_run_whose_output_is_closed_goes_on(to_kill, tmp_path):
+    """As behind `| head`."""
+    argv, whole = to_kill
+    folder, (read, write) = tmp_path / "run", os.pipe()
+    os.close(read)
+    code = "import sys, train; sys.exit(train.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *argv, "--output-dir", str(folder)]
+    root = Path(train.__file__).parent
+    env = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
     same_run(folder, whole)
 
 

@@ -95,12 +95,12 @@ BAD_FLAGS = [
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
     ("--eval-dataset-split test", "--eval-dataset-name: expected one with --eval-dataset-split"),
-    ("--reward math", "--reward: expected another for --task dialogue, whose answers are words"),
+    ("--reward math", "--task: cannot load 'dialogue': row 0: expected a number as answer"),
     ("--cliprange 1e308", "--cliprange: expected a number of 32 bits"),
     ("--num-quantiles 2000000000", "--num-quantiles: expected a whole number in [1, 10000]"),
     ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
-    ("--task sums --user json:dumps", "--user: expected none with --task sums"),
-    ("--output-dir run/warm_start/config.json/x", "the file run/warm_start/config.json"),
+    ("--output-dir run/warm_start/config.json", "File exists: 'run/warm_start/config.json'"),
+    ("--output-dir run/warm_start/config.json/x", "directory: 'run/warm_start/config.json/x'"),
     ("--user :", "--user: expected module:function, found ':'"),
 ]
 TEXTS = [
@@ -235,7 +235,7 @@ def test_a_run_does_not_begin_from_what_it_will_move(flag, path, tmp_path, monke
         assert parse_args([*own, flag, path, "--output-dir", folder]).output_dir == folder
 
 
-@pytest.mark.parametrize("flags", ["--help", "--alpha 0", "--task sums --user f:g"])
+@pytest.mark.parametrize("flags", ["--help", "--alpha 0", "--algo grpo --group-size 1"])
 def test_help_and_refused_flags_do_not_wait_for_torch(flags, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')\n")
     options = {"env": {**os.environ, "PYTHONPATH": str(tmp_path)}, "capture_output": True}
@@ -281,7 +281,7 @@ def test_saved_flags_come_back_as_they_were(tmp_path):
 
 def test_resume_refuses_changed_flags_and_takes_more_episodes(finished, tmp_path, capsys):
     folder = str(finished)
-    refused(capsys, ["--resume", "nowhere"], "nowhere/args.json, found none: No such file or")
+    refused(capsys, ["--resume", "nowhere"], "nowhere/args.json, found none: [Errno 2] No such")
     refused(capsys, ["--resume", folder, "--seed", "5"], "--seed", "expected 0", "found 5")
     refused(capsys, ["--resume", folder, "--output-dir", str(tmp_path)], "--output-dir", folder)
     refused(capsys, ["--resume", str(tmp_path)], "--resume", "args.json", "found none")

@@ -58,9 +58,9 @@ def test_malformed_prompts_are_refused_with_their_row(prompt):
 def test_messages_without_a_template_and_templates_that_raise_are_one_line():
     messages = [{"role": "user", "content": "hello"}]
     assert as_messages("hello") == messages == as_messages(messages)
-    with pytest.raises(InputError, match="row 0: .*no chat template"):
+    with pytest.raises(InputError, match="row 0: .*chat_template is not set"):
         encode_prompts([messages], bos_tokenizer())
-    with pytest.raises(InputError, match="row 0: .*refuses it: only two roles"):
+    with pytest.raises(InputError, match="row 0: .*as a chat: only two roles"):
         encode_prompts([messages], bos_tokenizer("{{ raise_exception('only two\n roles') }}"))
 
 

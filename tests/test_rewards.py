@@ -144,8 +144,6 @@ BAD_VALUES = [
     ([0, numpy.bytes_(b"1")], "row 1.*b'1'"),
     ([0, numpy.str_("1")], "row 1.*'1'"),
     ([0, 1 + 2j], "row 1.*2j"),
-    ([0, numpy.complex64(1 + 2j)], "row 1.*2j"),
-    (numpy.array([0, 1 + 2j]), "row 0.*0j"),
 ]
 
 
@@ -215,17 +213,11 @@ class LongError(Exception):
         return "one\ntwo\r\n\nthree"
 
 
-class SilentError(Exception):
-    def __repr__(self):
-        raise SystemExit(1)
-
-
 RAISED = [
     (NoException("slow"), r"it raised NoException\('slow'\) \("),
     (GeneratorExit(), r"it raised GeneratorExit\(\) \("),
     (StopIteration(), r"it raised StopIteration\(\) \("),
     (LongError(), r"it raised one two three \("),
-    (SilentError(), r"it raised SilentError \("),
     (ValueError(), r"it raised ValueError\(\) \("),
     (ValueError("two\nlines"), r"it raised ValueError\('two.*lines'\) \("),
     (KeyError("x"), r"it raised KeyError\('x'\) \("),

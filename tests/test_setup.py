@@ -442,7 +442,7 @@ def test_tokenizers_without_pad_or_template_and_with_added_tokens(tmp_path, caps
     assert train.main(argv) == 0
     refused(capsys, [*argv, "--user", "json:dumps"], "--user", "chat template for all turns")
     chat = write_rows(tmp_path / "chat.jsonl", rows_of())
-    refused(capsys, [*argv, "--dataset-name", chat], "row 0", "no chat template")
+    refused(capsys, [*argv, "--dataset-name", chat], "row 0", "chat_template is not set")
     tokenizer = AutoTokenizer.from_pretrained(bare)
     tokenizer.add_tokens(["sushi"])
     tokenizer.save_pretrained(bare)
