@@ -598,6 +598,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     same_run(folder, whole)
 
 
+@pytest.mark.parametrize("to_kill", [24], indirect=True)
 def test_a_run_whose_output_is_closed_goes_on(to_kill, tmp_path):
     """As behind `| head -1`."""
     argv, whole = to_kill
