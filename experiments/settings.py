@@ -1,6 +1,6 @@
 """A setting of the paper with a real model: methods x kinds of noise x seeds.
 
-    python experiments/settings.py DATA --model FOLDER --jobs 2 -- FLAGS     # of train.py, all runs'
+    python experiments/settings.py DATA --model FOLDER --jobs 2 -- FLAGS    # of train.py, all runs'
     python experiments/settings.py DATA --table
 
 DATA is a folder: train.jsonl and held.jsonl, other.jsonl for out of domain, and for the noise
