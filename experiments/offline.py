@@ -130,12 +130,13 @@ def fitted(run, args, log, scores, probs, alpha, radius):
         q = response_q(critic, part) / critic.scale
         return cql_loss(q, part.response_ids, targets, part.mask, alpha)
 
-    for _ in range(CRITIC_EPOCHS):
+    for left in reversed(range(CRITIC_EPOCHS)):
         targets = robust_returns(rewards, log.mask, args.gamma, radius, worst) / critic.scale
         train_epoch(critic, optimizer, log, targets, loss_of)
-        q = in_micro_batches(response_q, critic, log, *LIMITS)
-        values = (probs * q).sum(dim=-1)
-        worst = values[log.mask].min()  # P may move to any state of the log, as it now looks
+        if radius or not left:
+            q = in_micro_batches(response_q, critic, log, *LIMITS)
+            values = (probs * q).sum(dim=-1)
+            worst = values[log.mask].min()  # P may move to any state of the log, as it now looks
     return critic, of_tokens(q, log.response_ids) - values
 
 
