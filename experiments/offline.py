@@ -200,7 +200,8 @@ def run_all(kind, flags, seed, settings):
     torch.manual_seed(seed)
     own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
     args, begin = parse_args(f"{flags} {own}".split()), time.process_time()
-    run = build(args)
+    with torch.enable_grad():
+        run = build(args)  # which may make the warm start
     about = {"noise": kind, "commit": current_commit()} | evaluated(run, args, "before")
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     log = respond(run, args, batch, args.temperature)

@@ -12,6 +12,7 @@ from dvpo import discounted_returns
 from experiments import noise, offline
 from experiments.offline import by_stratum, cql_loss, robust_returns, robust_value, unevenness
 from experiments.seeds import read_rows
+from harness.setup import build
 from tasks import as_messages
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
@@ -105,12 +106,18 @@ def turns_of(words):
     return as_messages(" ".join(words)) + as_messages("ok", "assistant")
 
 
+def build_with_grad(args):
+    assert torch.is_grad_enabled()  # or a seed's warm start could not be made
+    return build(args)
+
+
 @pytest.fixture
 def small(monkeypatch, tmp_path, warm_start):
     """A short budget, a warm start at hand, and rows of its own."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(warm_start, tmp_path / "runs" / "offline-seed0" / "warm_start")
     monkeypatch.setattr(noise, "BUDGET", noise.QUICK)
+    monkeypatch.setattr(offline, "build", build_with_grad)
     monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
     return tmp_path / "offline.jsonl"
 
