@@ -149,7 +149,7 @@ def pooled(function, todo, jobs, title):
         futures = {pool.submit(function, *arguments): key for key, arguments in todo.items()}
         try:
             done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(futures), desc=f"{title}, {jobs} at a time"):
+            for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
                 if future.exception():
                     tqdm.write(f"{title}: {future.exception()}", file=sys.stderr)
                 yield futures[future], None if future.exception() else future.result()
@@ -165,7 +165,7 @@ def run_grid(name, jobs, seeds):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
             todo[seed, noise, method] = flags, seed
-    for (seed, noise, method), found in pooled(run, todo, jobs, f"noise.py: {name}"):
+    for (seed, noise, method), found in pooled(run, todo, jobs, "noise.py"):
         if found is None:
             failed += 1
             continue
