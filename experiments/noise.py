@@ -139,30 +139,44 @@ def run(flags, seed):
     return {**versions, **results, **curves}
 
 
-def run_grid(name, jobs, seeds):
-    """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    (methods, noises, _), commit = GRIDS[name], current_commit()
-    finished, failed = {(row["flags"], row["seed"]) for row in finished_runs()}, 0
-    # Forks share what is imported; one of them is one run's at a time, on one thread.
+def pooled(function, todo, jobs, title):
+    """function(*arguments) for {key: arguments}: yields (key, result), or (key, None) if it failed.
+
+    Forks share what is imported; one of them is one call's at a time, on one thread.
+    """
     fork = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fork) as pool:
-        futures = {}
-        for seed, noise, method in itertools.product(seeds, noises, methods):
-            flags = flags_of(name, method, noise)
-            if (flags, seed) not in finished:
-                key = {"method": method, "noise": noise, "seed": seed, "flags": flags}
-                futures[pool.submit(run, flags, seed)] = {**key, "commit": commit}
+        futures = {pool.submit(function, *arguments): key for key, arguments in todo.items()}
         try:
             done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(futures), desc=f"{name}, {jobs} at a time"):
+            for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
                 if future.exception():
-                    tqdm.write(f"noise.py: {future.exception()}", file=sys.stderr)
-                    failed += 1
-                    continue
-                with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
-                    out.write(json.dumps(futures[future] | future.result()) + "\n")
+                    tqdm.write(f"{title}: {future.exception()}", file=sys.stderr)
+                yield futures[future], None if future.exception() else future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C
+
+
+def run_grid(name, jobs, seeds):
+    """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
+    (methods, noises, _), commit, todo, failed = GRIDS[name], current_commit(), {}, 0
+    finished = {(row["flags"], row["seed"]) for row in finished_runs()}
+    for seed, noise, method in itertools.product(seeds, noises, methods):
+        flags = flags_of(name, method, noise)
+        if (flags, seed) not in finished:
+            todo[seed, noise, method] = flags, seed
+    for (seed, noise, method), found in pooled(run, todo, jobs, "noise.py"):
+        if found is None:
+            failed += 1
+            continue
+        row = {
+            "method": method,
+            "noise": noise,
+            "seed": seed,
+            "flags": flags_of(name, method, noise),
+        }
+        with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
+            out.write(json.dumps(row | {"commit": commit} | found) + "\n")
     return failed
 
 
@@ -181,7 +195,7 @@ def current(name):
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
-def summarise(found, reference):
+def summarise(found, reference, splits=SPLITS):
     """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance at the end)."""
     table = []
     for (noise, method), own in found.items():
@@ -190,9 +204,10 @@ def summarise(found, reference):
         if len(seeds) < 2:
             continue
         columns = {}
-        for split in SPLITS:
+        for split in splits:
             # Sampled scores before training depend on --batch-size, too.
-            same = all(own[seed]["before"][split] == base[seed]["before"][split] for seed in seeds)
+            pairs = [(own[seed]["before"], base[seed]["before"]) for seed in seeds]
+            same = all(one.get(split) == two.get(split) for one, two in pairs)
             assert same, f"{noise}, {method}: another warm start than {reference}"
             after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
             columns[split] = interval(after)
@@ -204,8 +219,8 @@ def summarise(found, reference):
     return table
 
 
-def print_table(table, reference):
-    heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in SPLITS)
+def print_table(table, reference, splits=SPLITS):
+    heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in splits)
     print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
     for noise, method, seeds, columns, explained in table:
         cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())

@@ -1,22 +1,23 @@
 """The worst-case methods of the paper's abstract, CQL and RFQI: they learn from a log.
 
-    python experiments/offline.py --method cql --noise "reward model"    # or rfqi, awr
-    python experiments/offline.py --first 100 --seeds 2 --temperature 0.3     # to choose it
-    python experiments/offline.py --table         # print what results/offline.jsonl holds
+    python experiments/offline.py --jobs 2     # awr, cql and rfqi under all kinds of noise
+    python experiments/offline.py --table      # print what results/offline.jsonl holds
 
-One log of responses of the starting policy, scored as noise.py scores: as many as a run of noise.py
-samples. On it a critic is fitted, Q (B, T, V) over the vocabulary, and from it a policy is taken in
-one step: log-probs of the log weighted by exp(A / temperature), A = Q(s, a) - E_b Q(s, b) [ours].
-awr is that alone; cql and rfqi are awr with alpha or radius 0, bit for bit. Finished runs are kept.
+One log of responses of the starting policy for each noise and seed, scored as noise.py scores, as
+many as a run of it samples. On it a method fits a critic, Q (B, T, V) over the vocabulary, and from
+it takes a policy in one step: log-probs of the log weighted by exp(A / temperature), A = Q(s, a) -
+E_b Q(s, b). awr is that alone; cql and rfqi are awr with alpha or radius 0, bit for bit. Rows that
+are there are kept. What is from where, and what came of it: offline.md.
 """
 
 import argparse
 import copy
+import dataclasses
+import functools
 import itertools
 import json
-import statistics
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -24,37 +25,42 @@ if __name__ == "__main__":
 
 import torch
 from torch.nn.utils import clip_grad_norm_
-from tqdm import tqdm, trange
 
 from critic import QuantileCritic
 from dvpo import masked_mean
 from experiments import noise
-from experiments.seeds import COUNT, RESULTS, current_commit, interval, read_rows, run_script
+from experiments.seeds import COUNT, RESULTS, current_commit, read_rows, run_script
 from harness.flags import number_in, parse_args
 from harness.reports import evaluate
 from harness.setup import build, judge, respond
-from rollout import response_logprobs, response_quantiles
-from tasks import InputError
+from rollout import in_micro_batches, micro_batches, response_logprobs, response_quantiles
 from tasks.prompts import batch_rows
 
 FOUND = RESULTS / "offline.jsonl"
-METHODS = {"awr": {}, "cql": {"alpha": 1.0}, "rfqi": {"radius": 0.1}}
-KEYS = ("method", "noise", "temperature", "alpha", "radius", "seed")  # of a row
+METHODS = ("awr", "cql", "rfqi")
+KEYS = ("method", "temperature", "alpha", "radius", "flags", "seed")  # of a row
+COLUMNS = (  # of each table
+    noise.SPLITS,
+    ("in domain, sampled", "foreseen", "scored"),
+    ("foreseen - scored", "uneven turns", "uneven changes"),
+)
 MOST_WEIGHT = 20.0  # of a token, however good it looks
-CRITIC_EPOCHS, POLICY_EPOCHS, ROWS = 4, 2, 64
+CRITIC_EPOCHS, POLICY_EPOCHS, LIMITS = 2, 2, (64, 2**20)  # rows and tokens of a step
+
+
+def of_tokens(q, ids):
+    """Q (B, T, V) of the tokens ids (B, T): -> (B, T)."""
+    return q.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
 
 
 def cql_loss(q, actions, targets, mask, alpha):
     """Regression on the sampled return, and a price for what the log does not hold: -> ().
 
-    q (B, T, V), actions (B, T) ids, targets (B, T), mask (B, T). Per token:
-        (Q(s, a) - y)^2 / 2 + alpha (log sum_b exp Q(s, b) - Q(s, a))
-    The price is CQL's (Kumar et al. 2020, equation 4, CQL(H)); over tokens, as in ILQL (Snell et
-    al. 2022), whose implicit maximum is left out. [ours] y is a return: nothing is bootstrapped.
-    q and targets in units of the returns' standard deviation.
+    q (B, T, V), actions (B, T) ids, targets (B, T), mask (B, T). Per token, in units of the
+    scores' standard deviation:  (Q(s, a) - y)^2 / 2 + alpha (log sum_b exp Q(s, b) - Q(s, a))
     """
     assert q.shape[:-1] == actions.shape == targets.shape == mask.shape, f"q {tuple(q.shape)}"
-    taken = q.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    taken = of_tokens(q, actions)
     loss = (taken - targets).square() / 2
     if alpha:
         loss = loss + alpha * (q.logsumexp(dim=-1) - taken)
@@ -65,10 +71,10 @@ def robust_value(values, worst, radius):
     """The least mean of V over all distributions of the next state within radius: -> (...).
 
         min {E_P V : TV(P, P_0) <= radius} = (1 - radius) V(s') + radius min(V(s'), worst)
+                                 = max_eta {eta - (eta - V(s'))_+ - radius (eta - worst)_+}
 
     values (...): V(s') of the state that follows for sure, as tokens are appended; worst: the least
-    V of the states to which P may move. It is max_eta {eta - (eta - V(s'))_+ - radius (eta -
-    worst)_+}, the dual of RFQI (Panaganti et al. 2022), whose worst state is a failure of value 0.
+    V of the states to which P may move.
     """
     assert 0 <= radius <= 1, f"radius {radius}"
     return (1 - radius) * values + radius * torch.clamp(values, max=worst)
@@ -77,214 +83,191 @@ def robust_value(values, worst, radius):
 def robust_returns(rewards, mask, gamma, radius, worst):
     """Returns along the sampled path, each next state as bad as the ball allows: (B, T) -> (B, T).
 
-        y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns.
-
-    [ours] RFQI bootstraps V(s'); here the sampled return stands for it, so that a noisy one adds
-    pessimism, too: E min(y, worst) <= min(E y, worst). The radius is paid for at every token.
+    y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns.
     """
-    following, has_next = torch.zeros_like(rewards[:, 0]), torch.zeros_like(mask[:, 0])
-    returns = torch.zeros_like(rewards)
+    returns, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
     for t in reversed(range(mask.shape[1])):
-        after = torch.where(has_next, robust_value(following, worst, radius), 0)
         value = rewards[:, t] + gamma * after
         returns[:, t] = torch.where(mask[:, t], value, 0)
-        following = torch.where(mask[:, t], value, following)
-        has_next = has_next | mask[:, t]
+        after = torch.where(mask[:, t], robust_value(value, worst, radius), after)
     return returns
 
 
-def response_logits(model, rollout):
-    """(B, T, V) of the positions that chose the response's tokens."""
+def response_q(critic, rollout):
+    """(B, T, V): what the critic calls quantiles are the tokens that may be said."""
+    return response_quantiles(critic, rollout)[:, :, 0]
+
+
+def response_probs(policy, rollout):
+    """(B, T, V): how probable each of them is."""
     inputs = (rollout.input_ids[:, :-1], rollout.attention_mask[:, :-1])
-    places = {"position_ids": rollout.position_ids[:, :-1], "use_cache": False}
-    return model(*inputs, **places, logits_to_keep=rollout.mask.shape[1]).logits.float()
+    more = {"position_ids": rollout.position_ids[:, :-1], "logits_to_keep": rollout.mask.shape[1]}
+    return policy(*inputs, use_cache=False, **more).logits.softmax(dim=-1)
 
 
-@torch.no_grad()
-def sampled_log(run, args):
-    """[(Rollout, rewards (B, T))] of the starting policy, as many as a run would sample."""
-    log = []
-    for first in tqdm(range(0, args.total_episodes, args.batch_size), "log", leave=False):
-        batch = run.data[batch_rows(len(run.data), first, args.batch_size, args.seed)]
-        rollout = respond(run, args, batch, args.temperature)
-        rewards = torch.zeros(rollout.mask.shape)
-        rewards[:, -1] = judge(run, args, batch, rollout)[0]  # a response ends in the last column
-        log.append((rollout, rewards))
-    return log
+@torch.enable_grad()
+def train_epoch(model, optimizer, log, numbers, loss_of):
+    """Steps on rows of similar length, so that little is padding; numbers (B, T)."""
+    groups = micro_batches(log, torch.randperm(len(log.mask)), *LIMITS)
+    for rows in (groups[at] for at in torch.randperm(len(groups))):
+        part = log[rows]
+        loss_of(part, numbers[rows, -part.mask.shape[1] :]).backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
-def in_turn(log):
-    """All of the log by chance, once: (number of a batch, ROWS of its rows)."""
-    size = len(log[0][1])
-    parts = [(n, rows) for n in range(len(log)) for rows in torch.randperm(size).split(ROWS)]
-    return [parts[at] for at in torch.randperm(len(parts)).tolist()]
-
-
-def step(loss, model, optimizer):
-    loss.backward()
-    clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-@torch.no_grad()
-def state_values(critic, policy, rollout):
-    """Q (B, T, V), and V (B, T) as the mean of Q over what the policy would say."""
-    q = response_quantiles(critic, rollout)[:, :, 0]
-    return q, (response_logits(policy, rollout).softmax(dim=-1) * q).sum(dim=-1)
-
-
-def fitted_critic(run, args, log, own):
-    """Q of the starting policy on its log; rfqi's worst state is looked for after each epoch."""
-    returns = torch.cat([rewards[:, -1] for _, rewards in log])
-    critic = QuantileCritic(copy.deepcopy(run.policy.base_model), 1, run.policy.config.vocab_size)
-    critic.scale.copy_(returns.std().clamp(min=1e-8))
-    critic.heads.bias.data.fill_((returns.mean() / critic.scale).item())
+def fitted(run, args, log, scores, probs, alpha, radius):
+    """Fits Q of the starting policy to its log -> critic, advantages (B, T)."""
+    critic = QuantileCritic(copy.deepcopy(run.policy.base_model), 1, probs.shape[-1])
+    critic.scale.copy_(scores.std().clamp(min=1e-8))
+    critic.heads.bias.fill_(scores.mean() / critic.scale)
     optimizer = torch.optim.AdamW(critic.parameters(), args.critic_learning_rate, weight_decay=0.0)
-    # At first the worst state is the worst return.
-    worst = returns.min()
-    for epoch in trange(CRITIC_EPOCHS, desc="critic", leave=False):
-        if own.radius and epoch:
-            # What P may move to: the states of the log, as the critic now sees them.
-            values = [state_values(critic, run.policy, r)[1][r.mask].min() for r, _ in log]
-            worst = torch.stack(values).min()
-        for number, rows in in_turn(log):
-            rollout, rewards = log[number][0][rows], log[number][1][rows]
-            rewards, mask = rewards[:, -rollout.mask.shape[1] :], rollout.mask
-            targets = robust_returns(rewards, mask, args.gamma, own.radius, worst) / critic.scale
-            q = response_quantiles(critic, rollout)[:, :, 0] / critic.scale
-            step(cql_loss(q, rollout.response_ids, targets, mask, own.alpha), critic, optimizer)
-    return critic
+    rewards, worst = torch.zeros(log.mask.shape), scores.mean()
+    rewards[:, -1] = scores  # a response ends in the last column
+
+    def loss_of(part, targets):
+        q = response_q(critic, part) / critic.scale
+        return cql_loss(q, part.response_ids, targets, part.mask, alpha)
+
+    for left in reversed(range(CRITIC_EPOCHS)):
+        targets = robust_returns(rewards, log.mask, args.gamma, radius, worst) / critic.scale
+        train_epoch(critic, optimizer, log, targets, loss_of)
+        if radius or not left:
+            q = in_micro_batches(response_q, critic, log, *LIMITS)
+            values = (probs * q).sum(dim=-1)
+            worst = values[log.mask].min()  # P may move to any state of the log, as it now looks
+    return critic, of_tokens(q, log.response_ids) - values
 
 
-def extracted_policy(run, args, log, critic, own):
-    """Trains a copy of the policy on its log, token by token as the critic likes it."""
-    advantages = []
-    for rollout, _ in log:
-        q, values = state_values(critic, run.policy, rollout)
-        taken = q.gather(-1, rollout.response_ids.unsqueeze(-1)).squeeze(-1)
-        advantages.append(taken - values)
-    scale = torch.cat([a[r.mask] for a, (r, _) in zip(advantages, log)]).std()
-    policy = copy.deepcopy(run.policy)
+def extracted(run, args, log, advantages, temperature):
+    """The Run with a policy trained on the log: on each token as much as the critic likes it."""
+    policy, scale = copy.deepcopy(run.policy), temperature * advantages[log.mask].std()
+    weights = (advantages / scale).exp().clamp(max=MOST_WEIGHT)
     optimizer = torch.optim.AdamW(policy.parameters(), args.learning_rate, weight_decay=0.0)
-    for _ in trange(POLICY_EPOCHS, desc="policy", leave=False):
-        for number, rows in in_turn(log):
-            rollout = log[number][0][rows]
-            part = advantages[number][rows][:, -rollout.mask.shape[1] :]
-            logprobs = response_logprobs(policy, rollout, args.temperature)
-            weights = (part / (own.temperature * scale)).exp().clamp(max=MOST_WEIGHT)
-            step(-masked_mean(weights * logprobs, rollout.mask), policy, optimizer)
-    return policy
+
+    def loss_of(part, weights):
+        return -masked_mean(weights * response_logprobs(policy, part, args.temperature), part.mask)
+
+    for _ in range(POLICY_EPOCHS):
+        train_epoch(policy, optimizer, log, weights, loss_of)
+    return dataclasses.replace(run, policy=policy, sampler=policy)
 
 
-@torch.no_grad()
-def foreseen(critic, policy, log):
-    """The mean over the log's prompts of what the critic expects of the policy's first token."""
-    found = []
-    for rollout, _ in log:
-        values = state_values(critic, policy, rollout)[1]
-        found.append(values.gather(1, rollout.mask.long().argmax(dim=1, keepdim=True)))
-    return torch.cat(found).mean().item()
-
-
-def by_turns(prompts, scores):
-    """{number of the user's turns, without `book`: accuracy}, as more of them are harder."""
+def by_stratum(prompts, scores):
+    """{"3 turns", "1 changes" (of mind): [right, prompts]}; `book` is no turn."""
     found = {}
     for prompt, score in zip(prompts, scores.tolist()):
-        found.setdefault(str(len(prompt) // 2), []).append(score)
-    return {turns: round(statistics.fmean(found[turns]), 4) for turns in sorted(found)}
+        slots = [turn["content"].split()[0] for turn in prompt[:-1] if turn["role"] == "user"]
+        for key in (f"{len(slots)} turns", f"{len(slots) - len(set(slots))} changes"):
+            right, count = found.get(key, (0, 0))
+            found[key] = [right + score, count + 1]
+    return found
 
 
-def run_one(own, kind, seed):
-    """One method on one log -> its row."""
+def unevenness(strata, name):
+    """The standard deviation of accuracy over the strata of that name, weighted by prompts."""
+    right, count = torch.tensor([own for key, own in strata.items() if key.endswith(name)]).T
+    error = right / count - right.sum() / count.sum()
+    return (error.square() @ count / count.sum()).sqrt().item()
+
+
+def evaluated(run, args, when):
+    """Mean scores without noise; greedy ones of both domains by stratum, and how uneven."""
+    scores, _ = evaluate(run, args)
+    prompts = [prompt for data in run.evals.values() for prompt in data["prompt"]]
+    strata = by_stratum(prompts, torch.cat([scores[f"{name}, greedy"] for name in run.evals]))
+    means = {name: own.mean().item() for name, own in scores.items()}
+    means |= {f"uneven {name}": unevenness(strata, name) for name in ("turns", "changes")}
+    return {when: means, f"strata {when}": strata}
+
+
+def foresight(run, args, critic):
+    """What the critic expects of new responses at their first tokens, and what they then get."""
+    batch = run.data[batch_rows(len(run.data), 0, args.total_episodes // 8, args.seed)]
+    rollout = respond(run, args, batch, args.temperature)
+    run.noise.manual_seed(args.seed)
+    scored = judge(run, args, batch, rollout)[0].mean().item()
+    taken = of_tokens(response_q(critic, rollout), rollout.response_ids)
+    first = taken.gather(1, rollout.mask.long().argmax(dim=1, keepdim=True)).mean().item()
+    return {"foreseen": first, "scored": scored, "foreseen - scored": first - scored}
+
+
+@torch.no_grad()
+def run_all(kind, flags, seed, settings):
+    """The settings (method, temperature, alpha, radius) on one log; writes rows as they come."""
     torch.set_num_threads(1)
-    flags = noise.flags_of("quick" if own.quick else "main", "ppo", kind)
-    with tempfile.TemporaryDirectory() as folder:
-        flags += f" --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-        args = parse_args(flags.split())
-        noise.borrow_warm_start(Path(folder), seed)
-        run = build(args)
     torch.manual_seed(seed)
-    before, _ = evaluate(run, args)
-    log = sampled_log(run, args)
-    critic = fitted_critic(run, args, log, own)
-    policy = extracted_policy(run, args, log, critic, own)
-    # What it expects, and what a fresh batch of responses then gets, from the same noisy judge.
-    row = {"foreseen": foreseen(critic, policy, log), "before": means(before)}
-    run.policy = run.sampler = policy
-    batch = run.data[batch_rows(len(run.data), 0, len(run.data), seed)[:1024]]
-    scored, true = judge(run, args, batch, respond(run, args, batch, args.temperature))
-    after, _ = evaluate(run, args)
-    row |= {"scored": scored.mean().item(), "true": true.mean().item(), "after": means(after)}
-    splits = {name: after[f"{name}, greedy"] for name in run.evals}
-    turns = {name: by_turns(run.evals[name]["prompt"], splits[name]) for name in splits}
-    return row | {"by turns": turns}
-
-
-def means(scores):
-    return {name: values.mean().item() for name, values in scores.items()}
-
-
-def run_all(args):
-    """Runs what offline.jsonl lacks, then prints the table."""
-    for name in ("alpha", "radius"):
-        given, usual = getattr(args, name), METHODS[args.method].get(name)
-        if given is not None and usual is None:
-            expected = f"expected none with --method {args.method}"
-            raise InputError(f"--{name}: {expected}, found {given:g}")
-        setattr(args, name, (usual or 0.0) if given is None else given)
-    rows = read_rows(FOUND) if FOUND.exists() else []
-    done = [tuple(row[key] for key in KEYS) for row in rows]
-    seeds = range(args.first, args.first + args.seeds)
-    for kind, seed in tqdm([*itertools.product(args.noise, seeds)], args.method):
-        row = {"method": args.method, "noise": kind, "seed": seed}
-        row |= {"temperature": args.temperature, "alpha": args.alpha, "radius": args.radius}
-        if args.table or tuple(row[key] for key in KEYS) in done:
-            continue
-        row |= run_one(args, kind, seed) | {"commit": current_commit()}
-        if not args.quick:
+    own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
+    args, begin = parse_args(f"{flags} {own}".split()), time.process_time()
+    with torch.enable_grad():
+        run = build(args)  # which may make the warm start
+    about = {"noise": kind, "commit": current_commit()} | evaluated(run, args, "before")
+    batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
+    log = respond(run, args, batch, args.temperature)
+    scores, _ = judge(run, args, batch, log)
+    probs = in_micro_batches(response_probs, run.policy, log, *LIMITS)
+    for price, group in itertools.groupby(settings, lambda setting: setting[2:]):
+        torch.manual_seed(seed)
+        critic, advantages = fitted(run, args, log, scores, probs, *price)
+        for setting in group:
+            torch.manual_seed(seed)
+            after = extracted(run, args, log, advantages, setting[1])
+            row = dict(zip(KEYS, (*setting, flags, seed))) | about
+            row |= evaluated(after, args, "after")
+            row["after"] |= foresight(after, args, critic)
             with open(FOUND, "a") as out:
-                out.write(json.dumps(row) + "\n")
-        rows.append(row)
-    print_table(rows)
+                out.write(json.dumps(row | {"seconds": time.process_time() - begin}) + "\n")
+    return len(settings)
 
 
-def print_table(rows):
-    """Accuracy, how conservative, and how even: means over seeds with Student's intervals."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(tuple(row[key] for key in KEYS[:-1]), []).append(row)
-    heads = ("greedy", "out of domain", "foreseen", "scored", "worst turns")
-    print(
-        f"{'noise':18}{'method':10}{'temp.':>6}{'by':>6}{'seeds':>6}",
-        *map("{:>15}".format, heads),
-    )
-    for (method, kind, temperature, alpha, radius), found in groups.items():
-        columns = [
-            [row["after"][f"{name}, greedy"] for row in found]
-            for name in ("in domain", "out of domain")
-        ]
-        columns += [[row[name] for row in found] for name in ("foreseen", "scored")]
-        columns.append([min(row["by turns"]["in domain"].values()) for row in found])
-        pairs = [interval(column) if len(column) > 1 else (column[0], 0) for column in columns]
-        cells = ["{:8.3f} ±{:5.3f}".format(*pair) for pair in pairs]
-        start = f"{kind:18}{method:10}{temperature:6g}{alpha + radius:6g}{len(found):6}"
-        print(start, *map("{:>15}".format, cells))
-    print("foreseen: the critic's mean for the new policy; scored: what the noisy judge then says")
+def settings_of(args):
+    """[(method, temperature, alpha, radius)], those of one critic together."""
+    prices = {"awr": [(0.0, 0.0)], "cql": [(alpha, 0.0) for alpha in args.alpha]}
+    prices["rfqi"] = [(0.0, radius) for radius in args.radius]
+    pairs = [(method, price) for method in args.method for price in prices[method]]
+    return [(method, t, *price) for method, price in pairs for t in args.temperature]
+
+
+def print_tables(rows):
+    """Accuracy; what was foreseen and then scored; how uneven: and each minus awr's."""
+    found, label = {}, "{method} {alpha:g} {radius:g} at {temperature:g}".format_map
+    for kind, name in itertools.product(*({row["noise"] for row in rows}, set(map(label, rows)))):
+        own = [row for row in rows if (row["noise"], label(row)) == (kind, name)]
+        found[kind, name] = {row["seed"]: row for row in own}
+    found = {key: found[key] for key in sorted(found)}
+    reference = min(name for _, name in found)
+    for columns in COLUMNS:
+        noise.print_table(noise.summarise(found, reference, columns), reference, columns)
+
+
+def run_and_print(args):
+    """Runs what the file lacks, a task for each noise and seed, and prints the tables."""
+    flags = {kind: noise.flags_of("main", "ppo", kind) for kind in args.noise}
+    rows = read_rows(FOUND) if FOUND.exists() else []
+    done, todo = {tuple(row[key] for key in KEYS) for row in rows}, {}
+    for kind, seed in itertools.product(() if args.table else args.noise, args.seeds):
+        lacks = [own for own in settings_of(args) if (*own, flags[kind], seed) not in done]
+        todo |= {(kind, seed): (kind, flags[kind], seed, lacks)} if lacks else {}
+    results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
+    rows = [row for row in read_rows(FOUND) if row["seed"] in args.seeds]
+    print_tables([row for row in rows if row["flags"] == flags.get(row["noise"])])
+    if None in results:
+        sys.exit(f"offline.py: {results.count(None)} tasks failed")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--method", choices=METHODS, default="awr")
-    parser.add_argument("--noise", nargs="+", choices=noise.NOISES, default=["reward model"])
-    parser.add_argument("--seeds", type=COUNT, default=10, help="how many")
-    parser.add_argument("--first", type=COUNT, default=20, help="the first seed; 100: for choosing")
-    parser.add_argument("--temperature", type=number_in("(0, inf)", float), default=1.0)
-    parser.add_argument("--alpha", type=number_in("[0, inf)", float), help="cql's price")
-    parser.add_argument("--radius", type=number_in("[0, 1]", float), help="rfqi's ball")
-    parser.add_argument("--quick", action="store_true", help="a small log; nothing is kept")
+    add, kinds = functools.partial(parser.add_argument, nargs="+"), [*noise.NOISES]
+    add("--method", choices=METHODS, default=METHODS)
+    add("--noise", choices=kinds, default=kinds)
+    add("--seeds", type=int, default=range(20, 30), help="100 and more are for choosing")
+    add("--temperature", type=number_in("(0, inf)", float), default=[1.0])
+    add("--alpha", type=number_in("[0, inf)", float), default=[1.0], help="cql's price")
+    add("--radius", type=number_in("[0, 1]", float), default=[0.1], help="rfqi's ball")
+    parser.add_argument("--jobs", type=COUNT, default=1, help="tasks at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")
-    run_script(parser, run_all)
+    run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from experiments.seeds import (
     read_rows,
     run_script,
 )
-from harness.flags import parse_args
+from harness.flags import number_in, parse_args
 from tasks import InputError
 from tasks.rewards import load_reward
 
@@ -55,17 +55,35 @@ METHODS = {
 # The first is for the rule of admission: does plain PPO learn here?
 KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": ""}
 OTHER = "out of domain, greedy"
+# Behind --, these would make a run another than its row says, or than the start's scores.
+OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
+OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token"
+OURS = {f"--{name}" for name in OURS.split()}
 
 
 def flags_of(args, method, kind):
     labels = "votes" if kind == "votes" else "train"
-    data = f"--dataset-name {args.data / labels}.jsonl --eval-dataset-name {args.data}/held.jsonl"
-    return f"--model-name-or-path {args.model} {data} {METHODS[method]} {KINDS[kind]}".split()
+    own = ["--model-name-or-path", args.model, *METHODS[method].split(), *KINDS[kind].split()]
+    own += ["--dataset-name", str(args.data / f"{labels}.jsonl")]
+    return [*own, "--eval-dataset-name", str(args.data / "held.jsonl"), *args.flags]
+
+
+def check(args):
+    """Ends the program where a run could not begin, or would not be what the table says."""
+    for word in args.flags:
+        if word.split("=")[0].replace("_", "-") in OURS:
+            raise InputError(f"{word}: expected another flag behind --, found one that is set here")
+    for kind in args.kinds:
+        for method in METHODS:
+            flags = parse_args(flags_of(args, method, kind))
+        for file in (flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"):
+            if not Path(file).is_file():
+                raise InputError(f"DATA: expected a file {file} for --kinds {kind}, found none")
 
 
 def out_of_domain(name, args):
     """Greedy mean score on other.jsonl of a model, or of a run's policy."""
-    flags = parse_args([*flags_of(args, "ppo", "none"), *args.flags])
+    flags = parse_args(flags_of(args, "ppo", "none"))
     file = str(args.data / "other.jsonl")
     own = argparse.Namespace(set=[(file, flags.reward)], rows=flags.eval_samples)
     own.response_length = flags.response_length
@@ -78,7 +96,7 @@ def run(args, method, kind, seed):
     torch.set_num_threads(1)
     begin = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*flags_of(args, method, kind), *args.flags]
+        flags = flags_of(args, method, kind)
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
             if train.main([*flags, *own]):
@@ -97,21 +115,26 @@ def run(args, method, kind, seed):
 
 def run_grid(args, target):
     """Runs what the results lack, seed by seed, and adds it line by line -> number of failures."""
-    rows = read_rows(target) if target.exists() else []
-    finished, failed = {(row["method"], row["noise"], row["seed"]) for row in rows}, 0
+    rows, finished, failed = read_rows(target) if target.exists() else [], set(), 0
+    for row in rows:
+        method, kind, seed = key = (row["method"], row["noise"], row["seed"])
+        wanted = flags_of(args, "ppo" if method == "start" else method, kind)
+        if row["flags"] != wanted:
+            expected = f"expected flags as now, found {' '.join(row['flags'])}"
+            raise InputError(f"{target}: {method}, {kind}, seed {seed}: {expected}")
+        finished.add(key)
     about = {"commit": current_commit(), "torch": torch.__version__}
     if ("start", "none", 0) not in finished:
         row = {"method": "start", "noise": "none", "seed": 0, **about}
+        row["flags"] = flags_of(args, "ppo", "none")
         row["after"] = {OTHER: out_of_domain(args.model, args)}
         target.open("a").write(json.dumps(row) + "\n")
-    keys = [
-        (method, kind, seed) for seed in args.seeds for kind in args.kinds for method in METHODS
-    ]
+    keys = itertools.product(sorted({*args.seeds}), args.kinds, METHODS)
     # Fresh processes: a fork cannot use a GPU that its parent has looked at.
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
         futures = {}
-        for method, kind, seed in keys:
+        for seed, kind, method in keys:
             if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
                 key = {"method": method, "noise": kind, "seed": seed, **about}
                 futures[pool.submit(run, args, method, kind, seed)] = key
@@ -135,6 +158,8 @@ def print_table(rows):
     for row in rows:
         found.setdefault((row["noise"], row["method"]), {})[row["seed"]] = row["after"]
     before = [row["before"] for row in rows if "before" in row]
+    if not before:
+        raise InputError("expected finished runs, found none")
     starts = {name: statistics.fmean(scores[name] for scores in before) for name in before[0]}
     starts |= found["none", "start"][0]
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
@@ -156,6 +181,8 @@ def print_table(rows):
 def run_and_print(args):
     if not (args.table or args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
+    if not args.table:
+        check(args)
     target = RESULTS / f"setting-{args.data.resolve().name}.jsonl"
     failed = 0 if args.table else run_grid(args, target)
     print_table(read_rows(target))
@@ -168,7 +195,7 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["none", "verifier"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[*range(5)])
+    parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), default=[*range(5)])
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")

@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -218,9 +219,11 @@ def stopping_on_signals():
         os.write(2, STOPPING)
 
     with SIGNALS:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.signal(number, handler) or signal.SIG_DFL
-            SIGNALS.callback(signal.signal, number, before)
+        # Python takes signals in its main thread alone.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before = signal.signal(number, handler) or signal.SIG_DFL
+                SIGNALS.callback(signal.signal, number, before)
         yield received
 
 

@@ -613,6 +613,20 @@ def test_a_run_whose_output_is_closed_goes_on(to_kill, tmp_path):
     same_run(folder, whole)
 
 
+def test_a_run_in_another_thread_is_left_without_handlers():
+    found = []
+
+    def run():
+        with checkpoints.stopping_on_signals() as received:
+            found.append((received, signal.getsignal(signal.SIGINT)))
+
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [([], before)]
+
+
 def test_a_second_signal_ends_at_once_and_other_code_gets_its_handlers_back():
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt), checkpoints.stopping_on_signals() as received:

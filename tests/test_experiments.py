@@ -272,6 +272,11 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
         names = ["held out, greedy", "held out, sampled", settings.OTHER]
         assert [*ppo["after"]] == names and [*ppo["before"]] == names[:2]
         assert len(ppo["true"]) == 1 and ppo["commit"]
+    own.flags += ["--gamma", "0.5"]
+    with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --mod"):
+        settings.run_grid(own, target)
+    with pytest.raises(InputError, match="expected finished runs, found none"):
+        settings.print_table([start])
 
 
 def test_a_settings_table_pairs_seeds_with_ppos(capsys):
@@ -294,7 +299,10 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
     [
         (["--kinds", "rain"], "argument --kinds: invalid choice: 'rain'"),
         ([], "expected --model and train.py's flags behind --, or --table"),
-        (["--model", "nowhere", "--", "--reward", "exact"], "cannot load 'nowhere'"),
+        (["--model", "nowhere", "--", "--reward", "exact"], "expected a file"),
+        (["--model", "nowhere", "--", "--algo=grpo"], "--algo=grpo: expected another flag"),
+        (["--model", "nowhere", "--", "--lerning-rate", "1"], "--lerning-rate"),
+        (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2e9], found '-1'"),
         (["--table"], "No such file"),
     ],
 )

@@ -1,6 +1,7 @@
 """The two losses of experiments/offline.py by hand and by brute force, and the script."""
 
 import itertools
+import shutil
 import sys
 
 import pytest
@@ -9,7 +10,10 @@ from conftest import random_mask
 
 from dvpo import discounted_returns
 from experiments import noise, offline
-from experiments.offline import by_turns, cql_loss, robust_returns, robust_value
+from experiments.offline import by_stratum, cql_loss, robust_returns, robust_value, unevenness
+from experiments.seeds import read_rows
+from harness.setup import build
+from tasks import as_messages
 
 ONE = torch.ones(1, 1, dtype=torch.bool)
 
@@ -84,31 +88,90 @@ def test_a_ball_of_radius_0_leaves_the_discounted_return(gamma):
     assert (lower <= own + 1e-6).all() and (lower < own).any()
 
 
-def test_accuracy_by_turns():
-    prompts = [["a", "ok", "book"], ["a", "ok", "b", "ok", "book"], ["b", "ok", "book"]]
-    assert by_turns(prompts, torch.tensor([1.0, 1.0, 0.0])) == {"1": 0.5, "2": 1.0}
+def test_strata_by_hand():
+    prompts = []
+    for said in ("food thai", "day monday day sunday", "food thai day friday"):
+        words = said.split()
+        messages = [turn for at in range(0, len(words), 2) for turn in turns_of(words[at : at + 2])]
+        prompts.append(messages + as_messages("book"))
+    strata = by_stratum(prompts, torch.tensor([1.0, 0.0, 1.0]))
+    turns, changes = {"1 turns": [1, 1], "2 turns": [1, 2]}, {"0 changes": [2, 2]}
+    assert strata == turns | changes | {"1 changes": [0, 1]}
+    # 2/3 in all; 1 of one and 1/2 of two: (1/9 + 2/36) / 3 = 1/18.
+    assert unevenness(strata, "turns") == pytest.approx(18**-0.5)
+    assert unevenness(strata, "changes") == pytest.approx((2 / 9) ** 0.5)
+
+
+def turns_of(words):
+    return as_messages(" ".join(words)) + as_messages("ok", "assistant")
+
+
+def build_with_grad(args):
+    assert torch.is_grad_enabled()  # or a seed's warm start could not be made
+    return build(args)
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path, warm_start):
+    """A short budget, a warm start at hand, and rows of its own."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(warm_start, tmp_path / "runs" / "offline-seed0" / "warm_start")
+    monkeypatch.setattr(noise, "BUDGET", noise.QUICK)
+    monkeypatch.setattr(offline, "build", build_with_grad)
+    monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
+    return tmp_path / "offline.jsonl"
 
 
 def run_offline(monkeypatch, *flags):
-    monkeypatch.setattr(sys, "argv", ["offline.py", "--seeds", "1", *flags])
+    monkeypatch.setattr(sys, "argv", ["offline.py", *flags])
     offline.main()
 
 
+GRID = ("--seeds", "0", "--noise", "reward model", "--alpha", "1", "0", "--radius", "0.3", "0")
+
+
 @pytest.mark.slow
-def test_without_a_price_or_a_ball_all_three_are_one(monkeypatch, tmp_path, capsys, warm_start):
-    monkeypatch.setattr(noise, "borrow_warm_start", lambda folder, seed: None)
-    monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
-    found = []
-    for flags in ("awr", "cql --alpha 0", "rfqi --radius 0", "cql --alpha 1", "rfqi --radius 0.3"):
-        run_offline(monkeypatch, "--quick", "--method", *flags.split())
-        rows = [line for line in capsys.readouterr().out.splitlines() if "reward model" in line]
-        found.append(rows[0].split()[6:])
-    assert found[0] == found[1] == found[2]
-    assert found[3] != found[0] and found[4] != found[0]
+def test_without_a_price_or_a_ball_all_three_are_one(monkeypatch, small):
+    run_offline(monkeypatch, *GRID, "--temperature", "0.5", "1")
+    rows = read_rows(small)
+    assert len(rows) == 10 and len({str(row["before"]) for row in rows}) == 1
+    for temperature in (0.5, 1):
+        own = [row for row in rows if row["temperature"] == temperature]
+        found = {(row["method"], row["alpha"] + row["radius"]): row["after"] for row in own}
+        assert found["awr", 0] == found["cql", 0] == found["rfqi", 0]
+        others = [found["awr", 0], found["cql", 1], found["rfqi", 0.3]]
+        assert len({after["foreseen"] for after in others}) == 3
+    assert rows[0]["after"] != rows[1]["after"]
 
 
-def test_a_radius_is_rfqis_alone(monkeypatch, capsys):
+@pytest.mark.slow
+def test_a_grid_goes_on_where_it_stopped_and_one_method_alone_is_the_same(
+    monkeypatch, small, capsys
+):
+    run_offline(monkeypatch, *GRID[:4], "--method", "cql")
+    run_offline(monkeypatch, *GRID[:4], "--method", "awr", "cql")
+    rows = read_rows(small)
+    assert [row["method"] for row in rows] == ["cql", "awr"]
+    assert rows[0]["before"] == rows[1]["before"]
+    for row in rows:
+        assert sum(n for key, (_, n) in row["strata after"].items() if "turns" in key) == 64
+    small.write_text("")
+    run_offline(monkeypatch, *GRID[:4], "--method", "awr", "cql")
+    again = {row["method"]: row["after"] for row in read_rows(small)}
+    assert again == {row["method"]: row["after"] for row in rows}
+    monkeypatch.setattr(offline, "build", None)
+    rest = [*GRID[:4], "--method", "awr", "cql"]
+    run_offline(monkeypatch, *rest)
+    run_offline(monkeypatch, *rest, "--table", "--seeds", "0", "1")
     with pytest.raises(SystemExit) as ended:
-        run_offline(monkeypatch, "--method", "cql", "--radius", "0.1")
-    assert ended.value.code == 2
-    assert "--radius: expected none with --method cql, found 0.1" in capsys.readouterr().err
+        run_offline(monkeypatch, *GRID[:4], "--method", "rfqi")
+    assert ended.value.code == "offline.py: 1 tasks failed"
+    assert len(read_rows(small)) == 2
+
+
+@pytest.mark.parametrize("flags", [("--radius", "1.5"), ("--alpha", "-1"), ("--method", "bcq")])
+def test_bad_flags_are_one_line(monkeypatch, capsys, flags):
+    with pytest.raises(SystemExit) as ended:
+        run_offline(monkeypatch, *flags)
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and flags[0] in said[-1] and flags[1] in said[-1]
