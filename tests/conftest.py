@@ -36,7 +36,8 @@ FAMILIES = ("gpt2", "llama")
 SMALL = """
     --total-episodes 1536 --batch-size 64 --micro-batch-size 48 --num-ppo-epochs 2
     --num-mini-batches 2 --critic-warmup-steps 1 --num-quantiles 16 --num-heads 2 --eval-samples 384
-    --learning-rate 2e-4 --reward-noise-fp 0 --reward-noise-fn 0 --response-length 12
+    --learning-rate 2e-4 --critic-learning-rate 1e-3 --reward-noise-fp 0 --reward-noise-fn 0
+    --response-length 12
 """.split()
 # One iteration with a model and data of one's own.
 MODEL = """
