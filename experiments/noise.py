@@ -113,20 +113,25 @@ def borrow_warm_start(folder, seed):
     return warm
 
 
+def train_quietly(flags):
+    """train.main(flags), unheard; raises RuntimeError with the last line of a run that failed."""
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            status = train.main(flags)
+        except SystemExit as error:
+            # argparse's.
+            status = error.code
+    if status:
+        raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
+
+
 def run(flags, seed):
     """One run of train.py -> its results, and what it was made with."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
         folder, warm = Path(name), borrow_warm_start(Path(name), seed)
         flags = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                status = train.main(flags.split())
-            except SystemExit as error:
-                # argparse's.
-                status = error.code
-        if status:
-            raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
+        train_quietly(flags.split())
         if not warm.exists():
             shutil.copytree(folder / "warm_start", warm, dirs_exist_ok=True)
         rows = read_rows(folder / "metrics.jsonl")
@@ -139,13 +144,14 @@ def run(flags, seed):
     return {**versions, **results, **curves}
 
 
-def pooled(function, todo, jobs, title):
+def pooled(function, todo, jobs, title, method="fork"):
     """function(*arguments) for {key: arguments}: yields (key, result), or (key, None) if it failed.
 
-    Forks share what is imported; one of them is one call's at a time, on one thread.
+    Forks share what is imported, but a GPU: that takes the method spawn. One process is one call's
+    at a time, on one thread.
     """
-    fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=fork) as pool:
+    context = multiprocessing.get_context(method)
+    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
         futures = {pool.submit(function, *arguments): key for key, arguments in todo.items()}
         try:
             done = concurrent.futures.as_completed(futures)
@@ -165,16 +171,12 @@ def run_grid(name, jobs, seeds):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
             todo[seed, noise, method] = flags, seed
-    for (seed, noise, method), found in pooled(run, todo, jobs, "noise.py"):
+    for key, found in pooled(run, todo, jobs, "noise.py"):
         if found is None:
             failed += 1
             continue
-        row = {
-            "method": method,
-            "noise": noise,
-            "seed": seed,
-            "flags": flags_of(name, method, noise),
-        }
+        seed, noise, method = key
+        row = {"method": method, "noise": noise, "seed": seed, "flags": todo[key][0]}
         with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
             out.write(json.dumps(row | {"commit": commit} | found) + "\n")
     return failed

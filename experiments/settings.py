@@ -9,13 +9,11 @@ experiments/results/setting-DATA.jsonl and are skipped.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
 import gc
 import io
 import itertools
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
@@ -26,11 +24,9 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
-from tqdm import tqdm
 
-import train
 from experiments import evaluate
-from experiments.noise import CURVES, NOISES
+from experiments.noise import CURVES, NOISES, pooled, train_quietly
 from experiments.seeds import (
     COUNT,
     DEVICE,
@@ -41,7 +37,7 @@ from experiments.seeds import (
     run_script,
 )
 from harness.flags import number_in, parse_args
-from tasks import InputError
+from tasks import InputError, naming
 from tasks.rewards import load_reward
 
 METHODS = {
@@ -70,6 +66,8 @@ def flags_of(args, method, kind):
 
 def check(args):
     """Ends the program where a run could not begin, or would not be what the table says."""
+    if not (args.model and args.flags):
+        raise InputError("expected --model and train.py's flags behind --, or --table")
     for word in args.flags:
         if word.split("=")[0].replace("_", "-") in OURS:
             raise InputError(f"{word}: expected another flag behind --, found one that is set here")
@@ -95,14 +93,13 @@ def run(args, method, kind, seed):
     """One run of train.py, evaluated -> its results, and what it was made with."""
     torch.set_num_threads(1)
     begin = time.time()
-    with tempfile.TemporaryDirectory() as folder:
+    with naming(f"{method}, {kind}, seed {seed}"), tempfile.TemporaryDirectory() as folder:
         flags = flags_of(args, method, kind)
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
-            if train.main([*flags, *own]):
-                raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
-            found = json.loads((Path(folder) / "results.json").read_text())
-            gc.collect()
+        train_quietly([*flags, *own])
+        found = json.loads((Path(folder) / "results.json").read_text())
+        gc.collect()
+        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
             found["after"][OTHER] = out_of_domain(folder, args)
         rows = read_rows(Path(folder) / "metrics.jsonl")
     gc.collect()
@@ -129,26 +126,18 @@ def run_grid(args, target):
         row["flags"] = flags_of(args, "ppo", "none")
         row["after"] = {OTHER: out_of_domain(args.model, args)}
         target.open("a").write(json.dumps(row) + "\n")
-    keys = itertools.product(sorted({*args.seeds}), args.kinds, METHODS)
-    # Fresh processes: a fork cannot use a GPU that its parent has looked at.
-    spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, mp_context=spawn) as pool:
-        futures = {}
-        for seed, kind, method in keys:
-            if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
-                key = {"method": method, "noise": kind, "seed": seed, **about}
-                futures[pool.submit(run, args, method, kind, seed)] = key
-        try:
-            done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(futures), desc=f"{args.jobs} at a time"):
-                if future.exception():
-                    tqdm.write(f"settings.py: {futures[future]}: {future.exception()}", sys.stderr)
-                    failed += 1
-                    continue
-                with target.open("a") as out:
-                    out.write(json.dumps(futures[future] | future.result()) + "\n")
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C
+    todo = {}
+    for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, METHODS):
+        if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
+            todo[method, kind, seed] = args, method, kind, seed
+    # A fork could not use the GPU, which its parent has looked at.
+    for (method, kind, seed), found in pooled(run, todo, args.jobs, "settings.py", "spawn"):
+        if found is None:
+            failed += 1
+            continue
+        row = {"method": method, "noise": kind, "seed": seed, **about, **found}
+        with target.open("a") as out:
+            out.write(json.dumps(row) + "\n")
     return failed
 
 
@@ -179,12 +168,10 @@ def print_table(rows):
 
 
 def run_and_print(args):
-    if not (args.table or args.model and args.flags):
-        raise InputError("expected --model and train.py's flags behind --, or --table")
+    target, failed = RESULTS / f"setting-{args.data.resolve().name}.jsonl", 0
     if not args.table:
         check(args)
-    target = RESULTS / f"setting-{args.data.resolve().name}.jsonl"
-    failed = 0 if args.table else run_grid(args, target)
+        failed = run_grid(args, target)
     print_table(read_rows(target))
     if failed:
         sys.exit(f"settings.py: {failed} runs failed")
