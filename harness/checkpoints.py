@@ -219,7 +219,6 @@ def stopping_on_signals():
         os.write(2, STOPPING)
 
     with SIGNALS:
-        # Python takes signals in its main thread alone.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, handler) or signal.SIG_DFL

@@ -245,10 +245,10 @@ def check(args):
         require(has_critic, flag, "an --algo with a critic", args.algo)
     numbers = args.reward != "math" or has_data or args.task == "sums"
     require(numbers, "reward", f"another for --task {args.task}, whose answers are words", "math")
-    can_chat = not args.user or args.model_name_or_path or args.task != "sums"
-    require(can_chat, "user", "none with --task sums, whose model has no chat template", args.user)
     written = args.chat_template == "auto" or not args.user
     require(written, "chat-template", "auto with --user, whose turns it writes", "never")
+    can_chat = not args.user or args.model_name_or_path or args.task != "sums"
+    require(can_chat, "user", "none with --task sums, whose model has no chat template", args.user)
     if args.report_to != "none":
         tracker_of(args.report_to)
     known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)

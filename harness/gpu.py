@@ -25,8 +25,7 @@ def grouped_attention(module, query, key, value, attention_mask, scaling=None, *
         options = kwargs | {"scaling": scaling}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     query = query.reshape(num_rows, groups, num_heads // groups, width)
-    options = {"attn_mask": attention_mask, "scale": scaling}
-    output = scaled_dot_product_attention(query, key, value, **options)
+    output = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
     return output.reshape(num_rows, 1, num_heads, value.shape[-1]), None
 
 

@@ -39,8 +39,8 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
     given = data["answer"] if "answer" in data.column_names else [None]
-    gaps = [row for row, answer in enumerate(given) if answer is None or answer != answer]
-    if answers and gaps:
+    gaps = [row for row, own in enumerate(given if answers else []) if own is None or own != own]
+    if gaps:
         expected = "expected an 'answer' for --reward or --pseudo-label-noise"
         raise InputError(f"row {gaps[0]}: {expected}, found {given[gaps[0]]}, {found}")
     if prompt_column != "prompt":
@@ -73,21 +73,22 @@ def load_prompts(
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    encoded, templated = [], tokenizer.chat_template and use_chat_template
+    templated, texts, plain = tokenizer.chat_template and use_chat_template, [], []
     for row, prompt in enumerate(prompts):
-        is_plain = isinstance(prompt, str) and prompt != "" and not templated
-        text = prompt if is_plain else render_chat(prompt, tokenizer, row)
-        # A template writes its own special tokens: no second BOS.
-        found = tokenizer(text, add_special_tokens=is_plain, return_special_tokens_mask=True)
-        ids = found["input_ids"]
+        plain.append(isinstance(prompt, str) and prompt != "" and not templated)
+        texts.append(prompt if plain[row] else render_chat(prompt, tokenizer, row))
+    # All at once, which is faster. A template writes its own special tokens: no second BOS.
+    options = {"return_special_tokens_mask": True}
+    found = {own: tokenizer(texts, add_special_tokens=own, **options) for own in {*plain}}
+    encoded = [found[own]["input_ids"][row] for row, own in enumerate(plain)]
+    for row, (prompt, ids) in enumerate(zip(prompts, encoded)):
         # Some tokenizers append an end, behind which nothing is left to say.
-        while is_plain and ids and found["special_tokens_mask"][len(ids) - 1]:
+        while plain[row] and ids and found[True]["special_tokens_mask"][row][len(ids) - 1]:
             ids.pop()
         if not ids or max(ids) >= limit:
             expected = f"expected token ids below {limit} (--model-name-or-path), found"
             most = max(ids, default="none")
             raise InputError(f"row {row}: {expected} {most} in {prompt!r:.60}")
-        encoded.append(ids)
     return encoded
 
 

@@ -130,10 +130,11 @@ def numbers_in(scores, prompts):
         raise InputError(f"--reward: expected a list of {len(prompts)} numbers, found {found}")
     numbers = []
     for row, value in enumerate(scores):
+        # float() reads texts, and drops what is imaginary.
+        is_other = isinstance(value, (str, bytes)) or "complex" in str(getattr(value, "dtype", ""))
         numbers.append(math.nan)
-        # float() reads texts, too. What others raise is of as many kinds as there are libraries.
-        with contextlib.suppress(Exception):
-            numbers[row] = math.nan if isinstance(value, (str, bytes)) else float(value)
+        with contextlib.suppress(Exception):  # as many kinds as there are libraries
+            numbers[row] = math.nan if is_other else float(value)
         if not abs(numbers[row]) < 3e38:  # NaN is not less
             prompt = one_line(as_messages(prompts[row])[-1]["content"])[:60]
             found = f"expected a finite number, found {str(value)[:80]!r}"

@@ -144,6 +144,8 @@ BAD_VALUES = [
     ([0, numpy.bytes_(b"1")], "row 1.*b'1'"),
     ([0, numpy.str_("1")], "row 1.*'1'"),
     ([0, 1 + 2j], "row 1.*2j"),
+    ([0, numpy.complex64(1 + 2j)], "row 1.*2j"),
+    (numpy.array([0, 1 + 2j]), "row 0.*0j"),
 ]
 
 
