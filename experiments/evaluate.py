@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from tqdm import trange
 
 import rollout
-from experiments.seeds import COUNT, DEVICE, interval, load_policy, run_script
+from experiments.seeds import COUNT, DEVICE, add_row, interval, load_policy, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError
@@ -96,8 +96,7 @@ def compare(args):
             print(f"{what} {result['score']:7.3f}  {size}")
             results.append(result)
             if args.output:
-                with open(args.output, "a") as out:
-                    out.write(json.dumps(result) + "\n")
+                add_row(args.output, result)
     print_means(results)
 
 

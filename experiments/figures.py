@@ -24,10 +24,8 @@ import train
 from critic import quantile_levels
 from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
-from experiments.seeds import RESULTS, current_commit, interval, run_script
-from harness.checkpoints import resume
-from harness.flags import parse_args
-from harness.setup import build, judge, respond
+from experiments.seeds import RESULTS, current_commit, interval, load_run, run_script
+from harness.setup import judge, respond
 from risk import RiskConfig
 from rollout import in_micro_batches, response_quantiles
 from tasks import InputError
@@ -121,9 +119,7 @@ def beliefs(method, seed, folder):
     flags += ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", str(folder)]
     with contextlib.redirect_stdout(None):
         train.main(flags)
-        args = parse_args(["--resume", str(folder)])
-        run = build(args)
-        resume(run, args)
+        run, args = load_run(folder)
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)
     scores, _ = judge(run, args, batch, rollout)

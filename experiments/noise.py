@@ -30,7 +30,17 @@ import torch
 from tqdm import tqdm
 
 import train
-from experiments.seeds import COUNT, RESULTS, current_commit, interval, read_rows, run_script
+from experiments.seeds import (
+    COUNT,
+    RESULTS,
+    add_row,
+    current_commit,
+    interval,
+    load_run,
+    read_rows,
+    run_script,
+)
+from experiments.strata import evaluated
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn.
 BUDGET = (
@@ -135,13 +145,15 @@ def run(flags, seed):
         if not warm.exists():
             shutil.copytree(folder / "warm_start", warm, dirs_exist_ok=True)
         rows = read_rows(folder / "metrics.jsonl")
-        evaluated = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
+        curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
         versions = json.loads((folder / "args.json").read_text())["versions"]
         results = json.loads((folder / "results.json").read_text())
+        found = evaluated(*load_run(folder), "after")
     named = {name: key for name, key in CURVES.items() if key in rows[0]}
     curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
-    curves["curve"] = [row for row in evaluated if len(row) > 1]
-    return {**versions, **results, **curves}
+    curves["curve"] = [row for row in curve if len(row) > 1]
+    results["after"] = found.pop("after") | results["after"]
+    return {**versions, **results, **found, **curves}
 
 
 def pooled(function, todo, jobs, title, method="fork"):
@@ -177,8 +189,7 @@ def run_grid(name, jobs, seeds):
             continue
         seed, noise, method = key
         row = {"method": method, "noise": noise, "seed": seed, "flags": todo[key][0]}
-        with open(RESULTS / f"noise-{name}.jsonl", "a") as out:
-            out.write(json.dumps(row | {"commit": commit} | found) + "\n")
+        add_row(RESULTS / f"noise-{name}.jsonl", row | {"commit": commit} | found)
     return failed
 
 

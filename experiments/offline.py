@@ -3,11 +3,12 @@
     python experiments/offline.py --jobs 2     # awr, cql and rfqi under all kinds of noise
     python experiments/offline.py --table      # print what results/offline.jsonl holds
 
-One log of responses of the starting policy for each noise and seed, scored as noise.py scores, as
-many as a run of it samples. On it a method fits a critic, Q (B, T, V) over the vocabulary, and from
-it takes a policy in one step: log-probs of the log weighted by exp(A / temperature), A = Q(s, a) -
-E_b Q(s, b). awr is that alone; cql and rfqi are awr with alpha or radius 0, bit for bit. Rows that
-are there are kept. What is from where, and what came of it: offline.md.
+A log for each seed: responses of the starting policy, as many as a run of noise.py samples, scored
+as there. On it a method fits a critic, Q (B, T, V) over the vocabulary, and takes a policy in one
+step: log-probs of the log weighted by exp(A / temperature). A = y - V(s), the return that followed
+minus V(s) = E_b Q(s, b); or with --advantage q Q(s, a) - V(s). awr is that alone; cql and rfqi are
+awr with alpha or radius 0, bit for bit. Rows that are there are kept. What is from where, and what
+came of it: offline.md.
 """
 
 import argparse
@@ -15,7 +16,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import json
 import sys
 import time
 from pathlib import Path
@@ -29,16 +29,16 @@ from torch.nn.utils import clip_grad_norm_
 from critic import QuantileCritic
 from dvpo import masked_mean
 from experiments import noise
-from experiments.seeds import COUNT, RESULTS, current_commit, read_rows, run_script
+from experiments.seeds import COUNT, RESULTS, add_row, current_commit, read_rows, run_script
+from experiments.strata import evaluated
 from harness.flags import number_in, parse_args
-from harness.reports import evaluate
 from harness.setup import build, judge, respond
 from rollout import in_micro_batches, micro_batches, response_logprobs, response_quantiles
 from tasks.prompts import batch_rows
 
 FOUND = RESULTS / "offline.jsonl"
 METHODS = ("awr", "cql", "rfqi")
-KEYS = ("method", "temperature", "alpha", "radius", "flags", "seed")  # of a row
+KEYS = ("method", "advantage", "temperature", "alpha", "radius", "flags", "seed")  # of a row
 COLUMNS = (  # of each table
     noise.SPLITS,
     ("in domain, sampled", "foreseen", "scored"),
@@ -118,7 +118,7 @@ def train_epoch(model, optimizer, log, numbers, loss_of):
 
 
 def fitted(run, args, log, scores, probs, alpha, radius):
-    """Fits Q of the starting policy to its log -> critic, advantages (B, T)."""
+    """Fits Q of the starting policy to its log -> critic, {name: advantages (B, T)}."""
     critic = QuantileCritic(copy.deepcopy(run.policy.base_model), 1, probs.shape[-1])
     critic.scale.copy_(scores.std().clamp(min=1e-8))
     critic.heads.bias.fill_(scores.mean() / critic.scale)
@@ -137,7 +137,8 @@ def fitted(run, args, log, scores, probs, alpha, radius):
             q = in_micro_batches(response_q, critic, log, *LIMITS)
             values = (probs * q).sum(dim=-1)
             worst = values[log.mask].min()  # P may move to any state of the log, as it now looks
-    return critic, of_tokens(q, log.response_ids) - values
+    taken, returns = of_tokens(q, log.response_ids), targets * critic.scale
+    return critic, {"q": taken - values, "return": returns - values}
 
 
 def extracted(run, args, log, advantages, temperature):
@@ -154,34 +155,6 @@ def extracted(run, args, log, advantages, temperature):
     return dataclasses.replace(run, policy=policy, sampler=policy)
 
 
-def by_stratum(prompts, scores):
-    """{"3 turns", "1 changes" (of mind): [right, prompts]}; `book` is no turn."""
-    found = {}
-    for prompt, score in zip(prompts, scores.tolist()):
-        slots = [turn["content"].split()[0] for turn in prompt[:-1] if turn["role"] == "user"]
-        for key in (f"{len(slots)} turns", f"{len(slots) - len(set(slots))} changes"):
-            right, count = found.get(key, (0, 0))
-            found[key] = [right + score, count + 1]
-    return found
-
-
-def unevenness(strata, name):
-    """The standard deviation of accuracy over the strata of that name, weighted by prompts."""
-    right, count = torch.tensor([own for key, own in strata.items() if key.endswith(name)]).T
-    error = right / count - right.sum() / count.sum()
-    return (error.square() @ count / count.sum()).sqrt().item()
-
-
-def evaluated(run, args, when):
-    """Mean scores without noise; greedy ones of both domains by stratum, and how uneven."""
-    scores, _ = evaluate(run, args)
-    prompts = [prompt for data in run.evals.values() for prompt in data["prompt"]]
-    strata = by_stratum(prompts, torch.cat([scores[f"{name}, greedy"] for name in run.evals]))
-    means = {name: own.mean().item() for name, own in scores.items()}
-    means |= {f"uneven {name}": unevenness(strata, name) for name in ("turns", "changes")}
-    return {when: means, f"strata {when}": strata}
-
-
 def foresight(run, args, critic):
     """What the critic expects of new responses at their first tokens, and what they then get."""
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes // 8, args.seed)]
@@ -193,45 +166,62 @@ def foresight(run, args, critic):
     return {"foreseen": first, "scored": scored, "foreseen - scored": first - scored}
 
 
-@torch.no_grad()
-def run_all(kind, flags, seed, settings):
-    """The settings (method, temperature, alpha, radius) on one log; writes rows as they come."""
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
+def args_of(kind, seed):
     own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
-    args, begin = parse_args(f"{flags} {own}".split()), time.process_time()
+    return parse_args(f"{noise.flags_of('main', 'ppo', kind)} {own}".split())
+
+
+@functools.lru_cache(maxsize=1)
+def log_of(seed):
+    """What no noise touches: the start's scores, its responses, and how probable all tokens were.
+
+    Kept for a process's next task, which is often of the same seed.
+    """
+    torch.manual_seed(seed)
+    args = args_of("none", seed)
     with torch.enable_grad():
         run = build(args)  # which may make the warm start
-    about = {"noise": kind, "commit": current_commit()} | evaluated(run, args, "before")
+    before = evaluated(run, args, "before")
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     log = respond(run, args, batch, args.temperature)
+    return before, log, in_micro_batches(response_probs, run.policy, log, *LIMITS)
+
+
+@torch.no_grad()
+def run_all(kind, flags, seed, settings):
+    """The settings, as KEYS has them, on one log; writes rows as they come."""
+    torch.set_num_threads(1)
+    begin, (before, log, probs) = time.process_time(), log_of(seed)
+    args = args_of(kind, seed)
+    run, about = build(args), {"noise": kind, "commit": current_commit()} | before
+    batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     scores, _ = judge(run, args, batch, log)
-    probs = in_micro_batches(response_probs, run.policy, log, *LIMITS)
-    for price, group in itertools.groupby(settings, lambda setting: setting[2:]):
+    for price, group in itertools.groupby(settings, lambda setting: setting[3:]):
         torch.manual_seed(seed)
         critic, advantages = fitted(run, args, log, scores, probs, *price)
         for setting in group:
             torch.manual_seed(seed)
-            after = extracted(run, args, log, advantages, setting[1])
+            after = extracted(run, args, log, advantages[setting[1]], setting[2])
             row = dict(zip(KEYS, (*setting, flags, seed))) | about
             row |= evaluated(after, args, "after")
             row["after"] |= foresight(after, args, critic)
-            with open(FOUND, "a") as out:
-                out.write(json.dumps(row | {"seconds": time.process_time() - begin}) + "\n")
+            add_row(FOUND, row | {"seconds": time.process_time() - begin})
     return len(settings)
 
 
 def settings_of(args):
-    """[(method, temperature, alpha, radius)], those of one critic together."""
+    """[(method, advantage, temperature, alpha, radius)], those of one critic together."""
     prices = {"awr": [(0.0, 0.0)], "cql": [(alpha, 0.0) for alpha in args.alpha]}
     prices["rfqi"] = [(0.0, radius) for radius in args.radius]
     pairs = [(method, price) for method in args.method for price in prices[method]]
-    return [(method, t, *price) for method, price in pairs for t in args.temperature]
+    ways = [*itertools.product(args.advantage, args.temperature)]
+    return [(method, *way, *price) for method, price in pairs for way in ways]
 
 
 def print_tables(rows):
     """Accuracy; what was foreseen and then scored; how uneven: and each minus awr's."""
-    found, label = {}, "{method} {alpha:g} {radius:g} at {temperature:g}".format_map
+    label = "{method} {alpha:g} {radius:g} {advantage} at {temperature:g}".format_map
+    found = {}
     for kind, name in itertools.product(*({row["noise"] for row in rows}, set(map(label, rows)))):
         own = [row for row in rows if (row["noise"], label(row)) == (kind, name)]
         found[kind, name] = {row["seed"]: row for row in own}
@@ -246,7 +236,7 @@ def run_and_print(args):
     flags = {kind: noise.flags_of("main", "ppo", kind) for kind in args.noise}
     rows = read_rows(FOUND) if FOUND.exists() else []
     done, todo = {tuple(row[key] for key in KEYS) for row in rows}, {}
-    for kind, seed in itertools.product(() if args.table else args.noise, args.seeds):
+    for seed, kind in itertools.product(() if args.table else args.seeds, args.noise):
         lacks = [own for own in settings_of(args) if (*own, flags[kind], seed) not in done]
         todo |= {(kind, seed): (kind, flags[kind], seed, lacks)} if lacks else {}
     results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
@@ -262,6 +252,7 @@ def main():
     add("--method", choices=METHODS, default=METHODS)
     add("--noise", choices=kinds, default=kinds)
     add("--seeds", type=int, default=range(20, 30), help="100 and more are for choosing")
+    add("--advantage", choices=("return", "q"), default=["return"])
     add("--temperature", type=number_in("(0, inf)", float), default=[1.0])
     add("--alpha", type=number_in("[0, inf)", float), default=[1.0], help="cql's price")
     add("--radius", type=number_in("[0, 1]", float), default=[0.1], help="rfqi's ball")

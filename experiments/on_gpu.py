@@ -39,7 +39,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train
 from experiments import bench, memory
-from experiments.seeds import DEVICE, RESULTS, current_commit, run_script
+from experiments.seeds import DEVICE, RESULTS, add_row, current_commit, run_script
 from harness.flags import number_in, parse_args
 from harness.gpu import COMPILED, grouped_attention
 from harness.setup import autocast, respond
@@ -337,8 +337,7 @@ def run_parts(args):
             found |= {"failed": one_line(error)}
         finally:  # Ctrl-C
             row = {"part": name, **found, "seconds in all": round(time.time() - begin, 1)}
-            with open(args.output, "a") as out:
-                out.write(json.dumps(row | about) + "\n")
+            add_row(args.output, row | about)
         for key, value in found.items():
             value = f"{value:.4g}" if isinstance(value, float) else str(value)
             table.append(f"{name:16}{key:28}{value:20}{AIMS.get(key, '')}")

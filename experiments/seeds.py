@@ -7,6 +7,7 @@ One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -24,9 +25,10 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from harness.flags import number_in
+from harness.checkpoints import resume
+from harness.flags import number_in, parse_args
 from harness.reports import quiet
-from harness.setup import load
+from harness.setup import build, load
 from tasks import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -61,6 +63,15 @@ def load_policy(name, flag):
     return model, load(AutoTokenizer, name, flag)
 
 
+def load_run(folder):
+    """A finished run's Run and flags, as its newest checkpoint has it."""
+    args = parse_args(["--resume", str(folder)])
+    with contextlib.redirect_stdout(None):  # what it goes on from
+        run = build(args)
+        resume(run, args)
+    return run, args
+
+
 def read_rows(path):
     """The objects of a jsonl file, a line each; raises InputError naming file and line."""
     rows = []
@@ -71,6 +82,13 @@ def read_rows(path):
             found = f"expected a JSON object, found {line[:60]!r}"
             raise InputError(f"{path}, line {number}: {found}") from error
     return rows
+
+
+def add_row(path, row):
+    """Adds a row to a jsonl file, on a line of its own: an edited file may lack its last end."""
+    text = path.read_text() if path.exists() else ""
+    with open(path, "a") as file:
+        file.write("\n" * (text[-1:] not in ("", "\n")) + json.dumps(row) + "\n")
 
 
 def current_commit():

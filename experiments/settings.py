@@ -31,6 +31,7 @@ from experiments.seeds import (
     COUNT,
     DEVICE,
     RESULTS,
+    add_row,
     current_commit,
     interval,
     read_rows,
@@ -125,7 +126,7 @@ def run_grid(args, target):
         row = {"method": "start", "noise": "none", "seed": 0, **about}
         row["flags"] = flags_of(args, "ppo", "none")
         row["after"] = {OTHER: out_of_domain(args.model, args)}
-        target.open("a").write(json.dumps(row) + "\n")
+        add_row(target, row)
     todo = {}
     for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, METHODS):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
@@ -135,9 +136,7 @@ def run_grid(args, target):
         if found is None:
             failed += 1
             continue
-        row = {"method": method, "noise": kind, "seed": seed, **about, **found}
-        with target.open("a") as out:
-            out.write(json.dumps(row) + "\n")
+        add_row(target, {"method": method, "noise": kind, "seed": seed, **about, **found})
     return failed
 
 

@@ -10,8 +10,9 @@ from conftest import random_mask
 
 from dvpo import discounted_returns
 from experiments import noise, offline
-from experiments.offline import by_stratum, cql_loss, robust_returns, robust_value, unevenness
+from experiments.offline import cql_loss, robust_returns, robust_value
 from experiments.seeds import read_rows
+from experiments.strata import by_stratum, unevenness
 from harness.setup import build
 from tasks import as_messages
 
