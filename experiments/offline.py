@@ -166,9 +166,12 @@ def foresight(run, args, critic):
     return {"foreseen": first, "scored": scored, "foreseen - scored": first - scored}
 
 
-def args_of(kind, seed):
+def start(kind, seed):
+    """The starting policy, as a Run with a kind of noise, and its flags."""
     own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
-    return parse_args(f"{noise.flags_of('main', 'ppo', kind)} {own}".split())
+    args = parse_args(f"{noise.flags_of('main', 'ppo', kind)} {own}".split())
+    with torch.enable_grad():
+        return build(args), args  # it may make the warm start
 
 
 @functools.lru_cache(maxsize=1)
@@ -178,9 +181,7 @@ def log_of(seed):
     Kept for a process's next task, which is often of the same seed.
     """
     torch.manual_seed(seed)
-    args = args_of("none", seed)
-    with torch.enable_grad():
-        run = build(args)  # which may make the warm start
+    run, args = start("none", seed)
     before = evaluated(run, args, "before")
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     log = respond(run, args, batch, args.temperature)
@@ -192,8 +193,7 @@ def run_all(kind, flags, seed, settings):
     """The settings, as KEYS has them, on one log; writes rows as they come."""
     torch.set_num_threads(1)
     begin, (before, log, probs) = time.process_time(), log_of(seed)
-    args = args_of(kind, seed)
-    run, about = build(args), {"noise": kind, "commit": current_commit()} | before
+    (run, args), about = start(kind, seed), {"noise": kind, "commit": current_commit()} | before
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     scores, _ = judge(run, args, batch, log)
     for price, group in itertools.groupby(settings, lambda setting: setting[3:]):

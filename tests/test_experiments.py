@@ -23,6 +23,7 @@ from experiments import (
     on_gpu,
     pseudo_labels,
     reward_model,
+    seeds,
     settings,
 )
 from harness.flags import RISK_TERMS, parse_args
@@ -147,7 +148,21 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, c
     assert len(said) == 1 and "--reward-noise-fp" in said[0]
     assert "expected a number in [0, 1], found '7'" in said[0]
     (row,) = read_rows(tmp_path / "noise-quick.jsonl")
-    assert row["noise"] == "none" and row["seed"] == 0 and row["after"]
+    assert row["noise"] == "none" and row["seed"] == 0
+    # The strata are of the policy that the run ended with, and of its greedy answers.
+    turns = [own for name, own in row["strata after"].items() if "turns" in name]
+    right, count = map(sum, zip(*turns))
+    splits = [row["after"][name] for name in noise.SPLITS]
+    assert count == 16 and right / count == pytest.approx(sum(splits) / 2)
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_row_is_added_on_a_line_of_its_own(tmp_path, end):
+    path = tmp_path / "rows.jsonl"
+    seeds.add_row(path, {"a": 1})
+    path.write_text(path.read_text().rstrip() + end)
+    seeds.add_row(path, {"b": 2})
+    assert path.read_text() == '{"a": 1}\n{"b": 2}\n'
 
 
 @pytest.mark.parametrize(
