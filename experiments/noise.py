@@ -76,16 +76,15 @@ def tuned(name, flags="", rate=None):
     return f"--algo {name} --learning-rate {rate or TUNED[name]} {flags}".strip()
 
 
-def weights(value, terms=TERMS):
-    return tuned("dvpo", " ".join(f"--{term}-weight {value}" for term in terms))
-
-
-# Without its flag, a default's runs are the main grid's.
-LADDER = {name: weights(0, TERMS[count:]) for name, count in RUNGS.items()}
 ALL = {name: tuned(name) for name in METHODS}
 # The control has the bound, and no distribution.
 BOUND = "--readout spread"
 ALL |= {"dvpo, spread": tuned("dvpo", BOUND), "control": tuned("ppo", BOUND, "4e-4")}
+# Term by term; all of them, without a flag, are the main grid's runs.
+LADDER = {}
+for name, count in RUNGS.items():
+    off = (f"--{term}-weight 0" for term in TERMS[count:])
+    LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
 TRIED = {}
 for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
@@ -98,7 +97,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
     "rates": ({name: (ALL | TRIED)[name] for name in RATES}, SOME, range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
-    "ladder": (LADDER, SOME, range(3)),
+    "ladder": (LADDER, SOME, range(20, 25)),
 }
 
 
