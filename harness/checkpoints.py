@@ -18,7 +18,7 @@ import transformers
 
 from critic import QuantileCritic
 from harness.setup import load
-from tasks import InputError, one_line
+from tasks import InputError, naming, one_line
 
 # What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
 LOCK, SIGNALS, MASKS = contextlib.ExitStack(), contextlib.ExitStack(), []
@@ -63,7 +63,9 @@ def write_checkpoint(run, folder):
     state["random"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     state["random"] |= {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     state["noise"] = run.noise.get_state()
-    try:
+    what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
+    with naming(what), contextlib.ExitStack() as torn:
+        torn.callback(shutil.rmtree, folder, ignore_errors=True)
         run.policy.save_pretrained(folder / "policy")
         run.tokenizer.save_pretrained(folder / "policy")
         if run.critic is not None:
@@ -72,11 +74,7 @@ def write_checkpoint(run, folder):
         torch.save(state, folder / "state.pt")
         for path in [*folder.rglob("*"), folder]:
             flushed(path)
-    except Exception as error:
-        # A full disk, say, in each library's own words.
-        shutil.rmtree(folder, ignore_errors=True)
-        what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
-        raise InputError(f"{what}; found: {one_line(error)}") from error
+        torn.pop_all()
 
 
 def try_saving(run, args):

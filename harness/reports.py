@@ -79,9 +79,8 @@ def evaluate(run, args):
                 if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
                     found = "others: is a learning rate too high?"
                     raise InputError(f"evaluation: expected finite log-probs, found {found}")
-                completions = completions_of(run, rollout)
-                found = score(run.reward, batch, completions).tolist()
-                rows += zip(batch["prompt"], completions, found)
+                said = completions_of(run, rollout)
+                rows += zip(batch["prompt"], said, score(run.reward, batch, said).tolist())
             scores[name] = torch.tensor([row[-1] for row in rows])
             # Or training would refuse them, when an earlier run is moved aside.
             assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)

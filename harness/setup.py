@@ -139,8 +139,8 @@ def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
         where = ("--dataset-name", args.dataset_name, args.dataset_split)
         train = load(*where, config=args.dataset_config)
         if args.eval_dataset_name:
-            held_out = load("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
-            evals["held out"] = held_out.select(range(min(args.eval_samples, len(held_out))))
+            where = ("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
+            evals["held out"] = load(*where).take(args.eval_samples)
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
@@ -241,16 +241,15 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     """A response to each prompt of a batch, or with a user a whole conversation -> Rollout."""
     if run.sampler is not run.policy:
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
+    limits = {"response_length": args.response_length, "temperature": temperature}
+    limits |= {"record_logprobs": record_logprobs, **(COMPILED if args.compile else {})}
     stops = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
-    limits = {"response_length": args.response_length, "record_logprobs": record_logprobs}
-    limits |= COMPILED if args.compile else {}
-    take_turn = functools.partial(sample, run.sampler, temperature=temperature, **stops, **limits)
+    take_turn = functools.partial(sample, run.sampler, **stops, **limits)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
-        sizes = (run.context - args.response_length, run.policy.config.vocab_size)
-        ends = (*stops.values(), args.max_turns, *sizes)
-        return converse(take_turn, batch, run.user, run.tokenizer, *ends)
+        sizes = (args.max_turns, run.context - args.response_length, run.policy.config.vocab_size)
+        return converse(take_turn, batch, run.user, run.tokenizer, *stops.values(), *sizes)
 
 
 def completions_of(run, rollout):
@@ -269,9 +268,8 @@ def judge(run, args, batch, rollout):
         domains = [ids[min(run.domain_at, len(ids) - 1)] for ids in batch[PROMPT_IDS]]
         scale, seed = args.reward_noise_model, args.reward_noise_seed
         scores = model_scores(scores, domains, scale, seed, run.noise)
-    flips = (args.reward_noise_fp, args.reward_noise_fn)
-    outlier, failure = args.reward_noise_outlier, args.reward_noise_failure
-    scores = noisy_scores(scores, *flips, outlier, run.noise, failure)
+    noise = (args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier)
+    scores = noisy_scores(scores, *noise, run.noise, args.reward_noise_failure)
     # A response that was cut off has no end: that may cost something.
     scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
     return scores.to(rollout.mask.device), true_scores
@@ -281,9 +279,8 @@ def judge(run, args, batch, rollout):
 def sampling_is_scoring(run, args, count=8):
     """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
 
-    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again or
-    without padding and the token added here. In fp32, as weights are whatever --dtype is: rounding
-    is then far below 1e-3 of the largest number, misreading far above.
+    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again, or
+    without padding and a token behind it. In fp32: rounding is then far below 1e-3, misreading not.
     """
     room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
     prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]

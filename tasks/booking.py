@@ -30,8 +30,7 @@ def booking_row(num_slots, odd, rng):
         replies[slot] = f"{slot} {values[slot]}"
         if rng.random() < odd:
             changed = rng.choice(known)
-            others = [value for value in SLOTS[changed] if value != values[changed]]
-            values[changed] = rng.choice(others)
+            values[changed] = rng.choice([v for v in SLOTS[changed] if v != values[changed]])
             replies[slot] += f" {changed} {values[changed]}"
         known.append(slot)
         completion += as_messages(slot, "assistant") + as_messages(replies[slot])
