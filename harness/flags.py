@@ -171,17 +171,6 @@ def require(fine, args, flag, expected):
         fail(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
 
 
-def make_parser():
-    parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
-    parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
-    parser.error = fail
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            add_flag(group, *flag)
-    return parser
-
-
 def resumed(argv, parser, args):
     """The flags of the run to resume, and of the new ones those that may change."""
     folder, path, words = Path(args.resume), Path(args.resume, "args.json"), []
@@ -258,8 +247,15 @@ def check(args):
 
 def parse_args(argv=None):
     """Flags with every default filled in; ends the program where they cannot work."""
-    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
+    parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
+    parser.error = fail
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, *flag)
     # --learning_rate=1e-4 is --learning-rate=1e-4.
+    argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
     default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"

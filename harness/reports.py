@@ -18,7 +18,8 @@ from tqdm import tqdm
 from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS, tracker_of
-from harness.setup import completions_of, respond
+from harness.setup import respond
+from rollout import completion_texts
 from tasks import InputError, as_messages, users_code
 from tasks.builtin import BUILT_IN
 from tasks.noise import assert_flippable
@@ -32,10 +33,7 @@ SHOWN |= {"kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipf
 
 @torch.no_grad()
 def batch_metrics(experience, scores, true_scores, kl_coef, stop_ids):
-    """A batch in numbers, under TRL's names; true_scores (B,): before noise and penalties.
-
-    kl and entropy: mean over sequences of the sum over tokens, in nats; without a reference, NaN.
-    """
+    """A batch in numbers (docs/metrics.md); true_scores (B,): before noise and penalties."""
     rollout, mask, logprobs = experience.rollout, experience.rollout.mask, experience.logprobs
     kl = scores.new_tensor(torch.nan)
     if experience.ref_logprobs is not None:
@@ -79,7 +77,7 @@ def evaluate(run, args):
                 if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
                     found = "others: is a learning rate too high?"
                     raise InputError(f"evaluation: expected finite log-probs, found {found}")
-                said = completions_of(run, rollout)
+                said = rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
                 rows += zip(batch["prompt"], said, score(run.reward, batch, said).tolist())
             scores[name] = torch.tensor([row[-1] for row in rows])
             # Or training would refuse them, when an earlier run is moved aside.

@@ -175,9 +175,7 @@ def build_critic(args, policy, context):
 
 
 def to_train(model, device, args, learning_rate):
-    """A model on its device in train mode, and its optimiser -> optimiser; or None for None."""
-    if model is None:
-        return None
+    """A model on its device in train mode, and its optimiser -> optimiser."""
     model.to(device).train()
     dtypes = {parameter.dtype for parameter in model.parameters()}
     assert dtypes == {torch.float32}, "bf16 weights lose small Adam steps"
@@ -209,23 +207,16 @@ def build(args):
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    parts = dict(policy=policy, critic=critic, tokenizer=tokenizer, data=data, evals=evals)
+    parts |= dict(stop_ids=stop_ids, context=context, reward=reward, user=user, half=half)
     run = Run(
-        policy=policy,
+        **parts,
         sampler=half_copy(policy).to(device) if half else policy,
         reference=copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None,
-        critic=critic,
         optimizer=to_train(policy, device, args, args.learning_rate),
-        critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
-        tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        context=context,
-        data=data,
-        evals=evals,
+        critic_optimizer=critic and to_train(critic, device, args, args.critic_learning_rate),
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
-        reward=reward,
-        user=user,
         risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
-        half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,
@@ -252,15 +243,10 @@ def respond(run, args, batch, temperature, record_logprobs=False):
         return converse(take_turn, batch, run.user, run.tokenizer, *stops.values(), *sizes)
 
 
-def completions_of(run, rollout):
-    """What the reward reads of each response: its text, or a conversation's messages."""
-    return rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
-
-
 @torch.no_grad()
 def judge(run, args, batch, rollout):
     """Scores as training sees them, and without noise and penalty: (B,), (B,)."""
-    completions = completions_of(run, rollout)
+    completions = rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
     true_scores = scores = score(run.reward, batch, completions)
     if PSEUDO_LABEL in batch:
         scores = score(run.reward, batch, completions, PSEUDO_LABEL)
