@@ -139,7 +139,7 @@ def announce(run, args, num_iterations):
     """What is about to happen, in a line or two."""
     sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items()) or "none"
     print(f"{len(run.data)} prompts to train on; evaluated on {sizes}")
-    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][0]:
+    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][1]:
         print(f"note: --reward {args.reward} takes the place of the one of --task {args.task}")
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"

@@ -193,7 +193,7 @@ def build(args):
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
     if args.compile and not half:
         raise InputError("--compile: expected --dtype bfloat16 with it, found float32")
-    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
+    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task][1:]
     reward = load_reward(args.reward, device) if args.reward else reward
     user = load_function("--user", args.user) if args.user else user
     if name is None:
