@@ -1,7 +1,6 @@
 """The flags of train.py. Without torch or transformers: --help and a refused flag are quick."""
 
 import argparse
-import contextlib
 import importlib
 import json
 import re
@@ -125,10 +124,10 @@ def number_in(interval, cast):
     kind, limit = ("whole number", 2**31) if cast is int else ("number", 3e38)
 
     def parse(text):
-        # NaN is in no interval.
-        value = float("nan")
-        with contextlib.suppress(ValueError):
+        try:
             value = cast(text)
+        except ValueError:
+            value = float("nan")  # which is in no interval
         at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
         if value < limit and (low < value < high or at_end):
             return value

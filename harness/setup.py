@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import os
 import re
 import time
@@ -103,7 +102,7 @@ def load(auto_class, name, flag):
 
 def context_of(model):
     config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def stop_token_ids(model, tokenizer, stop_token=None):
@@ -121,7 +120,7 @@ def stop_token_ids(model, tokenizer, stop_token=None):
     return sorted(set(ids))
 
 
-def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
+def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
     if context <= args.response_length:
         found = f"less than the model's context of {context} tokens, found {args.response_length}"
