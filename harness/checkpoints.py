@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -217,7 +216,7 @@ def stopping_on_signals():
         os.write(2, STOPPING)
 
     with SIGNALS:
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # another thread may set no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, handler) or signal.SIG_DFL
                 SIGNALS.callback(signal.signal, number, before)

@@ -14,8 +14,7 @@ from tasks import one_line
 class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
-    weights: str  # what counts the same in the policy loss: each token, or each response; or
-    # constant: each token, whatever the lengths in the minibatch
+    weights: str  # what counts alike: a token, a response; constant: a token, whatever the lengths
 
 
 ALGORITHMS = {
