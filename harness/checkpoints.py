@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import transformers
 
 from critic import QuantileCritic
 from harness.setup import load
-from tasks import InputError, one_line
+from tasks import InputError, naming, one_line
 
 # What a child that a user's code forks must not have of ours; and its parent's masks meanwhile.
 LOCK, SIGNALS, MASKS = contextlib.ExitStack(), contextlib.ExitStack(), []
@@ -63,7 +62,9 @@ def write_checkpoint(run, folder):
     state["random"] = {"torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
     state["random"] |= {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
     state["noise"] = run.noise.get_state()
-    try:
+    what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
+    with naming(what), contextlib.ExitStack() as torn:
+        torn.callback(shutil.rmtree, folder, ignore_errors=True)
         run.policy.save_pretrained(folder / "policy")
         run.tokenizer.save_pretrained(folder / "policy")
         if run.critic is not None:
@@ -72,11 +73,7 @@ def write_checkpoint(run, folder):
         torch.save(state, folder / "state.pt")
         for path in [*folder.rglob("*"), folder]:
             flushed(path)
-    except Exception as error:
-        # A full disk, say, in each library's own words.
-        shutil.rmtree(folder, ignore_errors=True)
-        what = f"cannot save {folder.stem} in --output-dir, earlier ones are kept"
-        raise InputError(f"{what}; found: {one_line(error)}") from error
+        torn.pop_all()
 
 
 def try_saving(run, args):
@@ -219,7 +216,7 @@ def stopping_on_signals():
         os.write(2, STOPPING)
 
     with SIGNALS:
-        if threading.current_thread() is threading.main_thread():
+        with contextlib.suppress(ValueError):  # another thread may set no handlers
             for number in (signal.SIGINT, signal.SIGTERM):
                 before = signal.signal(number, handler) or signal.SIG_DFL
                 SIGNALS.callback(signal.signal, number, before)

@@ -1,7 +1,6 @@
 """The flags of train.py. Without torch or transformers: --help and a refused flag are quick."""
 
 import argparse
-import contextlib
 import importlib
 import json
 import re
@@ -15,8 +14,7 @@ from tasks import one_line
 class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
-    weights: str  # what counts the same in the policy loss: each token, or each response; or
-    # constant: each token, whatever the lengths in the minibatch
+    weights: str  # what counts alike: a token, a response; constant: a token, whatever the lengths
 
 
 ALGORITHMS = {
@@ -125,16 +123,15 @@ def number_in(interval, cast):
     kind, limit = ("whole number", 2**31) if cast is int else ("number", 3e38)
 
     def parse(text):
-        # NaN is in no interval.
-        value = float("nan")
-        with contextlib.suppress(ValueError):
+        try:
             value = cast(text)
+        except ValueError:
+            value = float("nan")  # which is in no interval
         at_end = (value == low and interval[0] == "[") or (value == high and interval[-1] == "]")
-        if not (low < value < high or at_end) or value >= limit:
-            size = " of 32 bits" if value >= limit else ""
-            found = f"expected a {kind}{size} in {interval}, found {text!r}"
-            raise argparse.ArgumentTypeError(found)
-        return value
+        if value < limit and (low < value < high or at_end):
+            return value
+        size = " of 32 bits" if value >= limit else ""
+        raise argparse.ArgumentTypeError(f"expected a {kind}{size} in {interval}, found {text!r}")
 
     return parse
 
@@ -166,45 +163,33 @@ def fail(message):
     sys.exit(2)
 
 
-def make_parser(where=""):
-    parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
-    parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
-    parser.error = lambda message: fail(where + message)
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            add_flag(group, *flag)
-    return parser
-
-
-def require(fine, flag, expected, found="none"):
+def require(fine, args, flag, expected):
     if not fine:
+        found = "none" if getattr(args, flag) in (None, "") else getattr(args, flag)
         fail(f"--{flag.replace('_', '-')}: expected {expected}, found {found}")
 
 
 def resumed(argv, parser, args):
     """The flags of the run to resume, and of the new ones those that may change."""
-    folder = Path(args.resume)
-    same = Path(args.output_dir or folder).resolve() == folder.resolve()
-    require(same, "output-dir", f"{folder}, the run to resume, or none", args.output_dir)
-    flags, words, path = vars(parser.parse_args([])), [], folder / "args.json"
+    folder, path, words = Path(args.resume), Path(args.resume, "args.json"), []
+    is_same = Path(args.output_dir or folder).resolve() == folder.resolve()
+    require(is_same, args, "output_dir", f"{folder}, the run to resume, or none")
     try:
         saved = json.loads(path.read_text())["flags"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"--resume: expected a run's flags in {path}, found none: {one_line(error)}")
     # Flags that are newer than the run have their defaults, those that are gone are forgotten.
     for key, value in saved:
-        if key in flags and value is not None and value is not False:
+        if hasattr(args, key) and value is not None and value is not False:
             values = value if isinstance(value, list) else [value] * (value is not True)
             words += [f"--{key.replace('_', '-')}", *map(str, values)]
-    flags = vars(make_parser(f"--resume: {path}: ").parse_args(words))
-    # None where a flag was not given.
-    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(flags))))
-    given = {key: value for key, value in given.items() if value is not None}
-    for key in given.keys() - CHANGEABLE:
-        same = given[key] == flags[key]
-        require(same, key, f"{flags[key]}, as in the run to resume, or none", given[key])
-    return argparse.Namespace(**flags | given | {"resume": str(folder), "output_dir": str(folder)})
+    parser.error = lambda message: fail(f"--resume: {path}: {message}")
+    saved, args = parser.parse_args(words), parser.parse_args([*words, *argv])
+    for key in vars(args).keys() - CHANGEABLE:
+        own = getattr(saved, key)
+        require(getattr(args, key) == own, args, key, f"{own}, as in the run to resume, or none")
+    args.resume = args.output_dir = str(folder)
+    return args
 
 
 def tracker_of(name):
@@ -221,48 +206,54 @@ def check(args):
     """Ends the program where flags cannot work together."""
     algorithm, has_data = ALGORITHMS[args.algo], args.dataset_name is not None
     for flag in ("num_mini_batches", "group_size"):
-        size, batch = getattr(args, flag), f"a divisor of --batch-size {args.batch_size}"
-        require(args.batch_size % size == 0, flag, batch, size)
+        divides = args.batch_size % getattr(args, flag) == 0
+        require(divides, args, flag, f"a divisor of --batch-size {args.batch_size}")
     # Alone, a response has nothing to be compared with.
     compared = algorithm.kl == "reward" or args.group_size > 1
-    require(compared, "group-size", f"at least 2 for {args.algo}", args.group_size)
+    require(compared, args, "group_size", f"at least 2 for {args.algo}")
     for flag in ("model_name_or_path", "reward"):
-        require(getattr(args, flag) or not has_data, flag, "one with --dataset-name")
+        require(getattr(args, flag) or not has_data, args, flag, "one with --dataset-name")
     usual = {"dataset_config": None, "dataset_split": "train", "prompt_column": "prompt"}
     for flag, value in {**usual, "eval_dataset_name": None, "eval_dataset_split": "train"}.items():
         needed = "eval_dataset_name" if flag == "eval_dataset_split" else "dataset_name"
         fits = getattr(args, needed) or getattr(args, flag) == value
-        require(fits, needed, f"one with --{flag.replace('_', '-')}")
+        require(fits, args, needed, f"one with --{flag.replace('_', '-')}")
     for flag in ("reward_noise_outlier", "reward_noise_failure"):
-        share = getattr(args, flag)[0]
-        require(share <= 1, flag, "P in [0, 1]", share)
-    flips = args.reward_noise_fp or args.reward_noise_fn
-    unflippable = str(args.reward).startswith("model:") or args.reward_noise_model
-    flag, cause = "reward-noise-fp, --reward-noise-fn", "a reward model, --reward-noise-model too"
-    require(not (flips and unflippable), flag, f"both at 0 with {cause}", "others")
+        require(getattr(args, flag)[0] <= 1, args, flag, "P in [0, 1]")
+    is_model = str(args.reward).startswith("model:") or args.reward_noise_model
+    for flag in ("reward_noise_fp", "reward_noise_fn"):
+        flips = is_model and getattr(args, flag)
+        require(not flips, args, flag, "0 with a reward model, --reward-noise-model too")
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
-        require(has_critic, flag, "an --algo with a critic", args.algo)
-    numbers = args.reward != "math" or has_data or args.task == "sums"
-    require(numbers, "reward", f"another for --task {args.task}, whose answers are words", "math")
+        require(has_critic, args, flag, f"an --algo with a critic, not {args.algo}")
+    is_number = args.reward != "math" or has_data or args.task == "sums"
+    require(is_number, args, "reward", f"another for --task {args.task}, whose answers are words")
     written = args.chat_template == "auto" or not args.user
-    require(written, "chat-template", "auto with --user, whose turns it writes", "never")
+    require(written, args, "chat_template", "auto with --user, whose turns it writes")
     can_chat = not args.user or args.model_name_or_path or args.task != "sums"
-    require(can_chat, "user", "none with --task sums, whose model has no chat template", args.user)
+    require(can_chat, args, "user", "none with --task sums, whose model has no chat template")
     if args.report_to != "none":
         tracker_of(args.report_to)
     known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)
-    require(known, "device", "auto, cpu, cuda or cuda:N", args.device)
+    require(known, args, "device", "auto, cpu, cuda or cuda:N")
+    own = str(Path(args.output_dir).resolve() / "checkpoint-")
     for flag, value in vars(args).items():
-        path = Path(str(value).removeprefix("model:")).resolve()
-        moves = str(path).startswith(str(Path(args.output_dir).resolve() / "checkpoint-"))
-        require(not moves, flag, "nothing in --output-dir's own checkpoints, which move", path)
+        is_own = str(Path(str(value).removeprefix("model:")).resolve()).startswith(own)
+        require(not is_own, args, flag, f"nothing in --output-dir's own checkpoints, {own}*")
 
 
 def parse_args(argv=None):
     """Flags with every default filled in; ends the program where they cannot work."""
-    parser, argv = make_parser(), sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("train.py", "python train.py [flags]", allow_abbrev=False)
+    parser.description = "DVPO and its baselines: see README.md and docs/flags.md."
+    parser.error = fail
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            add_flag(group, *flag)
     # --learning_rate=1e-4 is --learning-rate=1e-4.
+    argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
     default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
@@ -271,7 +262,7 @@ def parse_args(argv=None):
         args = resumed(argv, parser, args)
     args.output_dir = default_dir if args.output_dir is None else args.output_dir
     for key, value in vars(args).items():
-        require(value != "", key, "a value")
+        require(value != "", args, key, "a value")
         if isinstance(value, tuple):
             setattr(args, key, value[args.model_name_or_path is not None])
     # These compare responses to the same prompt.

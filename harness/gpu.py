@@ -8,8 +8,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-# Of generate: the KV cache has a fixed size, and on a GPU transformers puts what reads it into
-# CUDA graphs.
+# Of generate: a KV cache of fixed size, which transformers reads in CUDA graphs on a GPU.
 COMPILED = {"cache_implementation": "static"}
 
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from dvpo import explained_variance, kl_estimate, quantile_metrics
 from harness.checkpoints import write_whole
 from harness.flags import ALGORITHMS, tracker_of
-from harness.setup import completions_of, respond
+from harness.setup import respond
+from rollout import completion_texts
 from tasks import InputError, as_messages, users_code
 from tasks.builtin import BUILT_IN
 from tasks.noise import assert_flippable
@@ -32,10 +33,7 @@ SHOWN |= {"kl": "objective/kl", "ev": "val/explained_var", "clip": "policy/clipf
 
 @torch.no_grad()
 def batch_metrics(experience, scores, true_scores, kl_coef, stop_ids):
-    """A batch in numbers, under TRL's names; true_scores (B,): before noise and penalties.
-
-    kl and entropy: mean over sequences of the sum over tokens, in nats; without a reference, NaN.
-    """
+    """A batch in numbers (docs/metrics.md); true_scores (B,): before noise and penalties."""
     rollout, mask, logprobs = experience.rollout, experience.rollout.mask, experience.logprobs
     kl = scores.new_tensor(torch.nan)
     if experience.ref_logprobs is not None:
@@ -79,9 +77,8 @@ def evaluate(run, args):
                 if rollout.logprobs is not None and not rollout.logprobs.isfinite().all():
                     found = "others: is a learning rate too high?"
                     raise InputError(f"evaluation: expected finite log-probs, found {found}")
-                completions = completions_of(run, rollout)
-                found = score(run.reward, batch, completions).tolist()
-                rows += zip(batch["prompt"], completions, found)
+                said = rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
+                rows += zip(batch["prompt"], said, score(run.reward, batch, said).tolist())
             scores[name] = torch.tensor([row[-1] for row in rows])
             # Or training would refuse them, when an earlier run is moved aside.
             assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)
@@ -142,7 +139,7 @@ def announce(run, args, num_iterations):
     """What is about to happen, in a line or two."""
     sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items()) or "none"
     print(f"{len(run.data)} prompts to train on; evaluated on {sizes}")
-    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][0]:
+    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][1]:
         print(f"note: --reward {args.reward} takes the place of the one of --task {args.task}")
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"

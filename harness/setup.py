@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 import os
 import re
 import time
@@ -103,7 +102,7 @@ def load(auto_class, name, flag):
 
 def context_of(model):
     config = model.config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or math.inf
+    return getattr(config, "max_position_embeddings", None) or float("inf")
 
 
 def stop_token_ids(model, tokenizer, stop_token=None):
@@ -121,7 +120,7 @@ def stop_token_ids(model, tokenizer, stop_token=None):
     return sorted(set(ids))
 
 
-def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
+def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
     if context <= args.response_length:
         found = f"less than the model's context of {context} tokens, found {args.response_length}"
@@ -139,8 +138,8 @@ def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
         where = ("--dataset-name", args.dataset_name, args.dataset_split)
         train = load(*where, config=args.dataset_config)
         if args.eval_dataset_name:
-            held_out = load("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
-            evals["held out"] = held_out.select(range(min(args.eval_samples, len(held_out))))
+            where = ("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
+            evals["held out"] = load(*where).take(args.eval_samples)
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
@@ -153,7 +152,7 @@ def load_splits(args, tokenizer, context, limit=math.inf, reward=None):
         raise InputError("--dataset-name: expected prompts beside the held-out ones, found none")
     if args.pseudo_label_noise:
         generator = torch.Generator().manual_seed(args.reward_noise_seed)
-        labels = pseudo_labels(train["answer"], args.pseudo_label_noise, generator)
+        labels = pseudo_labels(train["answer"][:], args.pseudo_label_noise, generator)
         train = train.add_column(PSEUDO_LABEL, labels)
     return train, evals
 
@@ -175,9 +174,7 @@ def build_critic(args, policy, context):
 
 
 def to_train(model, device, args, learning_rate):
-    """A model on its device in train mode, and its optimiser -> optimiser; or None for None."""
-    if model is None:
-        return None
+    """A model on its device in train mode, and its optimiser -> optimiser."""
     model.to(device).train()
     dtypes = {parameter.dtype for parameter in model.parameters()}
     assert dtypes == {torch.float32}, "bf16 weights lose small Adam steps"
@@ -195,7 +192,7 @@ def build(args):
     half = args.dtype == "bfloat16" or (args.dtype == "auto" and device.startswith("cuda"))
     if args.compile and not half:
         raise InputError("--compile: expected --dtype bfloat16 with it, found float32")
-    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task]
+    reward, user = (None, None) if args.dataset_name else BUILT_IN[args.task][1:]
     reward = load_reward(args.reward, device) if args.reward else reward
     user = load_function("--user", args.user) if args.user else user
     if name is None:
@@ -209,23 +206,16 @@ def build(args):
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
     weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    parts = dict(policy=policy, critic=critic, tokenizer=tokenizer, data=data, evals=evals)
+    parts |= dict(stop_ids=stop_ids, context=context, reward=reward, user=user, half=half)
     run = Run(
-        policy=policy,
+        **parts,
         sampler=half_copy(policy).to(device) if half else policy,
         reference=copy.deepcopy(policy).requires_grad_(False).to(device) if args.kl_coef else None,
-        critic=critic,
         optimizer=to_train(policy, device, args, args.learning_rate),
-        critic_optimizer=to_train(critic, device, args, args.critic_learning_rate),
-        tokenizer=tokenizer,
-        stop_ids=stop_ids,
-        context=context,
-        data=data,
-        evals=evals,
+        critic_optimizer=critic and to_train(critic, device, args, args.critic_learning_rate),
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
-        reward=reward,
-        user=user,
         risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
-        half=half,
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,
@@ -241,27 +231,21 @@ def respond(run, args, batch, temperature, record_logprobs=False):
     """A response to each prompt of a batch, or with a user a whole conversation -> Rollout."""
     if run.sampler is not run.policy:
         torch._foreach_copy_([*run.sampler.parameters()], [*run.policy.parameters()])
+    limits = {"response_length": args.response_length, "temperature": temperature}
+    limits |= {"record_logprobs": record_logprobs, **(COMPILED if args.compile else {})}
     stops = {"pad_id": run.stop_ids[0], "stop_ids": run.stop_ids}
-    limits = {"response_length": args.response_length, "record_logprobs": record_logprobs}
-    limits |= COMPILED if args.compile else {}
-    take_turn = functools.partial(sample, run.sampler, temperature=temperature, **stops, **limits)
+    take_turn = functools.partial(sample, run.sampler, **stops, **limits)
     with autocast(run):
         if run.user is None:
             return take_turn(batch[PROMPT_IDS])
-        sizes = (run.context - args.response_length, run.policy.config.vocab_size)
-        ends = (*stops.values(), args.max_turns, *sizes)
-        return converse(take_turn, batch, run.user, run.tokenizer, *ends)
-
-
-def completions_of(run, rollout):
-    """What the reward reads of each response: its text, or a conversation's messages."""
-    return rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
+        sizes = (args.max_turns, run.context - args.response_length, run.policy.config.vocab_size)
+        return converse(take_turn, batch, run.user, run.tokenizer, *stops.values(), *sizes)
 
 
 @torch.no_grad()
 def judge(run, args, batch, rollout):
     """Scores as training sees them, and without noise and penalty: (B,), (B,)."""
-    completions = completions_of(run, rollout)
+    completions = rollout.messages or completion_texts(rollout, run.tokenizer, run.stop_ids)
     true_scores = scores = score(run.reward, batch, completions)
     if PSEUDO_LABEL in batch:
         scores = score(run.reward, batch, completions, PSEUDO_LABEL)
@@ -269,9 +253,8 @@ def judge(run, args, batch, rollout):
         domains = [ids[min(run.domain_at, len(ids) - 1)] for ids in batch[PROMPT_IDS]]
         scale, seed = args.reward_noise_model, args.reward_noise_seed
         scores = model_scores(scores, domains, scale, seed, run.noise)
-    flips = (args.reward_noise_fp, args.reward_noise_fn)
-    outlier, failure = args.reward_noise_outlier, args.reward_noise_failure
-    scores = noisy_scores(scores, *flips, outlier, run.noise, failure)
+    noise = (args.reward_noise_fp, args.reward_noise_fn, args.reward_noise_outlier)
+    scores = noisy_scores(scores, *noise, run.noise, args.reward_noise_failure)
     # A response that was cut off has no end: that may cost something.
     scores = scores - args.missing_eos_penalty * rollout.truncated.cpu()
     return scores.to(rollout.mask.device), true_scores
@@ -281,9 +264,8 @@ def judge(run, args, batch, rollout):
 def sampling_is_scoring(run, args, count=8):
     """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
 
-    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again or
-    without padding and the token added here. In fp32, as weights are whatever --dtype is: rounding
-    is then far below 1e-3 of the largest number, misreading far above.
+    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again, or
+    without padding and a token behind it. In fp32, rounding is far below 1e-3 of the largest one.
     """
     room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
     prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]

@@ -24,14 +24,12 @@ def booking_row(num_slots, odd, rng):
     given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
     opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
     known = [slot for slot in values if slot in given]
-    asked = [slot for slot in values if slot not in given]
     replies, completion = {}, []
-    for slot in asked:
+    for slot in [slot for slot in values if slot not in given]:
         replies[slot] = f"{slot} {values[slot]}"
         if rng.random() < odd:
             changed = rng.choice(known)
-            others = [value for value in SLOTS[changed] if value != values[changed]]
-            values[changed] = rng.choice(others)
+            values[changed] = rng.choice([v for v in SLOTS[changed] if v != values[changed]])
             replies[slot] += f" {changed} {values[changed]}"
         known.append(slot)
         completion += as_messages(slot, "assistant") + as_messages(replies[slot])

@@ -17,17 +17,9 @@ TASKS = {
     "booking": dict(warm=(3, 4, 0.03), train=(3, 4, 0.5), test=(3, 4, 0.5), ood=(5, 5, 0.5)),
 }
 
-BUILT_IN = {  # the reward, and the user between the policy's turns if there are several
-    "sums": (math_reward, None),
-    "dialogue": (exact_reward, None),
-    "booking": (booking_reward, scripted_user),
-}
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
-    "{% if message['role'] == 'assistant' %} <eos>{% endif %} {% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
+CHAT_TEMPLATE += "{% if message['role'] == 'assistant' %} <eos>{% endif %} {% endfor %}"
+CHAT_TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 def sums_row(length, odd, rng):
@@ -54,11 +46,17 @@ def dialogue_row(length, odd, rng):
     return {"prompt": messages, "answer": in_order(values), "completion": in_order(values)}
 
 
+BUILT_IN = {  # a row, its reward, and the user between the policy's turns if there are several
+    "sums": (sums_row, math_reward, None),
+    "dialogue": (dialogue_row, exact_reward, None),
+    "booking": (booking_row, booking_reward, scripted_user),
+}
+
+
 def task_rows(task, split, num_rows, seed):
     """Seeded {prompt, answer or replies, completion} with num_rows distinct prompts. [ours]"""
     rng = random.Random(f"{task}/{split}/{seed}")
-    make_row = {"sums": sums_row, "dialogue": dialogue_row, "booking": booking_row}[task]
-    low, high, odd = TASKS[task][split]
+    make_row, (low, high, odd) = BUILT_IN[task][0], TASKS[task][split]
     rows = {}
     while len(rows) < num_rows:
         row = make_row(rng.randint(low, high), odd, rng)

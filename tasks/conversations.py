@@ -34,13 +34,12 @@ def continuation(last_id, reply, tokenizer, limit=float("inf")):
     """Ids that the chat template writes between two turns of the policy, a user's reply in them."""
     mark = "turn-of-the-policy"
     messages = as_messages("x") + as_messages(mark, "assistant") + as_messages(reply)
-    # The template may raise, and for half a character the tokenizer.
+    # The template may raise, or leave turns out; for half a character the tokenizer raises.
     with naming(f"--user: expected a chat template for all turns, found with {reply[:40]!r}"):
         text = render_chat(messages, tokenizer).partition(mark)[2]
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids or max(ids) >= limit:
-            found = max(ids, default="none")  # as of a template that leaves turns out
-            raise InputError(f"expected token ids below {limit}, found {found}")
+            raise InputError(f"expected token ids below {limit}, found {max(ids, default='none')}")
     # Not again the end of turn that was sampled. Llama 2's template writes a space before it.
     if last_id in ids and not tokenizer.decode(ids[: ids.index(last_id)]).strip():
         return ids[ids.index(last_id) + 1 :]
@@ -65,9 +64,8 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
         part = take_turn([talk.prompt + talk.ids for talk in live])
         for row, text in enumerate(completion_texts(part, tokenizer, stop_ids)):
             own = slice(-int(part.lengths[row, 1]), None)
-            ids = part.response_ids[row, own].tolist()
             logprobs = [] if part.logprobs is None else part.logprobs[row, own].tolist()
-            live[row].add("assistant", text, ids, logprobs)
+            live[row].add("assistant", text, part.response_ids[row, own].tolist(), logprobs)
             live[row].truncated = bool(part.truncated[row])
         going_on = [talk for talk in live if turns_left and not talk.truncated]
         live = [talk for talk in going_on if hear(talk, user, tokenizer, max_tokens, limit)]

@@ -59,7 +59,7 @@ def load_prompts(
         data.to_dict()
         if reward is math_reward:
             assert_readable(data["answer"])
-        prompt_ids = encode_prompts(data["prompt"], tokenizer, template, limit)
+        prompt_ids = encode_prompts(data["prompt"][:], tokenizer, template, limit)
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))
     fitting = [row for row, ids in enumerate(prompt_ids) if len(ids) <= max_tokens]
@@ -73,23 +73,22 @@ def load_prompts(
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    templated, texts, plain = tokenizer.chat_template and use_chat_template, [], []
+    # A column holds texts or conversations.
+    is_plain = isinstance(prompts[0], str) and not (tokenizer.chat_template and use_chat_template)
+    texts = []
     for row, prompt in enumerate(prompts):
-        plain.append(isinstance(prompt, str) and prompt != "" and not templated)
-        texts.append(prompt if plain[row] else render_chat(prompt, tokenizer, row))
+        texts.append(prompt if is_plain and prompt else render_chat(prompt, tokenizer, row))
     # All at once, which is faster. A template writes its own special tokens: no second BOS.
-    options = {"return_special_tokens_mask": True}
-    found = {own: tokenizer(texts, add_special_tokens=own, **options) for own in {*plain}}
-    encoded = [found[own]["input_ids"][row] for row, own in enumerate(plain)]
-    for row, (prompt, ids) in enumerate(zip(prompts, encoded)):
+    found = tokenizer(texts, add_special_tokens=is_plain, return_special_tokens_mask=True)
+    for row, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"])):
         # Some tokenizers append an end, behind which nothing is left to say.
-        while plain[row] and ids and found[True]["special_tokens_mask"][row][len(ids) - 1]:
+        while is_plain and ids and special[len(ids) - 1]:
             ids.pop()
         if not ids or max(ids) >= limit:
             expected = f"expected token ids below {limit} (--model-name-or-path), found"
             most = max(ids, default="none")
-            raise InputError(f"row {row}: {expected} {most} in {prompt!r:.60}")
-    return encoded
+            raise InputError(f"row {row}: {expected} {most} in {prompts[row]!r:.60}")
+    return found["input_ids"]
 
 
 def render_chat(prompt, tokenizer, row=0):

@@ -2,7 +2,7 @@
 
 import re
 from fractions import Fraction
-from string import ascii_uppercase
+from string import ascii_uppercase, digits
 
 from tasks import InputError
 
@@ -42,19 +42,17 @@ BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
-# How an answer names a letter, or a digit; tried in this order.
-LETTERED = [
+# How an answer names a digit, where options are numbered, or a letter; tried in this order.
+NAMED = [
+    r"^\W*([0-9])\W*$",
+    r"\\boxed\{\s*([0-9])\s*\}",
+    WORD + r"(?:\s*(?i:is|:)){0,4}\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
+    r"\(([0-9])\)",
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
     WORD + r"(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
     r"^\W*([A-Za-z])(?:\W*$|[.):,*]|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
     r"\(([A-Z])\)",
-]
-NUMBERED = [
-    r"^\W*([0-9])\W*$",
-    r"\\boxed\{\s*([0-9])\s*\}",
-    WORD + r"(?:\s*(?i:is|:)){0,4}\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
-    r"\(([0-9])\)",
 ]
 
 
@@ -111,31 +109,27 @@ def math_reward(prompts, completions, answer, **columns):
     return scores
 
 
-def first_found(patterns, text, allowed):
-    """What the first pattern that finds something allowed finds, in capitals; or None."""
-    found = (re.search(pattern, text) for pattern in patterns)
-    return next((one[1].upper() for one in found if one and one[1].upper() in allowed), None)
-
-
-def chosen_letter(text, choices):
-    """The option that text names, by letter or by its own text; None for none, or several."""
+def chosen_letter(text, choices, numbers=""):
+    """The option that text names, by letter, digit or its own text; None for none, or several."""
     text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
+    for pattern in NAMED:
+        found = re.search(pattern, text)
+        if found and found[1].upper() in letters + numbers:
+            return found[1].upper()
     pairs = zip(letters, choices)
     named = [letter for letter, said in pairs if str(said).strip().lower() in text.lower()]
-    return first_found(LETTERED, text, letters) or (named[0] if len(named) == 1 else None)
+    return named[0] if len(named) == 1 else None
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):
     """1.0 where the option named is the answer; choices: texts, or the hub's {text, label}."""
     scores = []
     for completion, expected, options in zip(completions, answer, choices or [None] * len(answer)):
-        text, expected = text_of(completion).strip()[:10_000], str(expected).strip().upper()
         options = options if isinstance(options, dict) else {"text": options or [], "label": []}
-        labels = [str(label) for label in options["label"]]
+        labels, expected = [str(label) for label in options["label"]], str(expected).strip().upper()
         letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC
-        number = first_found(NUMBERED, text, "0123456789") if letters else None
-        letter = letters.get(number) if number else chosen_letter(text, options["text"])
-        scores.append(float(letter is not None and letter == letters.get(expected, expected)))
+        named = chosen_letter(text_of(completion), options["text"], digits if letters else "")
+        scores.append(float(letters.get(named, named) == letters.get(expected, expected)))
     return scores
 
 

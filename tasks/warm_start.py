@@ -64,9 +64,8 @@ def warm_start(task, seed, folder):
         return
     torch.manual_seed(seed)
     tokenizer = task_tokenizer(task)
-    hidden, num_steps, batch_size, num_rows = 64, 120, 64, 4096
-    if task == "sums":
-        hidden, num_steps, batch_size, num_rows = 96, 450, 128, 16384
+    budget = (96, 450, 128, 16384) if task == "sums" else (64, 120, 64, 4096)
+    hidden, num_steps, batch_size, num_rows = budget
     sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3)
     sizes |= dict(num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2)
