@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
     SMALL,
     few_rows,
     log,
