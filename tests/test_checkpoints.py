@@ -25,6 +25,7 @@ from common import (
     MODEL,
     ONCE,
     SMALL,
+    built,
     log,
     refused,
     rows_of,
@@ -64,7 +65,7 @@ def test_a_resumed_run_asks_anew_whether_to_trust_sampling(dtype, trusted, finis
     some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
     args = parse_args(["--resume", str(tmp_path)])
     args.dtype = dtype
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.trust_recorded is trusted and run.iteration == 12
     if trusted:
@@ -82,7 +83,7 @@ def test_results_of_a_shorter_run_go_when_it_goes_on(more, stays, finished, tmp_
     names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
     some_of(finished, tmp_path, "checkpoint-000024", *names)
     args = parse_args(["--resume", str(tmp_path), "--total-episodes", str(more)])
-    checkpoints.resume(build(args), args)
+    checkpoints.resume(built(args), args)
     assert (tmp_path / "results.json").exists() is stays
 
 
@@ -112,7 +113,7 @@ def test_a_checkpoint_without_one_weight_is_broken(part, finished, tmp_path, cap
     del some[min(name for name in some if "up_proj" in name)]
     save_file(some, path, metadata={"format": "pt"})
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and "expected all weights" in capsys.readouterr().err
     assert (tmp_path / "checkpoint-000024.broken").is_dir()
@@ -130,7 +131,7 @@ def test_a_torn_checkpoint_is_renamed_with_a_line_and_the_older_one_used(
     else:
         (newest / torn).write_bytes((newest / torn).read_bytes()[:-20])
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     random_state, err = torch.get_rng_state(), capsys.readouterr().err
     (line,) = (line for line in err.splitlines() if "checkpoint-000024" in line)
@@ -159,7 +160,7 @@ def test_where_no_checkpoint_loads_nothing_is_renamed(finished, tmp_path, capsys
         assert log(tmp_path) == log(finished) and state.exists()
     state.write_bytes(whole)
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 24
 
@@ -189,7 +190,7 @@ def test_a_checkpoint_of_another_iteration_than_its_name_is_broken(finished, tmp
     some_of(finished, tmp_path, "checkpoint-000012", *names)
     shutil.copytree(tmp_path / "checkpoint-000012", tmp_path / "checkpoint-000018")
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and log(tmp_path) == log(finished)[:12]
     found = "checkpoint-000018: expected a whole checkpoint, found: the state after iteration 12"
@@ -230,7 +231,7 @@ def test_a_checkpoint_that_breaks_twice_is_renamed_twice(finished, tmp_path):
     (tmp_path / "checkpoint-000024" / "state.pt").write_bytes(b"torn")
     shutil.copytree(tmp_path / "checkpoint-000024", tmp_path / "checkpoint-000024.broken")
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and checkpoints.checkpoints(tmp_path).keys() == {12}
 

@@ -285,7 +285,7 @@ def test_long_texts_are_shortened_from_the_left():
 
 def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_path):
     noise = "--reward-noise-fp 1 --reward-noise-fn 1 --reward-noise-outlier 1 5"
-    run, args = run_of(warm_start, tmp_path, *noise.split())
+    run, args = run_of(warm_start, tmp_path, *noise.split(), "--eval-samples", "96")
     before, noise = torch.get_rng_state(), run.noise.get_state()
     results, examples = reports.evaluate(run, args)
     assert all(0 <= scores.min() and scores.max() <= 1 for scores in results.values())

@@ -243,7 +243,7 @@ def test_no_pass_is_spent_on_numbers_that_are_there(
 
     for module in (train, setup):
         monkeypatch.setattr(module, "response_logprobs", noting)
-    run, args = run_of(warm_start, tmp_path, *flags)
+    run, args = run_of(warm_start, tmp_path, *flags, build=build)
     for rows in (at_start, expected, expected):
         scored = collections.Counter()
         for model, number in calls:
@@ -645,7 +645,7 @@ def test_rewards_have_no_unit(flags, model_folder, tmp_path):
     args = parse_args([*own(model_folder, data, "exact"), *flags.split(), *UNITLESS])
     start = build(args)
     base = learned(start, args, 1.0, 0.0)
-    for power in (-20, 3, 20, 66):
+    for power in (-20, 3, 66):
         assert torch.equal(learned(start, args, 2.0**power, 0.0), base)
     moved = (base - learned(start, args, 0.0, 0.0)).abs().mean()
     assert moved > 1e-4
