@@ -14,7 +14,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """First the modules that need a model, which take long: all processes end at once."""
-    names = {"warm_start", "finished", "model_folder"}
+    """First the modules that need a run or its start, which take long: all processes end at once.
+
+    And nobody waits for them: of two processes, the second begins with the other modules.
+    """
+    names = {"warm_start", "finished"}
     long = {item.module for item in items if names & {*item.fixturenames}}
     items.sort(key=lambda item: item.module not in long)
