@@ -499,7 +499,7 @@ def test_random_states_come_back(warm_start, tmp_path):
     assert (draws(), torch.rand(1, generator=run.noise)) == first
 
 
-# A clean process with train imported, from which others start at once.
+# A clean process with all imported, from which others start at once.
 FORK = multiprocessing.get_context("forkserver")
 
 
@@ -511,7 +511,10 @@ KILLED = "--save-steps 1 --response-length 6".split()
 
 def started(argv, out=os.devnull):
     process = FORK.Process(target=train_and_exit, args=(argv, str(out)))
-    process.start()
+    # The server looks for what it imports in the working folder and here, and else goes without.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process.start()
     return process
 
 
