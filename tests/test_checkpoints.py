@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from conftest import (
+from common import (
     MODEL,
+    ONCE,
     SMALL,
+    built,
     log,
     refused,
     rows_of,
@@ -63,7 +65,7 @@ def test_a_resumed_run_asks_anew_whether_to_trust_sampling(dtype, trusted, finis
     some_of(finished, tmp_path, "checkpoint-000012", "args.json", "metrics.jsonl", "warm_start")
     args = parse_args(["--resume", str(tmp_path)])
     args.dtype = dtype
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.trust_recorded is trusted and run.iteration == 12
     if trusted:
@@ -81,7 +83,7 @@ def test_results_of_a_shorter_run_go_when_it_goes_on(more, stays, finished, tmp_
     names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
     some_of(finished, tmp_path, "checkpoint-000024", *names)
     args = parse_args(["--resume", str(tmp_path), "--total-episodes", str(more)])
-    checkpoints.resume(build(args), args)
+    checkpoints.resume(built(args), args)
     assert (tmp_path / "results.json").exists() is stays
 
 
@@ -111,7 +113,7 @@ def test_a_checkpoint_without_one_weight_is_broken(part, finished, tmp_path, cap
     del some[min(name for name in some if "up_proj" in name)]
     save_file(some, path, metadata={"format": "pt"})
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and "expected all weights" in capsys.readouterr().err
     assert (tmp_path / "checkpoint-000024.broken").is_dir()
@@ -129,7 +131,7 @@ def test_a_torn_checkpoint_is_renamed_with_a_line_and_the_older_one_used(
     else:
         (newest / torn).write_bytes((newest / torn).read_bytes()[:-20])
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     random_state, err = torch.get_rng_state(), capsys.readouterr().err
     (line,) = (line for line in err.splitlines() if "checkpoint-000024" in line)
@@ -158,7 +160,7 @@ def test_where_no_checkpoint_loads_nothing_is_renamed(finished, tmp_path, capsys
         assert log(tmp_path) == log(finished) and state.exists()
     state.write_bytes(whole)
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 24
 
@@ -188,7 +190,7 @@ def test_a_checkpoint_of_another_iteration_than_its_name_is_broken(finished, tmp
     some_of(finished, tmp_path, "checkpoint-000012", *names)
     shutil.copytree(tmp_path / "checkpoint-000012", tmp_path / "checkpoint-000018")
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and log(tmp_path) == log(finished)[:12]
     found = "checkpoint-000018: expected a whole checkpoint, found: the state after iteration 12"
@@ -229,7 +231,7 @@ def test_a_checkpoint_that_breaks_twice_is_renamed_twice(finished, tmp_path):
     (tmp_path / "checkpoint-000024" / "state.pt").write_bytes(b"torn")
     shutil.copytree(tmp_path / "checkpoint-000024", tmp_path / "checkpoint-000024.broken")
     args = parse_args(["--resume", str(tmp_path)])
-    run = build(args)
+    run = built(args)
     checkpoints.resume(run, args)
     assert run.iteration == 12 and checkpoints.checkpoints(tmp_path).keys() == {12}
 
@@ -252,7 +254,7 @@ def test_resuming_a_finished_run_moves_nothing(finished, tmp_path, monkeypatch):
 
 
 def test_a_second_run_moves_the_first_aside_and_reuses_the_warm_start(warm_start, tmp_path, capsys):
-    few = "--total-episodes 64 --eval-samples 8".split()
+    few = [*"--total-episodes 64 --eval-samples 8".split(), *ONCE]
     train_in(tmp_path, warm_start, *few)
     first = log(tmp_path)
     made = (tmp_path / "warm_start" / "model.safetensors").stat().st_mtime_ns
@@ -274,7 +276,7 @@ def test_a_runs_own_event_file_stays_and_earlier_folders_never_collide(
     monkeypatch.setattr(reports, "open_log", with_event_file)
     (tmp_path / "earlier-2").mkdir()  # the user threw earlier-1 away
     (tmp_path / "events.out.old").touch()
-    train_in(tmp_path, warm_start, *"--total-episodes 64 --eval-samples 8".split())
+    train_in(tmp_path, warm_start, *"--total-episodes 64 --eval-samples 8".split(), *ONCE)
     assert (tmp_path / "events.out.new").exists()
     assert (tmp_path / "earlier-1" / "events.out.old").exists()
     checkpoints.set_aside(tmp_path)
@@ -295,7 +297,7 @@ def test_the_newest_checkpoints_are_kept_and_leftovers_cleared(warm_start, tmp_p
     for left in ("checkpoint-000002.tmp", "checkpoint-000001.old"):
         (tmp_path / left).mkdir()
     flags = "--total-episodes 320 --save-steps 1 --eval-samples 4"
-    assert train_in(tmp_path, warm_start, *flags.split()) == 0
+    assert train_in(tmp_path, warm_start, *flags.split(), *ONCE) == 0
     names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
     assert names == ["checkpoint-000004", "checkpoint-000005"]
 
@@ -415,7 +417,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(warm_start, tmp_path, capsys, m
 
     monkeypatch.setattr(checkpoints, "save_checkpoint", save_on_a_full_disk)
     shutil.copytree(warm_start, tmp_path / "warm_start")
-    argv = [*SMALL, *f"--output-dir {tmp_path} --save-steps 1 --eval-samples 4".split()]
+    argv = [*SMALL, *ONCE, *f"--output-dir {tmp_path} --save-steps 1 --eval-samples 4".split()]
     try:
         refused(capsys, argv, "--output-dir", "checkpoint-000002", "arge")
     finally:
@@ -497,11 +499,11 @@ def test_random_states_come_back(warm_start, tmp_path):
     assert (draws(), torch.rand(1, generator=run.noise)) == first
 
 
-# A clean process with train imported, from which others start at once.
+# A clean process with all imported, from which others start at once.
 FORK = multiprocessing.get_context("forkserver")
 
 
-FORK.set_forkserver_preload(["train", "conftest"])
+FORK.set_forkserver_preload(["common"])
 
 
 KILLED = "--save-steps 1 --response-length 6".split()
@@ -509,7 +511,10 @@ KILLED = "--save-steps 1 --response-length 6".split()
 
 def started(argv, out=os.devnull):
     process = FORK.Process(target=train_and_exit, args=(argv, str(out)))
-    process.start()
+    # The server looks for what it imports in the working folder and here, and else goes without.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        process.start()
     return process
 
 
@@ -518,7 +523,7 @@ def to_kill(request, model_folder, tmp_path_factory):
     """(flags, finished folder): a run whose reward draws from python's and numpy's generators."""
     folder = tmp_path_factory.mktemp("kill")
     data = write_rows(folder / "data.jsonl", rows_of())
-    own = f"--model-name-or-path {model_folder} --dataset-name {data} --reward conftest:dice"
+    own = f"--model-name-or-path {model_folder} --dataset-name {data} --reward common:dice"
     argv = [*MODEL, *KILLED, *own.split(), "--total-episodes", str(8 * request.param)]
     process = started([*argv, "--output-dir", str(folder / "whole")])
     process.join()
@@ -560,7 +565,7 @@ def wait_for(kind, folder, process, rng):
 
 
 @pytest.mark.parametrize(
-    "to_kill,count", [(24, 3), pytest.param(48, 20, marks=pytest.mark.slow)], indirect=["to_kill"]
+    "to_kill,count", [(12, 3), pytest.param(48, 20, marks=pytest.mark.slow)], indirect=["to_kill"]
 )
 def test_kills_change_nothing(count, to_kill, tmp_path):
     """SIGKILL of each kind in turn: the finished run is the uninterrupted one, bit for bit."""
@@ -580,7 +585,7 @@ def test_kills_change_nothing(count, to_kill, tmp_path):
     same_run(folder, whole)
 
 
-@pytest.mark.parametrize("to_kill", [24], indirect=True)
+@pytest.mark.parametrize("to_kill", [12], indirect=True)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     argv, whole = to_kill
@@ -592,13 +597,13 @@ def test_a_signal_saves_and_says_how_to_go_on(number, to_kill, tmp_path):
     process.join()
     assert process.exitcode == 128 + number and len(list(folder.glob("checkpoint-*"))) == 1
     out, name = (tmp_path / "out").read_text(), signal.Signals(number).name
-    where = rf"stopped by {name} after iteration \d+ of 24: --resume {folder} goes on"
+    where = rf"stopped by {name} after iteration \d+ of 12: --resume {folder} goes on"
     assert re.search(where, out), out
     assert train.main(["--resume", str(folder)]) == 0
     same_run(folder, whole)
 
 
-@pytest.mark.parametrize("to_kill", [24], indirect=True)
+@pytest.mark.parametrize("to_kill", [12], indirect=True)
 def test_a_run_whose_output_is_closed_goes_on(to_kill, tmp_path):
     """As behind `| head -1`."""
     argv, whole = to_kill

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from conftest import bos_tokenizer, favour, tiny_config
+from common import bos_tokenizer, favour, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 

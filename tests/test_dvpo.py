@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from conftest import SHAPES, hidden, padded, ragged_mask, random_mask
+from common import SHAPES, hidden, padded, ragged_mask, random_mask
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import MODEL
+from common import MODEL
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from experiments import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
     refused,
     some_of,
 )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import SMALL, log, refused, run_of, train_in
+from common import SMALL, log, refused, run_of, train_in
 from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import weights
+from common import weights
 from safetensors.torch import load_file
 
 import train

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import random_mask
+from common import random_mask
 
 from dvpo import discounted_returns
 from experiments import noise, offline

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import bos_tokenizer
+from common import bos_tokenizer
 from datasets import Dataset
 from tokenizers import processors
 

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
+    ONCE,
     log,
     ragged_mask,
     run_of,
@@ -53,7 +54,7 @@ def test_tensorboard_events_read_back_and_a_resumed_run_leaves_no_event_twice(wa
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = "--total-episodes 256 --save-steps 2 --eval-samples 4 --report-to tensorboard".split()
-    assert train_in(tmp_path, warm_start, *flags) == 0
+    assert train_in(tmp_path, warm_start, *flags, *ONCE) == 0
     shutil.rmtree(tmp_path / "checkpoint-000004")
     assert train.main(["--resume", str(tmp_path)]) == 0
     events = EventAccumulator(str(tmp_path)).Reload()
@@ -76,7 +77,7 @@ def test_a_run_that_stops_on_an_error_leaves_its_events(warm_start, tmp_path, mo
 
     monkeypatch.setattr(train, "update", failing)
     flags = "--total-episodes 256 --eval-samples 4 --report-to tensorboard".split()
-    assert train_in(tmp_path, warm_start, *flags) == 2
+    assert train_in(tmp_path, warm_start, *flags, *ONCE) == 2
     (event,) = EventAccumulator(str(tmp_path)).Reload().Scalars("objective/scores")
     assert event.value == pytest.approx(log(tmp_path)[0]["objective/scores"])
 
@@ -107,14 +108,14 @@ def test_other_loggers_get_the_metrics_under_their_names_and_are_closed(
     module.init = tracker.init
     monkeypatch.setitem(sys.modules, package, module)
     flags = f"--total-episodes 128 --eval-samples 4 --report-to {package}"
-    assert train_in(tmp_path, warm_start, *flags.split()) == 0
+    assert train_in(tmp_path, warm_start, *flags.split(), *ONCE) == 0
     first, *steps, last = tracker.seen
     assert first == ("dvpo", 16) and last == "finished" and [step for step, _ in steps] == [64, 128]
     assert steps[1][1] == json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[1])
 
 
 def test_the_end_shows_scores_sample_completions_and_paths(warm_start, tmp_path, capsys):
-    train_in(tmp_path, warm_start, *"--total-episodes 128 --eval-samples 8".split())
+    train_in(tmp_path, warm_start, *"--total-episodes 128 --eval-samples 8".split(), *ONCE)
     out = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["examples"]) == 3 and out.count("prompt  ") == 3
@@ -284,7 +285,7 @@ def test_long_texts_are_shortened_from_the_left():
 
 def test_evaluation_sees_no_noise_and_does_not_disturb_training(warm_start, tmp_path):
     noise = "--reward-noise-fp 1 --reward-noise-fn 1 --reward-noise-outlier 1 5"
-    run, args = run_of(warm_start, tmp_path, *noise.split())
+    run, args = run_of(warm_start, tmp_path, *noise.split(), "--eval-samples", "96")
     before, noise = torch.get_rng_state(), run.noise.get_state()
     results, examples = reports.evaluate(run, args)
     assert all(0 <= scores.min() and scores.max() <= 1 for scores in results.values())

@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy
 import pytest
 import torch
-from conftest import tiny_config
+from common import tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForSequenceClassification,

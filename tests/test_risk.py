@@ -5,7 +5,7 @@ import functools
 
 import pytest
 import torch
-from conftest import slow
+from common import slow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

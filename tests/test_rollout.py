@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import favour
+from common import favour
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
     SMALL,
     few_rows,
     log,
@@ -381,7 +381,7 @@ def test_weights_that_are_not_fp32_are_refused(warm_start, tmp_path, monkeypatch
 
     monkeypatch.setattr(setup, "load", in_half)
     with pytest.raises(AssertionError, match="bf16"):
-        run_of(warm_start, tmp_path)
+        run_of(warm_start, tmp_path, build=build)
 
 
 def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(
@@ -401,7 +401,7 @@ def test_recorded_logprobs_that_differ_from_scored_ones_are_not_trusted(
 
     monkeypatch.setattr(setup, "sample", shifted)
     once = "--num-mini-batches 1 --num-ppo-epochs 1 --critic-warmup-steps 0".split()
-    run, args = run_of(warm_start, tmp_path, *once)
+    run, args = run_of(warm_start, tmp_path, *once, build=build)
     assert run.trust_recorded is False
     experience, _ = train.collect(run, args)
     assert train.update(run, args, experience)["val/ratio"].item() == pytest.approx(1, abs=1e-5)

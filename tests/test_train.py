@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import (
+from common import (
     MODEL,
+    ONCE,
     SMALL,
     log,
     own,
@@ -79,12 +80,14 @@ def test_same_seed_same_run_bit_for_bit_and_another_seed_another(
     train_in(tmp_path / "again", warm_start, "--total-episodes", "768")
     assert log(tmp_path / "again") == log(finished)[:12]
     assert torch.equal(weights(tmp_path / "again"), weights(finished / "checkpoint-000012"))
-    train_in(tmp_path / "other", warm_start, *"--seed 1 --total-episodes 64".split())
+    # From the same weights, not from a warm start of its own seed.
+    other = f"--seed 1 --total-episodes 64 --model-name-or-path {warm_start}".split()
+    train_in(tmp_path / "other", warm_start, *other)
     assert log(tmp_path / "other")[0] != log(finished)[0]
 
 
 def test_ppo_shares_every_line_but_the_critics_loss(warm_start, tmp_path):
-    flags = "--algo ppo --total-episodes 128 --eval-samples 8"
+    flags = "--algo ppo --total-episodes 128 --eval-samples 8 --num-ppo-epochs 1"
     assert train_in(tmp_path, warm_start, *flags.split()) == 0
     row = log(tmp_path)[-1]
     assert not any(name.startswith("quantile/") for name in row)
@@ -97,7 +100,7 @@ def test_baselines_run_save_and_resume_with_no_more_parts_than_they_need(
     algo, warm_start, tmp_path
 ):
     first, again = tmp_path / "a", tmp_path / "b"
-    few = "--total-episodes 192 --save-steps 2 --eval-samples 8".split()
+    few = "--total-episodes 192 --save-steps 2 --eval-samples 8 --num-ppo-epochs 1".split()
     assert train_in(first, warm_start, "--algo", algo, *few) == 0
     rows = log(first)
     has_critic = algo == "robust"
@@ -166,7 +169,7 @@ def test_dr_grpos_gradient_of_a_token_does_not_depend_on_lengths(warm_start, tmp
 
 def test_warm_up_trains_the_critic_only_and_says_so(warm_start, tmp_path, capsys):
     flags = "--critic-warmup-steps 2 --total-episodes 128 --eval-samples 8"
-    train_in(tmp_path, warm_start, *flags.split())
+    train_in(tmp_path, warm_start, *flags.split(), *ONCE)
     assert "--critic-warmup-steps 2 covers all 2 iterations" in capsys.readouterr().out
     policy = AutoModelForCausalLM.from_pretrained(newest_checkpoint(tmp_path) / "policy")
     start = AutoModelForCausalLM.from_pretrained(warm_start)
@@ -240,7 +243,7 @@ def test_no_pass_is_spent_on_numbers_that_are_there(
 
     for module in (train, setup):
         monkeypatch.setattr(module, "response_logprobs", noting)
-    run, args = run_of(warm_start, tmp_path, *flags)
+    run, args = run_of(warm_start, tmp_path, *flags, build=build)
     for rows in (at_start, expected, expected):
         scored = collections.Counter()
         for model, number in calls:
@@ -364,9 +367,8 @@ def test_the_smallest_of_everything(algo, flags, model_folder, tmp_path, monkeyp
 def test_half_precision_samples_from_a_bf16_copy_that_follows_the_policy_and_scores_its_tokens_anew(
     warm_start, tmp_path
 ):
-    flags = "--dtype bfloat16 --num-mini-batches 1 --num-ppo-epochs 1"
-    more = "--critic-warmup-steps 0 --learning-rate 0.01"
-    run, args = run_of(warm_start, tmp_path, *flags.split(), *more.split())
+    flags = "--dtype bfloat16 --batch-size 16 --critic-warmup-steps 0 --learning-rate 0.01"
+    run, args = run_of(warm_start, tmp_path, *ONCE, *flags.split())
     assert {p.dtype for p in run.sampler.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in run.policy.parameters()} == {torch.float32}
     assert {b.dtype for b in run.sampler.buffers()} == {torch.float32}  # rotary frequencies
@@ -643,7 +645,7 @@ def test_rewards_have_no_unit(flags, model_folder, tmp_path):
     args = parse_args([*own(model_folder, data, "exact"), *flags.split(), *UNITLESS])
     start = build(args)
     base = learned(start, args, 1.0, 0.0)
-    for power in (-20, 3, 20, 66):
+    for power in (-20, 3, 66):
         assert torch.equal(learned(start, args, 2.0**power, 0.0), base)
     moved = (base - learned(start, args, 0.0, 0.0)).abs().mean()
     assert moved > 1e-4

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
-from conftest import own, refused, rows_of, write_rows
+from common import own, refused, rows_of, write_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

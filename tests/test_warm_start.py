@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import few_rows, tiny_config
+from common import few_rows, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rollout import sample
