@@ -3,7 +3,7 @@
     python train.py                      # a tiny model, a built-in task, noisy rewards: two minutes
     python train.py --model-name-or-path NAME --dataset-name FILE --reward math
 
-The loop: `train` calls `collect` and `update` in turn, and here they are, step by step. What they
+The loop: each `iterate` of `train` is a `collect` and an `update`, here, step by step. What they
 compute stands in dvpo.py, critic.py and risk.py; how it is sampled and scored, in rollout.py and
 tasks/; what a long run needs, in harness/. Every baseline runs through these same lines: what
 tells it apart is its row of ALGORITHMS (harness/flags.py) and perhaps a branch of `estimate`.
@@ -50,15 +50,16 @@ class Experience:
     # (B, T) what the policy learns from, and (B, T, K) what the critic learns to predict.
     advantages: torch.Tensor
     targets: torch.Tensor | None
+    # (B, T) what each token counts in the policy loss; of a minibatch.
+    weights: torch.Tensor | None = None
 
     def __getitem__(self, rows):
         """The given rows (indices on the CPU), cut to the longest of them."""
         rollout = self.rollout[rows]
         # An index on the CPU would wait for the GPU.
         at = rows.to(rollout.mask.device, non_blocking=True)
-        parts, width = [], rollout.mask.shape[1]
-        for tensor in (self.logprobs, self.ref_logprobs, self.advantages, self.targets):
-            parts.append(None if tensor is None else tensor[at, -width:])
+        _, *tensors = vars(self).values()
+        parts = [x if x is None else x[at, -rollout.mask.shape[1] :] for x in tensors]
         return Experience(rollout, *parts)
 
 
@@ -69,11 +70,7 @@ def train(args):
     log = reports.open_log(run, args, num_iterations)
     with log as log, checkpoints.stopping_on_signals() as received:
         while run.iteration < num_iterations and not received:
-            begin = time.time()
-            experience, metrics = collect(run, args)
-            metrics |= update(run, args, experience)
-            run.iteration += 1
-            metrics["tps"] = experience.rollout.mask.sum().item() / (time.time() - begin)
+            metrics = iterate(run, args)
             reports.log_iteration(log, run, args, metrics)
             if args.save_steps and run.iteration % args.save_steps == 0:
                 checkpoints.save_checkpoint(run, args)
@@ -102,6 +99,16 @@ def start(args, num_iterations):
     return run
 
 
+def iterate(run, args):
+    """One iteration -> its metrics."""
+    begin = time.time()
+    experience, metrics = collect(run, args)
+    metrics |= update(run, args, experience)
+    run.iteration += 1
+    metrics["tps"] = experience.rollout.mask.sum().item() / (time.time() - begin)
+    return metrics
+
+
 @torch.no_grad()
 def collect(run, args):
     """One batch of responses and what they teach: -> Experience, metrics."""
@@ -110,12 +117,9 @@ def collect(run, args):
     batch = run.data[[row for row in rows for _ in range(args.group_size)]]
     limits = (args.micro_batch_size, args.micro_batch_tokens)
 
-    # 1. Sample a response to every prompt; where a user answers, a whole conversation.
-    rollout = respond(run, args, batch, args.temperature, record_logprobs=run.trust_recorded)
+    # 1. Sample a response to every prompt, or a conversation with the user, and 2. score it.
+    rollout, scores, true_scores = sample_and_score(run, args, batch)
     mask = rollout.mask
-
-    # 2. Score it. The noise is what only training sees.
-    scores, true_scores = judge(run, args, batch, rollout)
 
     # 3. How probable was each token, for the policy (unless recorded) and for its starting point?
     logprobs, ref_logprobs = rollout.logprobs, None
@@ -146,25 +150,28 @@ def collect(run, args):
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
     experience = Experience(rollout, logprobs, ref_logprobs, advantages, targets)
-    found = {"scores": scores, "quantiles": head_quantiles} | vars(experience)
-    assert_finite(run.iteration + 1, found)
+    assert_finite(run.iteration + 1, scores=scores, quantiles=head_quantiles, **vars(experience))
     metrics = reports.batch_metrics(experience, scores, true_scores, args.kl_coef, run.stop_ids)
     if head_quantiles is not None:
         metrics |= reports.critic_metrics(args, head_quantiles, targets, returns, mask)
     return experience, metrics
 
 
-def assert_finite(iteration, tensors):
+def sample_and_score(run, args, batch):
+    """-> Rollout, scores (B,), and those without the noise that only training sees."""
+    rollout = respond(run, args, batch, args.temperature, record_logprobs=run.trust_recorded)
+    return rollout, *judge(run, args, batch, rollout)
+
+
+def assert_finite(iteration, **tensors):
     """Raises InputError naming the first tensor (B, ...) with a number that is not finite."""
     for name, tensor in tensors.items():
         if isinstance(tensor, torch.Tensor) and not tensor.isfinite().all():
-            is_fine = tensor.isfinite().reshape(len(tensor), -1).all(dim=1)
-            rows = (~is_fine).nonzero().flatten().tolist()[:8]
+            rows = (~tensor.isfinite()).nonzero()[:, 0].unique().tolist()[:8]
             found = f"others in rows {', '.join(map(str, rows))} of the batch"
             raise InputError(f"iteration {iteration}: expected finite {name}, found {found}")
 
 
-@torch.no_grad()
 def estimate(args, scores, rewards, head_quantiles, rollout):
     """Advantages (B, T), and the critic's targets (B, T, K) or None: each method its own way.
 
@@ -196,8 +203,7 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
 def update(run, args, experience):
     """Epochs of minibatch steps on one batch -> metrics, means over the steps.
 
-    The policy rests during the critic's warm-up. Raises InputError before a step with numbers that
-    are not finite, as Adam never forgets them.
+    Raises InputError before a step with numbers that are not finite: Adam never forgets them.
     """
     train_policy = run.critic is None or run.iteration >= args.critic_warmup_steps
     models = [] if run.critic is None else [(run.critic, run.critic_optimizer)]
@@ -228,25 +234,20 @@ def minibatch_backward(run, args, minibatch, train_policy):
     sums, rollout = Counter(), minibatch.rollout
     num_tokens = rollout.mask.sum()
     most_tokens = args.response_length * (args.max_turns if run.user else 1)
-    weights = dvpo.token_weights(ALGORITHMS[args.algo].weights, rollout.mask, most_tokens)
+    minibatch.weights = dvpo.token_weights(ALGORITHMS[args.algo].weights, rollout.mask, most_tokens)
     limits = (args.micro_batch_size, args.micro_batch_tokens)
     for rows in micro_batches(rollout, torch.arange(len(rollout.mask)), *limits):
         part = minibatch[rows]
         if train_policy:
-            at = rows.to(weights.device, non_blocking=True)
-            own = weights[at, -part.rollout.mask.shape[1] :]
-            sums.update(policy_backward(run, args, part, own, num_tokens))
+            sums.update(policy_backward(run, args, part, num_tokens))
         if run.critic is not None:
             sums.update(critic_backward(run, args, part, num_tokens))
     return sums
 
 
-def policy_backward(run, args, part, weights, num_tokens):
-    """7. Adds the policy loss's gradient of a micro-batch (an Experience) -> metrics.
-
-    weights (B, T): what each token counts. num_tokens: of the whole minibatch.
-    """
-    mask = part.rollout.mask
+def policy_backward(run, args, part, num_tokens):
+    """7. Adds the policy loss's gradient of a micro-batch (an Experience) -> metrics."""
+    mask, weights = part.rollout.mask, part.weights
     with autocast(run):
         logprobs = response_logprobs(run.policy, part.rollout, args.temperature)
     # w A in the clipped loss is w times the loss, as w >= 0.

@@ -58,10 +58,10 @@ def by_two(tmp_path_factory, warm_start):
     return folder
 
 
-def sampled_as_by_two(run, args, batch, *rest, **kwargs):
-    share = (run, args, batch)
-    parts = [many_gpus.sample_share(*share, rank, 2, *rest, **kwargs) for rank in range(2)]
-    return many_gpus.together(parts, "cpu")
+def as_by_two(run, args, batch):
+    """train.sample_and_score, with the shares of two processes."""
+    shares = [many_gpus.sample_share(run, args, batch, rank, 2) for rank in range(2)]
+    return many_gpus.together(shares, "cpu")
 
 
 def assert_same_policy(one, two, number):
@@ -76,7 +76,7 @@ def assert_same_policy(one, two, number):
 @pytest.mark.slow
 @pytest.mark.parametrize("algo", ALGOS)
 def test_two_processes_end_where_one_does(algo, by_two, tmp_path, warm_start, monkeypatch):
-    monkeypatch.setattr(train, "respond", sampled_as_by_two)
+    monkeypatch.setattr(train, "sample_and_score", as_by_two)
     shutil.copytree(warm_start, tmp_path / "warm_start")
     assert train.main([*FLAGS, "--algo", algo, "--output-dir", str(tmp_path)]) == 0
     one = assert_same_policy(tmp_path, by_two / algo, 3)
@@ -104,16 +104,31 @@ def process_of_rank(rank, launcher):
     raise AssertionError(f"no process {rank}")
 
 
+def signalled(rank, number, folder, warm_start):
+    """A long run, sent a signal after its first checkpoint -> torchrun, what was printed."""
+    shutil.copytree(warm_start, folder / "warm_start")
+    flags = ["--output-dir", folder, "--total-episodes", 10**6, "--save-steps", 1]
+    process = torchrun("experiments/many_gpus.py", *FLAGS, *flags)
+    while process.poll() is None and not checkpoints.checkpoints(folder):
+        time.sleep(0.01)
+    os.kill(process_of_rank(rank, process), number)
+    out, _ = process.communicate(timeout=60)
+    return process, out
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_first_process_stops_all_after_the_same_iteration(tmp_path, warm_start):
+    _, out = signalled(0, signal.SIGTERM, tmp_path, warm_start)
+    done = int(checkpoints.newest_checkpoint(tmp_path).name[-6:])
+    assert out.count(f"stopped by SIGTERM after iteration {done} of") == 1
+    assert out.count("stopped by") == out.count("stopping after this iteration") == 1
+    assert "many_gpus.py: process" not in out
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_process_ends_the_run_and_the_last_checkpoint_stays(rank, tmp_path, warm_start):
-    shutil.copytree(warm_start, tmp_path / "warm_start")
-    flags = ["--output-dir", tmp_path, "--total-episodes", 10**6, "--save-steps", 1]
-    process = torchrun("experiments/many_gpus.py", *FLAGS, *flags)
-    while process.poll() is None and not checkpoints.checkpoints(tmp_path):
-        time.sleep(0.01)
-    os.kill(process_of_rank(rank, process), signal.SIGKILL)
-    out, _ = process.communicate(timeout=60)
+    process, out = signalled(rank, signal.SIGKILL, tmp_path, warm_start)
     (line,) = (line for line in out.splitlines() if "many_gpus.py: process" in line)
     assert f"process {1 - rank}: " in line and "the last checkpoint stays: --resume" in line
     assert process.returncode != 0
