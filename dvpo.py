@@ -127,9 +127,9 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     ValueError for another readout. With the surprise x = mean_j y_j - mean_i q_i:
 
         mean:    x, reward units: scalar_advantage, and so PPO's
-        spread:  tanh(x / (width * spread)): none counts for more than one [ours]
-    spread: q's standard deviation, at least a tenth of the batch's targets': a nearly certain state
-    would blow a small error up. M = 1: the batch's median |x|, the control without a distribution.
+        spread:  tanh(x / (width * s)): no surprise counts for more than 1 [ours]
+    s: q's standard deviation, at least a tenth of that of the batch's mean targets, as a nearly
+    certain state would blow a small error up. M = 1, the control: the batch's median |x|.
     """
     assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"mask {tuple(mask.shape)}"
     if readout not in ("mean", "spread"):
@@ -138,11 +138,12 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     x = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
     if readout == "mean":
         return x.float()
-    least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
     if quantiles.shape[-1] == 1:
-        least = torch.where(mask, x.abs(), torch.nan).nanmedian()
-    spread = width * torch.maximum(quantiles.std(dim=-1, correction=0), least)
-    return torch.where(mask, x / spread.clamp(min=1e-300), 0).tanh().float()
+        spread = torch.where(mask, x.abs(), torch.nan).nanmedian()
+    else:
+        least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
+        spread = torch.maximum(quantiles.std(dim=-1, correction=0), least)
+    return torch.where(mask, x / (width * spread).clamp(min=1e-300), 0).tanh().float()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):
@@ -179,19 +180,18 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
     # (tokens, N, M), (tokens, K): no work on padding, and no NaN of it in the gradient.
-    head_quantiles, targets = head_quantiles[mask], targets.detach()[mask]
-    count = torch.as_tensor(len(targets) if num_tokens is None else num_tokens).clamp(min=1)
+    q, y = head_quantiles[mask], targets.detach()[mask]
+    count = torch.as_tensor(len(y) if num_tokens is None else num_tokens).clamp(min=1)
     if kappa is None:
-        error = head_quantiles.mean(dim=-1) - targets.mean(dim=-1, keepdim=True)
+        error = q.mean(dim=-1) - y.mean(dim=-1, keepdim=True)
         return (error.square().mean(dim=-1) / 2).sum() / count, {}
     # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the
     # mean over it is over heads too.
-    levels = levels.repeat(head_quantiles.shape[1])
-    token_loss = quantile_huber_loss(head_quantiles.flatten(1), targets, levels, kappa)
+    token_loss = quantile_huber_loss(q.flatten(1), y, levels.repeat(q.shape[1]), kappa)
     terms = {"quantile": token_loss}
     if risk is not None:
-        tail_loss, tail_terms = risk_regularizer(head_quantiles.mean(dim=1), targets, risk)
-        terms |= tail_terms | {"consistency": head_consistency(head_quantiles)}
+        tail_loss, tail_terms = risk_regularizer(q.mean(dim=1), y, risk)
+        terms |= tail_terms | {"consistency": head_consistency(q)}
         token_loss = token_loss + tail_loss
         if risk.consistency != 0:
             token_loss = token_loss + risk.consistency * terms["consistency"]

@@ -1,8 +1,8 @@
 """Sampling, and what the models say of what was sampled: log-probs, quantiles, micro-batches.
 
 Two rules keep the importance ratio honest. What was sampled is what is trained on: token ids in,
-token ids out, text only for the reward. And the old log-probs are those of the update's own
-forward pass, or of sampling where the two were seen to agree.
+token ids out, text only for the reward. And the old log-probs are those of the function that the
+update uses, or of sampling where the two were seen to agree.
 
 One layout: everything stands flush right. Padding is on the left alone, a row's last token is in
 the last column, and a response is a slice of the last T columns, of ids, logits and values alike.

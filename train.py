@@ -131,7 +131,7 @@ def collect(run, args):
             ref_logprobs = in_micro_batches(response_logprobs, run.reference, *inputs)
 
     # 4. The score is the last token's reward; every token pays for its KL, unless the loss does.
-    # At first the policy is its reference: what rounding leaves of a KL is not a reward.
+    # Not in iteration 0: were all scores equal, the KL's rounding would set the critic's unit.
     kl_coef = args.kl_coef if ALGORITHMS[args.algo].kl == "reward" and run.iteration else 0
     rewards = dvpo.token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef)
     if args.whiten_rewards:
@@ -158,7 +158,7 @@ def collect(run, args):
 
 
 def sample_and_score(run, args, batch):
-    """-> Rollout, scores (B,), and those without the noise that only training sees."""
+    """Steps 1 and 2 -> Rollout, scores (B,), and those without the noise that training sees."""
     rollout = respond(run, args, batch, args.temperature, record_logprobs=run.trust_recorded)
     return rollout, *judge(run, args, batch, rollout)
 
@@ -250,7 +250,7 @@ def policy_backward(run, args, part, num_tokens):
     mask, weights = part.rollout.mask, part.weights
     with autocast(run):
         logprobs = response_logprobs(run.policy, part.rollout, args.temperature)
-    # w A in the clipped loss is w times the loss, as w >= 0.
+    # Scaling A by w >= 0 scales the clipped loss by w.
     states = (logprobs, part.logprobs, weights * part.advantages, mask)
     loss, metrics = dvpo.clipped_policy_loss(*states, args.cliprange, num_tokens)
     if ALGORITHMS[args.algo].kl == "loss" and part.ref_logprobs is not None:
@@ -268,7 +268,7 @@ def policy_backward(run, args, part, num_tokens):
 def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
     is_distributional = ALGORITHMS[args.algo].critic == "quantiles"
-    # Without them critic_loss is the squared error of a value: PPO has one head, robust PPO N.
+    # Without kappa it is the squared error of a value: PPO has one head, robust PPO N.
     kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)

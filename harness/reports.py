@@ -57,9 +57,11 @@ def critic_metrics(args, head_quantiles, targets, returns, mask):
     head_quantiles = head_quantiles[:, : mask.shape[1]]
     values = head_quantiles.mean(dim=(2, 3))
     metrics = {"val/explained_var": explained_variance(values, targets.mean(dim=-1), mask)}
-    if ALGORITHMS[args.algo].critic == "quantiles":
+    kind = ALGORITHMS[args.algo].critic
+    if kind != "scalar":
         found = quantile_metrics(head_quantiles, returns, mask, args.alpha, args.beta)
-        metrics |= {f"quantile/{name}": value for name, value in found.items()}
+        names = found if kind == "quantiles" else ["head_spread"]
+        metrics |= {f"quantile/{name}": found[name] for name in names}
     return metrics
 
 
