@@ -44,7 +44,8 @@ def sample_share(run, args, batch, rank, world):
     part = slice(rank * size // world, (rank + 1) * size // world)
     own = {name: column[part] for name, column in batch.items()}
     run = dataclasses.replace(run, policy=run.sampler, trust_recorded=False)
-    run.noise.manual_seed(1_000_003 * args.reward_noise_seed + number)
+    # Not by the number that the responses get.
+    run.noise.manual_seed(2**32 + 1_000_003 * args.reward_noise_seed + number)
     with torch.random.fork_rng(devices=[]):
         transformers.set_seed((1_000_003 * args.seed + number) % 2**32)
         found, *scores = one.sample_and_score(run, args, own)
@@ -177,7 +178,7 @@ def train_together(args):
     if "LOCAL_RANK" not in os.environ:
         raise InputError("expected torchrun --nproc-per-node K, found a single process")
     backend = "gloo"
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and args.device != "cpu":
         # Whatever the flag says: a resumed run's is the first process's.
         args.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(args.device)

@@ -147,7 +147,8 @@ def run(flags, seed):
         curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
         versions = json.loads((folder / "args.json").read_text())["versions"]
         results = json.loads((folder / "results.json").read_text())
-        found = evaluated(*load_run(folder), "after")
+        with contextlib.redirect_stderr(io.StringIO()):
+            found = evaluated(*load_run(folder), "after")
     named = {name: key for name, key in CURVES.items() if key in rows[0]}
     curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
     curves["curve"] = [row for row in curve if len(row) > 1]

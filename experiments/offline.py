@@ -34,6 +34,7 @@ from experiments.strata import evaluated
 from harness.flags import number_in, parse_args
 from harness.setup import build, judge, respond
 from rollout import in_micro_batches, micro_batches, response_logprobs, response_quantiles
+from tasks import InputError
 from tasks.prompts import batch_rows
 
 FOUND = RESULTS / "offline.jsonl"
@@ -240,8 +241,14 @@ def run_and_print(args):
         lacks = [own for own in settings_of(args) if (*own, flags[kind], seed) not in done]
         todo |= {(kind, seed): (kind, flags[kind], seed, lacks)} if lacks else {}
     results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
-    rows = [row for row in read_rows(FOUND) if row["seed"] in args.seeds]
-    print_tables([row for row in rows if row["flags"] == flags.get(row["noise"])])
+    asked, rows = vars(args) | {"seed": args.seeds}, read_rows(FOUND) if FOUND.exists() else []
+    for key in ("seed", "method", "noise", "advantage", "temperature", "alpha", "radius"):
+        given = [*asked[key], 0.0] if key in ("alpha", "radius") else asked[key]
+        rows = [row for row in rows if row[key] in given]
+    rows = [row for row in rows if row["flags"] == flags[row["noise"]]]
+    if not rows:
+        raise InputError("expected finished runs of these methods and seeds, found none")
+    print_tables(rows)
     if None in results:
         sys.exit(f"offline.py: {results.count(None)} tasks failed")
 

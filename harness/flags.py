@@ -14,7 +14,8 @@ from tasks import one_line
 class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
-    weights: str  # what counts alike: a token, a response; constant: a token, whatever the lengths
+    weights: str  # what counts the same in the policy loss: each token, or each response; or
+    # constant: each token, whatever the lengths in the minibatch
 
 
 ALGORITHMS = {
@@ -223,7 +224,7 @@ def check(args):
     is_model = str(args.reward).startswith("model:") or args.reward_noise_model
     for flag in ("reward_noise_fp", "reward_noise_fn"):
         flips = is_model and getattr(args, flag)
-        require(not flips, args, flag, "0 with a reward model, --reward-noise-model too")
+        require(not flips, args, flag, "0, as the other one, with a reward model or its noise")
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
         require(has_critic, args, flag, f"an --algo with a critic, not {args.algo}")

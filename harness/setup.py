@@ -265,7 +265,7 @@ def sampling_is_scoring(run, args, count=8):
     """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
 
     Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again, or
-    without padding and a token behind it. In fp32, rounding is far below 1e-3 of the largest one.
+    without padding and a token behind it. In fp32, rounding is far below 1e-3 of the most.
     """
     room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
     prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]

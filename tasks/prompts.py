@@ -1,5 +1,6 @@
 """Prompts: from a file, a hub name or a built-in task to token ids."""
 
+import itertools
 from glob import escape, has_magic
 from math import inf
 from pathlib import Path
@@ -73,22 +74,28 @@ def load_prompts(
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    # A column holds texts or conversations.
-    is_plain = isinstance(prompts[0], str) and not (tokenizer.chat_template and use_chat_template)
-    texts = []
+    templated, texts, plain = tokenizer.chat_template and use_chat_template, [], []
     for row, prompt in enumerate(prompts):
-        texts.append(prompt if is_plain and prompt else render_chat(prompt, tokenizer, row))
-    # All at once, which is faster. A template writes its own special tokens: no second BOS.
-    found = tokenizer(texts, add_special_tokens=is_plain, return_special_tokens_mask=True)
-    for row, (ids, special) in enumerate(zip(found["input_ids"], found["special_tokens_mask"])):
-        # Some tokenizers append an end, behind which nothing is left to say.
-        while is_plain and ids and special[len(ids) - 1]:
-            ids.pop()
-        if not ids or max(ids) >= limit:
-            expected = f"expected token ids below {limit} (--model-name-or-path), found"
-            most = max(ids, default="none")
-            raise InputError(f"row {row}: {expected} {most} in {prompts[row]!r:.60}")
-    return found["input_ids"]
+        plain.append(isinstance(prompt, str) and prompt != "" and not templated)
+        texts.append(prompt if plain[row] else render_chat(prompt, tokenizer, row))
+    encoded = [None] * len(texts)
+    # Faster than one by one, in less memory than all at once.
+    for first, own in itertools.product(range(0, len(texts), 1000), (True, False)):
+        rows = [row for row in range(len(texts))[first : first + 1000] if plain[row] == own]
+        # A template writes its own special tokens: no second BOS.
+        options = {"add_special_tokens": own, "return_special_tokens_mask": True}
+        found = tokenizer([texts[row] for row in rows], **options) if rows else None
+        for index, row in enumerate(rows):
+            ids, special = found["input_ids"][index], found["special_tokens_mask"][index]
+            # Some tokenizers append an end, behind which nothing is left to say.
+            while own and ids and special[len(ids) - 1]:
+                ids.pop()
+            if not ids or max(ids) >= limit:
+                expected = f"expected token ids below {limit} (--model-name-or-path), found"
+                most = max(ids, default="none")
+                raise InputError(f"row {row}: {expected} {most} in {prompts[row]!r:.60}")
+            encoded[row] = ids
+    return encoded
 
 
 def render_chat(prompt, tokenizer, row=0):

@@ -5,6 +5,8 @@ import gc
 
 def pytest_configure(config):
     """pytest-xdist's first process only hands out tests: it need not wait for torch."""
+    if config.getoption("dist", "no") == "load":
+        config.option.dist = "worksteal"
     if config.getoption("dist", "no") == "no" or not config.getoption("tx"):
         # What is imported stays: the collector need not look through it again and again.
         gc.disable()

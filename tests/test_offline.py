@@ -87,6 +87,22 @@ def test_a_ball_of_radius_0_leaves_the_discounted_return(gamma):
     assert (lower <= own + 1e-6).all() and (lower < own).any()
 
 
+@pytest.mark.slow
+def test_the_advantages_are_the_return_and_q_minus_the_start_s_value(small):
+    """Both are minus V(s), which drops out of their difference; y is the score, as gamma is 1."""
+    before, log, probs = offline.log_of(0)
+    run, args = offline.start("none", 0)
+    scores = torch.arange(len(log.mask)).remainder(2).float()
+    with torch.no_grad():
+        critic, found = offline.fitted(run, args, log, scores, probs, 0.0, 0.0)
+        q = offline.response_q(critic, log)
+    taken = offline.of_tokens(q, log.response_ids)
+    own = found["return"] - found["q"] + taken - scores[:, None]
+    torch.testing.assert_close(own[log.mask], torch.zeros(log.mask.sum()), atol=1e-5, rtol=0)
+    values = (probs * q).sum(dim=-1)
+    torch.testing.assert_close(found["q"][log.mask], (taken - values)[log.mask])
+
+
 def build_with_grad(args):
     assert torch.is_grad_enabled()  # or a seed's warm start could not be made
     return build(args)
@@ -144,6 +160,10 @@ def test_a_grid_goes_on_where_it_stopped_and_one_method_alone_is_the_same(
     rest = [*GRID[:4], "--method", "awr", "cql"]
     run_offline(monkeypatch, *rest)
     run_offline(monkeypatch, *rest, "--table", "--seeds", "0", "1")
+    for none in (["--seeds", "7"], ["--advantage", "q"], ["--temperature", "9"]):
+        with pytest.raises(SystemExit) as ended:
+            run_offline(monkeypatch, *rest, "--table", *none)
+        assert ended.value.code == 2 and "found none" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         run_offline(monkeypatch, *GRID[:4], "--method", "rfqi")
     assert ended.value.code == "offline.py: 1 tasks failed"

@@ -23,6 +23,17 @@ def test_one_bos_with_and_without_a_template():
     assert encode_prompts(["hello there"], bos_tokenizer()) == [[1, 2, 3]]
     assert encode_prompts(["hello there", messages], templated) == [[1, 4, 2, 3]] * 2
     assert encode_prompts(["hello there"], templated, use_chat_template=False) == [[1, 2, 3]]
+    # A text is plain in either order, and a conversation is none.
+    for rows in (["hello there", messages], [messages, "hello there"]):
+        ids = [[1, 2, 3] if isinstance(row, str) else [1, 4, 2, 3] for row in rows]
+        assert encode_prompts(rows, templated, use_chat_template=False) == ids
+
+
+def test_prompts_keep_their_order_across_slices():
+    """More than the tokenizer is given at a time."""
+    tokenizer, texts = bos_tokenizer(), ["hello", "there", "hello there"] * 700
+    expected = [[1, 2], [1, 3], [1, 2, 3]] * 700
+    assert encode_prompts(texts, tokenizer) == expected
 
 
 @pytest.mark.parametrize("name", ["eos_token", "sep_token", "additional"])
