@@ -90,8 +90,9 @@ for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
-# Does robust PPO gain by its lower rate?
+# Is a lead the lower rate? Is it the bound?
 RATES = ("ppo", "ppo, lr 1e-4", "dvpo, spread", "dvpo, spread, lr 1e-4", "robust")
+RATES += ("control, lr 2e-4", "control, lr 1e-4")
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),

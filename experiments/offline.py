@@ -258,7 +258,8 @@ def main():
     add, kinds = functools.partial(parser.add_argument, nargs="+"), [*noise.NOISES]
     add("--method", choices=METHODS, default=METHODS)
     add("--noise", choices=kinds, default=kinds)
-    add("--seeds", type=int, default=range(20, 30), help="100 and more are for choosing")
+    seed = number_in("[0, 2e9]", int)
+    add("--seeds", type=seed, default=range(20, 30), help="100 and more are for choosing")
     add("--advantage", choices=("return", "q"), default=["return"])
     add("--temperature", type=number_in("(0, inf)", float), default=[0.3])
     add("--alpha", type=number_in("[0, inf)", float), default=[0.1], help="cql's price")

@@ -75,7 +75,10 @@ def load_run(folder):
 def read_rows(path):
     """The objects of a jsonl file, a line each; raises InputError naming file and line."""
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    # Only what JSON writes as the end of a line is one.
+    for number, line in enumerate(Path(path).read_text(errors="replace").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             rows.append({**json.loads(line)})
         except (ValueError, TypeError) as error:
@@ -86,7 +89,7 @@ def read_rows(path):
 
 def add_row(path, row):
     """Adds a row to a jsonl file, on a line of its own: an edited file may lack its last end."""
-    text = path.read_text() if path.exists() else ""
+    text = path.read_text(errors="replace") if path.exists() else ""
     with open(path, "a") as file:
         file.write("\n" * (text[-1:] not in ("", "\n")) + json.dumps(row) + "\n")
 

@@ -182,8 +182,11 @@ def resumed(argv, parser, args):
     # Flags that are newer than the run have their defaults, those that are gone are forgotten.
     for key, value in saved:
         if hasattr(args, key) and value is not None and value is not False:
-            values = value if isinstance(value, list) else [value] * (value is not True)
-            words += [f"--{key.replace('_', '-')}", *map(str, values)]
+            flag = f"--{key.replace('_', '-')}"
+            if isinstance(value, list):
+                words += [flag, *map(str, value)]
+            else:  # a text may begin with a dash
+                words.append(flag if value is True else f"{flag}={value}")
     parser.error = lambda message: fail(f"--resume: {path}: {message}")
     saved, args = parser.parse_args(words), parser.parse_args([*words, *argv])
     for key in vars(args).keys() - CHANGEABLE:

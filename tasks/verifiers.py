@@ -129,7 +129,12 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
         labels, expected = [str(label) for label in options["label"]], str(expected).strip().upper()
         letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC
         named = chosen_letter(text_of(completion), options["text"], digits if letters else "")
-        scores.append(float(letters.get(named, named) == letters.get(expected, expected)))
+        right = letters.get(expected, expected)
+        # Not a letter, but the option's own text.
+        texts = [str(said).strip().upper() for said in options["text"]]
+        if len(right) > 1 and right in texts:
+            right = ascii_uppercase[texts.index(right)]
+        scores.append(float(letters.get(named, named) == right))
     return scores
 
 

@@ -156,6 +156,15 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, c
     assert count == 16 and right / count == pytest.approx(sum(splits) / 2)
 
 
+def test_rows_are_read_past_blank_lines_and_end_where_json_ends_them(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "x\u2028y"}\n\n{"b": 2}\n\n')
+    assert seeds.read_rows(path) == [{"a": "x\u2028y"}, {"b": 2}]
+    path.write_bytes(b'{"a": 1}\n\n\xff\n')
+    with pytest.raises(InputError, match="line 3: expected a JSON object"):
+        seeds.read_rows(path)
+
+
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_row_is_added_on_a_line_of_its_own(tmp_path, end):
     path = tmp_path / "rows.jsonl"

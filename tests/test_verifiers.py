@@ -581,6 +581,9 @@ def test_choice_verifier(text, letter):
 
 def test_choices_as_the_hub_has_them_and_numbers():
     assert choice_reward([""], ["D"], ["D"], [{"text": CHOICES, "label": list("ABCD")}]) == [1.0]
+    # The answer may be the option's own text, whatever the letters look like.
+    for said, right in (("B", 1.0), (CHOICES[1], 1.0), ("A", 0.0), (CHOICES[0], 0.0)):
+        assert choice_reward([""], [said], [CHOICES[1]], [CHOICES]) == [right]
     assert choice_reward([""] * 2, ["B", "it is 7"], ["B", "A"], [None, [7, 8]]) == [1.0, 1.0]
     numbered = {"text": CHOICES, "label": list("1234")}
     said = ["3", "The answer is 3.", "(2)", "C", CHOICES[2], "D", "30"]
