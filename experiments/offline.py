@@ -241,16 +241,18 @@ def run_and_print(args):
         lacks = [own for own in settings_of(args) if (*own, flags[kind], seed) not in done]
         todo |= {(kind, seed): (kind, flags[kind], seed, lacks)} if lacks else {}
     results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
-    asked, rows = vars(args) | {"seed": args.seeds}, read_rows(FOUND) if FOUND.exists() else []
+    rows = read_rows(FOUND) if FOUND.exists() else []
+    asked = vars(args) | {"seed": args.seeds}
     for key in ("seed", "method", "noise", "advantage", "temperature", "alpha", "radius"):
         given = [*asked[key], 0.0] if key in ("alpha", "radius") else asked[key]
         rows = [row for row in rows if row[key] in given]
     rows = [row for row in rows if row["flags"] == flags[row["noise"]]]
-    if not rows:
-        raise InputError("expected finished runs of these methods and seeds, found none")
-    print_tables(rows)
+    if rows:
+        print_tables(rows)
     if None in results:
         sys.exit(f"offline.py: {results.count(None)} tasks failed")
+    if not rows:
+        raise InputError("expected finished runs of these methods and seeds, found none")
 
 
 def main():
