@@ -1043,6 +1043,7 @@ def test_readout_by_hand():
     assert advantage_readout(quantiles, targets, mask, "mean").tolist() == [[2, 0]]
     assert not advantage_readout(quantiles.requires_grad_(), targets, mask, "mean").requires_grad
     found = advantage_readout(quantiles, targets, mask, "spread")
+    assert found.dtype == torch.float32
     assert found[0].tolist() == pytest.approx([math.tanh(2), 0])
     found = advantage_readout(quantiles, targets + 0.05, mask, "spread", width=0.5)
     assert found[0].tolist() == pytest.approx([math.tanh(2.05 / 0.5), math.tanh(0.05 / 0.05)])
