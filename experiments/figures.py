@@ -119,7 +119,7 @@ def beliefs(method, seed, folder):
     flags += ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", str(folder)]
     with contextlib.redirect_stdout(None):
         train.main(flags)
-        run, args = load_run(folder)
+    run, args = load_run(folder)
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)
     scores, _ = judge(run, args, batch, rollout)

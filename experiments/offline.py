@@ -167,10 +167,10 @@ def foresight(run, args, critic):
     return {"foreseen": first, "scored": scored, "foreseen - scored": first - scored}
 
 
-def start(kind, seed):
-    """The starting policy, as a Run with a kind of noise, and its flags."""
+def start(flags, seed):
+    """The starting policy, as a Run with the flags' noise, and all of its flags."""
     own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
-    args = parse_args(f"{noise.flags_of('main', 'ppo', kind)} {own}".split())
+    args = parse_args(f"{flags} {own}".split())
     with torch.enable_grad():
         return build(args), args  # it may make the warm start
 
@@ -182,7 +182,7 @@ def log_of(seed):
     Kept for a process's next task, which is often of the same seed.
     """
     torch.manual_seed(seed)
-    run, args = start("none", seed)
+    run, args = start(noise.flags_of("main", "ppo", "none"), seed)
     before = evaluated(run, args, "before")
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     log = respond(run, args, batch, args.temperature)
@@ -190,24 +190,24 @@ def log_of(seed):
 
 
 @torch.no_grad()
-def run_all(kind, flags, seed, settings):
-    """The settings, as KEYS has them, on one log; writes rows as they come."""
+def run_all(kind, keys):
+    """Rows of these KEYS, one noise's and one seed's, on one log; writes them as they come."""
     torch.set_num_threads(1)
+    flags, seed = keys[0][-2:]
     begin, (before, log, probs) = time.process_time(), log_of(seed)
-    (run, args), about = start(kind, seed), {"noise": kind, "commit": current_commit()} | before
+    (run, args), about = start(flags, seed), {"noise": kind, "commit": current_commit()} | before
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     scores, _ = judge(run, args, batch, log)
-    for price, group in itertools.groupby(settings, lambda setting: setting[3:]):
+    for price, group in itertools.groupby(keys, lambda key: key[3:5]):
         torch.manual_seed(seed)
         critic, advantages = fitted(run, args, log, scores, probs, *price)
-        for setting in group:
+        for key in group:
             torch.manual_seed(seed)
-            after = extracted(run, args, log, advantages[setting[1]], setting[2])
-            row = dict(zip(KEYS, (*setting, flags, seed))) | about
-            row |= evaluated(after, args, "after")
+            after = extracted(run, args, log, advantages[key[1]], key[2])
+            row = dict(zip(KEYS, key)) | about | evaluated(after, args, "after")
             row["after"] |= foresight(after, args, critic)
             add_row(FOUND, row | {"seconds": time.process_time() - begin})
-    return len(settings)
+    return len(keys)
 
 
 def settings_of(args):
@@ -222,31 +222,31 @@ def settings_of(args):
 def print_tables(rows):
     """Accuracy; what was foreseen and then scored; how uneven: and each minus awr's."""
     label = "{method} {alpha:g} {radius:g} {advantage} at {temperature:g}".format_map
-    found = {}
-    for kind, name in itertools.product(*({row["noise"] for row in rows}, set(map(label, rows)))):
-        own = [row for row in rows if (row["noise"], label(row)) == (kind, name)]
-        found[kind, name] = {row["seed"]: row for row in own}
-    found = {key: found[key] for key in sorted(found)}
-    reference = min(name for _, name in found)
+    kinds, names = sorted({row["noise"] for row in rows}), sorted({*map(label, rows)})
+    found = {key: {} for key in itertools.product(kinds, names)}
+    for row in rows:
+        found[row["noise"], label(row)][row["seed"]] = row
     for columns in COLUMNS:
-        noise.print_table(noise.summarise(found, reference, columns), reference, columns)
+        noise.print_table(noise.summarise(found, names[0], columns), names[0], columns)
+
+
+def found_rows():
+    """{its KEYS: row} of the file."""
+    rows = read_rows(FOUND) if FOUND.exists() else []
+    return {tuple(row[key] for key in KEYS): row for row in rows}
 
 
 def run_and_print(args):
     """Runs what the file lacks, a task for each noise and seed, and prints the tables."""
-    flags = {kind: noise.flags_of("main", "ppo", kind) for kind in args.noise}
-    rows = read_rows(FOUND) if FOUND.exists() else []
-    done, todo = {tuple(row[key] for key in KEYS) for row in rows}, {}
-    for seed, kind in itertools.product(() if args.table else args.seeds, args.noise):
-        lacks = [own for own in settings_of(args) if (*own, flags[kind], seed) not in done]
-        todo |= {(kind, seed): (kind, flags[kind], seed, lacks)} if lacks else {}
+    found, asked, todo = found_rows(), set(), {}
+    for seed, kind in itertools.product(args.seeds, args.noise):
+        flags = noise.flags_of("main", "ppo", kind)
+        keys = [(*own, flags, seed) for own in settings_of(args)]
+        asked.update(keys)
+        lacks = [key for key in keys if key not in found]
+        todo |= {(kind, seed): (kind, lacks)} if lacks and not args.table else {}
     results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
-    rows = read_rows(FOUND) if FOUND.exists() else []
-    asked = vars(args) | {"seed": args.seeds}
-    for key in ("seed", "method", "noise", "advantage", "temperature", "alpha", "radius"):
-        given = [*asked[key], 0.0] if key in ("alpha", "radius") else asked[key]
-        rows = [row for row in rows if row[key] in given]
-    rows = [row for row in rows if row["flags"] == flags[row["noise"]]]
+    rows = [row for key, row in found_rows().items() if key in asked]
     if rows:
         print_tables(rows)
     if None in results:

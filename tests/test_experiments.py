@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import MODEL
+from common import MODEL, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from experiments import (
@@ -26,6 +26,7 @@ from experiments import (
     seeds,
     settings,
 )
+from experiments.seeds import read_rows
 from harness.flags import RISK_TERMS, parse_args
 from tasks import InputError
 from tasks.booking import SLOTS
@@ -37,15 +38,6 @@ ROOT = Path(__file__).parent.parent
 def script(*words):
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -159,10 +151,10 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, c
 def test_rows_are_read_past_blank_lines_and_end_where_json_ends_them(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": "x\u2028y"}\n\n{"b": 2}\n\n')
-    assert seeds.read_rows(path) == [{"a": "x\u2028y"}, {"b": 2}]
+    assert read_rows(path) == [{"a": "x\u2028y"}, {"b": 2}]
     path.write_bytes(b'{"a": 1}\n\n\xff\n')
     with pytest.raises(InputError, match="line 3: expected a JSON object"):
-        seeds.read_rows(path)
+        read_rows(path)
 
 
 @pytest.mark.parametrize("end", ["", "\n"])

@@ -91,7 +91,7 @@ def test_a_ball_of_radius_0_leaves_the_discounted_return(gamma):
 def test_the_advantages_are_the_return_and_q_minus_the_start_s_value(small):
     """Both are minus V(s), which drops out of their difference; y is the score, as gamma is 1."""
     before, log, probs = offline.log_of(0)
-    run, args = offline.start("none", 0)
+    run, args = offline.start(noise.flags_of("main", "ppo", "none"), 0)
     scores = torch.arange(len(log.mask)).remainder(2).float()
     with torch.no_grad():
         critic, found = offline.fitted(run, args, log, scores, probs, 0.0, 0.0)
