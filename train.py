@@ -5,8 +5,8 @@
 
 The loop: each `iterate` of `train` is a `collect` and an `update`, here, step by step. What they
 compute stands in dvpo.py, critic.py and risk.py; how it is sampled and scored, in rollout.py and
-tasks/; what a long run needs, in harness/. Every baseline runs through these same lines: what
-tells it apart is its row of ALGORITHMS (harness/flags.py) and perhaps a branch of `estimate`.
+tasks/; what a long run needs, in harness/. A baseline is the same lines, but for its row of
+ALGORITHMS (harness/flags.py) and wherever `args.algo` is asked for.
 """
 
 import math
@@ -52,6 +52,8 @@ class Experience:
     targets: torch.Tensor | None
     # (B, T) what each token counts in the policy loss; of a minibatch.
     weights: torch.Tensor | None = None
+    # (B, 1, N, 1) which heads a response teaches, of robust PPO's minibatch; others have no error.
+    learns: torch.Tensor | None = None
 
     def __getitem__(self, rows):
         """The given rows (indices on the CPU), cut to the longest of them."""
@@ -86,7 +88,6 @@ def train(args):
 def start(args, num_iterations):
     """A new Run, evaluated, or one that --resume goes on with; its folder in order."""
     run = build(args)
-    # Of python, numpy and torch: a user's reward may draw from any.
     transformers.set_seed(args.seed)
     if args.resume:
         checkpoints.resume(run, args)
@@ -183,20 +184,18 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
         return advantages.unsqueeze(1).expand(mask.shape), None
     if args.algo == "reinforce++":
         return dvpo.masked_whiten(dvpo.discounted_returns(rewards, mask, args.gamma), mask), None
+    # The ensemble is the mean of its heads; robust PPO's Bellman step looks at each.
+    quantiles = values = head_quantiles.mean(dim=2)
+    gae = dvpo.distributional_gae
     if args.algo == "robust":
         gae, values = dvpo.robust_gae, head_quantiles[..., 0]
-    else:
-        # The ensemble is the mean of its heads.
-        gae, values = dvpo.distributional_gae, head_quantiles.mean(dim=2)
     after = None
     if args.bootstrap_truncated:
         # A response that was cut off goes on being worth what the critic says after its end.
         after = torch.where(rollout.truncated[:, None], values[:, -1], 0)
-        values = values[:, :-1]
+        quantiles, values = quantiles[:, :-1], values[:, :-1]
     _, targets = gae(rewards, values, mask, args.gamma, args.lam, after)
-    if args.algo == "robust":
-        values = values.mean(dim=-1, keepdim=True)
-    readout = dvpo.advantage_readout(values, targets, mask, args.readout, args.readout_width)
+    readout = dvpo.advantage_readout(quantiles, targets, mask, args.readout, args.readout_width)
     return dvpo.masked_whiten(readout, mask), targets
 
 
@@ -225,8 +224,7 @@ def update(run, args, experience):
             optimizer.step()
             optimizer.zero_grad()
         totals.update(sums)
-    metrics = {name: value / len(minibatches) for name, value in totals.items()}
-    return metrics if train_policy else RESTING | metrics
+    return RESTING | {name: value / len(minibatches) for name, value in totals.items()}
 
 
 def minibatch_backward(run, args, minibatch, train_policy):
@@ -236,6 +234,10 @@ def minibatch_backward(run, args, minibatch, train_policy):
     most_tokens = args.response_length * (args.max_turns if run.user else 1)
     minibatch.weights = dvpo.token_weights(ALGORITHMS[args.algo].weights, rollout.mask, most_tokens)
     limits = (args.micro_batch_size, args.micro_batch_tokens)
+    if args.algo == "robust":
+        # Heads that learn the same stay one: each response teaches half of them, drawn at random.
+        draws = torch.rand(len(rollout.mask), 1, args.num_heads, 1, device=rollout.mask.device)
+        minibatch.learns = draws <= draws.median(dim=2, keepdim=True).values
     for rows in micro_batches(rollout, torch.arange(len(rollout.mask)), *limits):
         part = minibatch[rows]
         if train_policy:
@@ -267,18 +269,17 @@ def policy_backward(run, args, part, num_tokens):
 
 def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
-    is_distributional = ALGORITHMS[args.algo].critic == "quantiles"
-    # Without kappa it is the squared error of a value: PPO has one head, robust PPO N.
-    kappa, risk = (args.kappa, run.risk) if is_distributional else (None, None)
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)
+    if part.learns is not None:
+        head_quantiles = head_quantiles.where(part.learns, part.targets.unsqueeze(-1))
+    # Without kappa it is the squared error of a value: PPO has one head, robust PPO N.
+    own = (args.kappa, run.risk) if ALGORITHMS[args.algo].critic == "quantiles" else (None, None)
     # In the critic's own units, whatever the reward is counted in.
-    scale = run.critic.scale
-    states = (head_quantiles / scale, part.targets / scale, part.rollout.mask)
-    loss, terms = dvpo.critic_loss(*states, run.critic.levels, kappa, risk, num_tokens)
+    states = (head_quantiles / run.critic.scale, part.targets / run.critic.scale, part.rollout.mask)
+    loss, terms = dvpo.critic_loss(*states, run.critic.levels, *own, num_tokens)
     loss.backward()
-    metrics = {f"loss/critic_{name}": value for name, value in terms.items()}
-    return {"loss/value_avg": loss.detach(), **metrics}
+    return {"loss/value_avg": loss.detach()} | {f"loss/critic_{k}": v for k, v in terms.items()}
 
 
 def main(argv=None):
@@ -288,7 +289,6 @@ def main(argv=None):
         with checkpoints.alone_in(args.output_dir):
             return train(args)
     except (InputError, OSError) as error:
-        # OSError: the output folder cannot be written.
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -69,6 +69,7 @@ RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ sha
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
+CURVES |= {"heads": "quantile/head_spread"}
 WINDOW = 5  # a curve is a mean over as many iterations
 
 
@@ -91,7 +92,7 @@ for rate in LEARNING_RATES:
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
 # Is a lead the lower rate? Is it the bound?
-RATES = ("ppo", "ppo, lr 1e-4", "dvpo, spread", "dvpo, spread, lr 1e-4", "robust")
+RATES = ("ppo", "ppo, lr 1e-4", "dvpo, spread", "dvpo, spread, lr 1e-4")
 RATES += ("control, lr 2e-4", "control, lr 1e-4")
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
@@ -239,8 +240,9 @@ def print_table(table, reference, splits=SPLITS):
     for noise, method, seeds, columns, explained in table:
         cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
-    print("mean ± half of Student's 95 % interval, differences paired by seed; ev: the critic's")
-    print("explained variance at the end")
+    print(
+        "mean ± half of Student's 95 % interval, paired by seed; ev: val/explained_var at the end"
+    )
 
 
 def run_and_print(args):

@@ -195,7 +195,8 @@ def numbers_of(*models):
     return torch.cat([p.detach().flatten().clone() for model in models for p in model.parameters()])
 
 
-def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path):
+@pytest.mark.parametrize("algo", ["dvpo", "robust"])
+def test_micro_batch_size_changes_no_gradient_and_no_metric(algo, warm_start, tmp_path):
     """One step of SGD with micro-batches of 64 rows, of 7, of 100 tokens: equal up to rounding.
 
     So the logged losses are not the last micro-batch's, and explained variance is the batch's and
@@ -204,7 +205,7 @@ def test_micro_batch_size_changes_no_gradient_and_no_metric(warm_start, tmp_path
     moved, logged = [], []
     for size in ("--micro-batch-size 64", "--micro-batch-size 7", "--micro-batch-tokens 100"):
         once = "--num-mini-batches 1 --num-ppo-epochs 1 --critic-warmup-steps 0".split()
-        run, args = run_of(warm_start, tmp_path, *size.split(), *once)
+        run, args = run_of(warm_start, tmp_path, *size.split(), *once, "--algo", algo)
         torch.manual_seed(0)
         run.optimizer = torch.optim.SGD(run.policy.parameters(), lr=1.0)
         run.critic_optimizer = torch.optim.SGD(run.critic.parameters(), lr=1.0)
@@ -482,6 +483,56 @@ def test_noise_penalty_kl_and_whitening_reach_the_experience(warm_start, tmp_pat
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     advantages = experience.advantages[mask]
     assert abs(advantages.mean()) < 1e-5 and advantages.std().item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("num_heads,taught", [(1, 1), (2, 1), (3, 2), (4, 2)])
+def test_each_response_teaches_half_of_robust_ppos_heads(num_heads, taught, warm_start, tmp_path):
+    """So each head's bias moves by the errors of its own responses alone; one head learns all."""
+    once = "--num-mini-batches 1 --num-ppo-epochs 1".split()
+    flags = ("--algo", "robust", "--num-heads", str(num_heads), *once)
+    run, args = run_of(warm_start, tmp_path, *flags)
+    experience, _ = train.collect(run, args)
+    minibatch = experience[torch.arange(64)]
+    train.minibatch_backward(run, args, minibatch, False)
+    learns, scale = minibatch.learns[:, 0, :, 0], run.critic.scale
+    assert (learns.sum(1) == taught).all()
+    assert num_heads == 1 or all(10 < count < 54 for count in learns.sum(0).tolist())
+    with torch.no_grad():
+        values = train.response_quantiles(run.critic, minibatch.rollout)[..., 0]
+    error = ((values - minibatch.targets) / scale).where(minibatch.rollout.mask[..., None], 0)
+    of_heads = torch.stack([error[learns[:, head], :, head].sum() for head in range(num_heads)])
+    count = num_heads * minibatch.rollout.mask.sum()
+    torch.testing.assert_close(run.critic.heads.bias.grad, of_heads / count, rtol=1e-4, atol=1e-6)
+
+
+def test_robust_ppos_heads_come_apart_and_those_of_the_others_do_not(warm_start, tmp_path):
+    """In units of the returns, after twelve batches: else the least of them is their mean."""
+    apart = {}
+    for algo in ("robust", "dvpo"):
+        run, args = run_of(warm_start, tmp_path, "--algo", algo)
+        torch.manual_seed(0)
+        for run.iteration in range(12):
+            experience, metrics = train.collect(run, args)
+            train.update(run, args, experience)
+        apart[algo] = metrics["quantile/head_spread"] / run.critic.scale
+    assert apart["dvpo"] < 0.005 < 0.02 < apart["robust"]
+
+
+def test_robust_ppo_counts_on_the_worst_head_and_improves_on_their_mean():
+    """Heads (1, 3), (2, 6), and (5, 9) after the cut; rewards 2 and 0.
+
+    delta = 2 + min(2, 6) - mean(1, 3) = 2, and 0 + 5 - 4 = 1; so A = 3, 1 and y = V + A = 5, 5.
+    """
+    flags = "--model-name-or-path x --bootstrap-truncated --gamma 1 --lam 1 --algo robust"
+    args = parse_args(flags.split())
+    ids, mask = torch.zeros(1, 3).long(), torch.ones(1, 2, dtype=torch.bool)
+    rollout = Rollout(ids, torch.ones(1, 3).long(), mask, torch.tensor([True]))
+    heads = torch.tensor([[[1.0, 3.0], [2.0, 6.0], [5.0, 9.0]]]).unsqueeze(-1)
+    rewards = torch.tensor([[2.0, 0.0]])
+    advantages, targets = train.estimate(args, torch.zeros(1), rewards, heads, rollout)
+    # Whitened.
+    assert targets.flatten().tolist() == [5.0, 5.0]
+    torch.testing.assert_close(advantages, torch.tensor([[0.5**0.5, -(0.5**0.5)]]))
 
 
 @pytest.mark.parametrize("algo", ["dvpo", "ppo", "robust"])
