@@ -240,9 +240,7 @@ def print_table(table, reference, splits=SPLITS):
     for noise, method, seeds, columns, explained in table:
         cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
-    print(
-        "mean ± half of Student's 95 % interval, paired by seed; ev: val/explained_var at the end"
-    )
+    print("mean ± half of Student's 95 % interval, paired by seed; ev: explained variance at last")
 
 
 def run_and_print(args):
