@@ -251,8 +251,8 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
-    after = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
-    return distributional_gae(rewards, mean, mask, gamma, lam, after, worst)
+    bootstrap = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
+    return distributional_gae(rewards, mean, mask, gamma, lam, bootstrap, worst)
 
 
 def discounted_returns(rewards, mask, gamma):

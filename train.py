@@ -60,9 +60,9 @@ class Experience:
         rollout = self.rollout[rows]
         # An index on the CPU would wait for the GPU.
         at = rows.to(rollout.mask.device, non_blocking=True)
-        _, *tensors = vars(self).values()
-        parts = [x if x is None else x[at, -rollout.mask.shape[1] :] for x in tensors]
-        return Experience(rollout, *parts)
+        length, own = rollout.mask.shape[1], vars(self).items()
+        parts = {name: x if x is None else x[at, -length:] for name, x in own if name != "rollout"}
+        return Experience(rollout, **parts)
 
 
 def train(args):
@@ -145,8 +145,8 @@ def collect(run, args):
         if run.iteration == 0:
             run.critic.start_at(returns[mask])
         with autocast(run):
-            inputs = (run.critic, rollout, *limits)
-            head_quantiles = in_micro_batches(response_quantiles, *inputs, args.bootstrap_truncated)
+            states = (run.critic, rollout, *limits)
+            head_quantiles = in_micro_batches(response_quantiles, *states, args.bootstrap_truncated)
 
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
@@ -189,12 +189,12 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
     gae = dvpo.distributional_gae
     if args.algo == "robust":
         gae, values = dvpo.robust_gae, head_quantiles[..., 0]
-    after = None
+    bootstrap = None
     if args.bootstrap_truncated:
         # A response that was cut off goes on being worth what the critic says after its end.
-        after = torch.where(rollout.truncated[:, None], values[:, -1], 0)
+        bootstrap = torch.where(rollout.truncated[:, None], values[:, -1], 0)
         quantiles, values = quantiles[:, :-1], values[:, :-1]
-    _, targets = gae(rewards, values, mask, args.gamma, args.lam, after)
+    _, targets = gae(rewards, values, mask, args.gamma, args.lam, bootstrap)
     readout = dvpo.advantage_readout(quantiles, targets, mask, args.readout, args.readout_width)
     return dvpo.masked_whiten(readout, mask), targets
 
