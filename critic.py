@@ -1,4 +1,4 @@
-"""The critic: a distribution of the return at every token, as N independent sets of M quantiles.
+"""The critic: a distribution of the return at every token, as N sets (heads) of M quantiles.
 
 Reading order: levels -> the loss as defined -> the network -> the same loss, fast -> consistency.
 Layout: heads on dim -2, quantiles on dim -1. After the network's head nothing is half precision.

@@ -86,7 +86,7 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
 
     rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), 0 off the mask.
     bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for cut-off rows.
-    successors (B, T, M) or None: what a state is worth seen from the one before; None = quantiles.
+    successors (B, T, M) or None: the values that count as the next state's; None = quantiles.
     [ours], after the [paper]'s token-level value distributions; index j is paired with index j
     over time, as if returns rose and fell together:
 
@@ -126,7 +126,7 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     quantiles (B, T, M), targets (B, T, K), mask (B, T) -> (B, T), 0 where mask is False. Raises
     ValueError for another readout. With the surprise x = mean_j y_j - mean_i q_i:
 
-        mean:    x, reward units: scalar_advantage, and so PPO's
+        mean:    x, reward units: what scalar_advantage makes of GAE's, and so PPO's
         spread:  tanh(x / (width * s)): no surprise counts for more than 1 [ours]
     s: q's standard deviation, at least a tenth of that of the batch's mean targets, as a nearly
     certain state would blow a small error up. M = 1, the control: the batch's median |x|.
@@ -170,12 +170,12 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num
 
 
 def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=None):
-    """Every head regressed on the targets, plus the tail terms on the heads' mean and consistency.
+    """Every head regressed on the targets, plus consistency and the tail terms of the heads' mean.
 
     head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in their
     unit, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
     consistency}, scalars that add up like the loss. kappa=None is the scalar critic of PPO and
-    robust PPO (M = K = 1): half the squared error of each head, no tail terms, no value clipping.
+    robust PPO (M = K = 1): half the squared error of each head, no terms, no value clipping.
     """
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
@@ -288,7 +288,7 @@ def token_weights(kind, mask, most_tokens):
     """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
 
     kind token: 1. response: mean_length / length (GRPO), so that the loss is the mean over
-    responses of their means. constant (Dr. GRPO): the same whatever the lengths, 1 at most_tokens.
+    responses of their means. constant: the loss is a sum over B * most_tokens (Dr. GRPO).
     """
     weights = torch.ones(mask.shape, device=mask.device)
     if kind == "response":

@@ -130,8 +130,8 @@ class RiskConfig:
 def risk_regularizer(quantiles, targets, config):
     """The weighted sum of the four tail terms, and each of them unweighted for the log.
 
-    quantiles (..., M), targets (..., K) -> (loss (...), {name: (...)}), the values detached. Sorts
-    first: sorting again is cheap. AssertionError for other shapes. [reported]; [ours] in form.
+    quantiles (..., M), targets (..., K) -> (loss (...), {name: (...)}), the values detached.
+    AssertionError for other shapes. [reported]; [ours] in form.
     """
     shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     assert quantiles.shape[:-1] == targets.shape[:-1], shapes

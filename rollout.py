@@ -30,7 +30,7 @@ class Rollout:
     attention_mask: torch.Tensor
     # (B, T) True on the policy's tokens, the stop token that it sampled included.
     mask: torch.Tensor
-    # (B,) True where a response ran out of room before a stop token.
+    # (B,) True where a response ran out of room: before a stop token, or before the user's reply.
     truncated: torch.Tensor
     # (B, 2) tokens of each row and of its response, on the CPU: cutting never waits for a GPU.
     lengths: torch.Tensor | None = None

@@ -1,6 +1,6 @@
 """DVPO: PPO for language models whose critic predicts the distribution of every token's return.
 
-    python train.py                      # a tiny model, a built-in task, noisy rewards: two minutes
+    python train.py                      # a tiny model, a built-in task, noisy rewards: minutes
     python train.py --model-name-or-path NAME --dataset-name FILE --reward math
 
 The loop: each `iterate` of `train` is a `collect` and an `update`, here, step by step. What they
@@ -47,13 +47,13 @@ class Experience:
     # (B, T) of the sampled tokens, under the policy before the update and under the reference.
     logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
-    # (B, T) what the policy learns from, and (B, T, K) what the critic learns to predict.
+    # (B, T) what the policy learns from; (B, T, K) what the critic learns to predict, K = M or 1.
     advantages: torch.Tensor
     targets: torch.Tensor | None
     # (B, T) what each token counts in the policy loss; of a minibatch.
     weights: torch.Tensor | None = None
-    # (B, 1, N, 1) which heads a response teaches, of robust PPO's minibatch; others have no error.
-    learns: torch.Tensor | None = None
+    # (B, 1, N, 1) in robust PPO, the heads that a response shall not teach: they get no error.
+    untaught: torch.Tensor | None = None
 
     def __getitem__(self, rows):
         """The given rows (indices on the CPU), cut to the longest of them."""
@@ -145,8 +145,8 @@ def collect(run, args):
         if run.iteration == 0:
             run.critic.start_at(returns[mask])
         with autocast(run):
-            states = (run.critic, rollout, *limits)
-            head_quantiles = in_micro_batches(response_quantiles, *states, args.bootstrap_truncated)
+            inputs = (run.critic, rollout, *limits, args.bootstrap_truncated)
+            head_quantiles = in_micro_batches(response_quantiles, *inputs)
 
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
@@ -174,7 +174,7 @@ def assert_finite(iteration, **tensors):
 
 
 def estimate(args, scores, rewards, head_quantiles, rollout):
-    """Advantages (B, T), and the critic's targets (B, T, K) or None: each method its own way.
+    """Advantages (B, T), from targets minus values, and the critic's targets (B, T, K) or None.
 
     scores (B,), rewards (B, T), head_quantiles (B, T or T + 1, N, M) or None.
     """
@@ -237,7 +237,7 @@ def minibatch_backward(run, args, minibatch, train_policy):
     if args.algo == "robust":
         # Heads that learn the same stay one: each response teaches half of them, drawn at random.
         draws = torch.rand(len(rollout.mask), 1, args.num_heads, 1, device=rollout.mask.device)
-        minibatch.learns = draws <= draws.median(dim=2, keepdim=True).values
+        minibatch.untaught = draws > draws.median(dim=2, keepdim=True).values
     for rows in micro_batches(rollout, torch.arange(len(rollout.mask)), *limits):
         part = minibatch[rows]
         if train_policy:
@@ -253,8 +253,8 @@ def policy_backward(run, args, part, num_tokens):
     with autocast(run):
         logprobs = response_logprobs(run.policy, part.rollout, args.temperature)
     # Scaling A by w >= 0 scales the clipped loss by w.
-    states = (logprobs, part.logprobs, weights * part.advantages, mask)
-    loss, metrics = dvpo.clipped_policy_loss(*states, args.cliprange, num_tokens)
+    tensors = (logprobs, part.logprobs, weights * part.advantages, mask)
+    loss, metrics = dvpo.clipped_policy_loss(*tensors, args.cliprange, num_tokens)
     if ALGORITHMS[args.algo].kl == "loss" and part.ref_logprobs is not None:
         kl = dvpo.kl_estimate(logprobs, part.ref_logprobs, "k3")
         loss = loss + args.kl_coef * dvpo.masked_mean(weights * kl, mask, num_tokens)
@@ -271,13 +271,13 @@ def critic_backward(run, args, part, num_tokens):
     """8. Adds the critic loss's gradient of a micro-batch (an Experience) -> metrics."""
     with autocast(run):
         head_quantiles = response_quantiles(run.critic, part.rollout)
-    if part.learns is not None:
-        head_quantiles = head_quantiles.where(part.learns, part.targets.unsqueeze(-1))
-    # Without kappa it is the squared error of a value: PPO has one head, robust PPO N.
-    own = (args.kappa, run.risk) if ALGORITHMS[args.algo].critic == "quantiles" else (None, None)
+    if part.untaught is not None:
+        head_quantiles = torch.where(part.untaught, part.targets.unsqueeze(-1), head_quantiles)
     # In the critic's own units, whatever the reward is counted in.
-    states = (head_quantiles / run.critic.scale, part.targets / run.critic.scale, part.rollout.mask)
-    loss, terms = dvpo.critic_loss(*states, run.critic.levels, *own, num_tokens)
+    q, y = head_quantiles / run.critic.scale, part.targets / run.critic.scale
+    # kappa and risk. Without, it is the squared error of a value: PPO has one head, robust PPO N.
+    pair = (args.kappa, run.risk) if ALGORITHMS[args.algo].critic == "quantiles" else (None, None)
+    loss, terms = dvpo.critic_loss(q, y, part.rollout.mask, run.critic.levels, *pair, num_tokens)
     loss.backward()
     return {"loss/value_avg": loss.detach()} | {f"loss/critic_{k}": v for k, v in terms.items()}
 

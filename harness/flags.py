@@ -15,7 +15,7 @@ class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
     weights: str  # what counts the same in the policy loss: each token, or each response; or
-    # constant: each token, whatever the lengths in the minibatch
+    # constant: each token, the sum divided by the most that could be
 
 
 ALGORITHMS = {
@@ -73,7 +73,7 @@ FLAGS = {
         ("bootstrap-truncated", False, None, "count on V after a truncated response instead of 0"),
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
-    "distributional critic (dvpo)": [
+    "distributional critic (readouts and heads: of other critics, too)": [
         ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
         ("num-quantiles", 200, "[1, 10000]", "M"),

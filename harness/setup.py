@@ -220,7 +220,7 @@ def build(args):
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,
     )
-    # In bf16 they never are.
+    # In bf16, sampling's log-probs never are those of scoring.
     run.trust_recorded = sampling_is_scoring(run, args) and not half
     if args.compile:
         compile_layers(policy, critic, run.reference)
@@ -264,8 +264,8 @@ def judge(run, args, batch, rollout):
 def sampling_is_scoring(run, args, count=8):
     """Whether the policy decodes as it reads, asked on a few prompts: not all architectures do.
 
-    Raises InputError where the policy, or a critic's own trunk, reads a row otherwise again, or
-    without padding and a token behind it. In fp32, rounding is far below 1e-3 of the most.
+    Raises InputError where the policy, or a critic's own trunk, reads a row differently the second
+    time, or without padding and a token behind it. In fp32, rounding is far below 1e-3 of the most.
     """
     room, data = run.context - args.response_length, run.data[:count][PROMPT_IDS]
     prompts = [(ids * 8)[: min(4 + row, room)] for row, ids in enumerate(data)]

@@ -10,7 +10,7 @@ PSEUDO_LABEL = "_pseudo_label"  # a column of ours beside the user's
 def noisy_scores(scores, fp, fn, outlier, generator, failure=(0.0, 0.0)):
     """Scores (B,) as a careless judge gives them: with fp a 0 is 1, with fn a 1 is 0. [ours]
 
-    outlier (p, scale): with probability p a score loses scale * U(0, 1), a heavy negative tail.
+    outlier (p, scale): with probability p a score loses scale * U(0, 1), to one side.
     failure (p, scale): with probability p the judge fails, and its score is -scale or scale.
     """
     # The same numbers are drawn whatever the scores are: two algorithms meet the same noise.

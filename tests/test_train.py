@@ -494,7 +494,7 @@ def test_each_response_teaches_half_of_robust_ppos_heads(num_heads, taught, warm
     experience, _ = train.collect(run, args)
     minibatch = experience[torch.arange(64)]
     train.minibatch_backward(run, args, minibatch, False)
-    learns, scale = minibatch.learns[:, 0, :, 0], run.critic.scale
+    learns, scale = ~minibatch.untaught[:, 0, :, 0], run.critic.scale
     assert (learns.sum(1) == taught).all()
     assert num_heads == 1 or all(10 < count < 54 for count in learns.sum(0).tolist())
     with torch.no_grad():
