@@ -6,7 +6,7 @@
 The loop: each `iterate` of `train` is a `collect` and an `update`, here, step by step. What they
 compute stands in dvpo.py, critic.py and risk.py; how it is sampled and scored, in rollout.py and
 tasks/; what a long run needs, in harness/. A baseline is the same lines, but for its row of
-ALGORITHMS (harness/flags.py) and wherever `args.algo` is asked for.
+ALGORITHMS (harness/flags.py) and where `args.algo` is read.
 """
 
 import math
@@ -52,7 +52,7 @@ class Experience:
     targets: torch.Tensor | None
     # (B, T) what each token counts in the policy loss; of a minibatch.
     weights: torch.Tensor | None = None
-    # (B, 1, N, 1) in robust PPO, the heads that a response shall not teach: they get no error.
+    # (B, 1, N, 1) in robust PPO, the heads that a response does not teach: they get no error.
     untaught: torch.Tensor | None = None
 
     def __getitem__(self, rows):
@@ -235,8 +235,8 @@ def minibatch_backward(run, args, minibatch, train_policy):
     minibatch.weights = dvpo.token_weights(ALGORITHMS[args.algo].weights, rollout.mask, most_tokens)
     limits = (args.micro_batch_size, args.micro_batch_tokens)
     if args.algo == "robust":
-        # Heads that learn the same stay one: each response teaches half of them, drawn at random.
-        draws = torch.rand(len(rollout.mask), 1, args.num_heads, 1, device=rollout.mask.device)
+        # Heads that learn the same stay one: in each step a response teaches a random half of them.
+        draws = torch.rand(len(rollout.mask), 1, args.num_heads, 1).to(rollout.mask.device)
         minibatch.untaught = draws > draws.median(dim=2, keepdim=True).values
     for rows in micro_batches(rollout, torch.arange(len(rollout.mask)), *limits):
         part = minibatch[rows]

@@ -69,7 +69,7 @@ RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ sha
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
-CURVES |= {"heads": "quantile/head_spread"}
+CURVES |= {"heads": "quantile/head_spread", "length": "completions/mean_length"}
 WINDOW = 5  # a curve is a mean over as many iterations
 
 

@@ -492,8 +492,9 @@ def test_each_response_teaches_half_of_robust_ppos_heads(num_heads, taught, warm
     flags = ("--algo", "robust", "--num-heads", str(num_heads), *once)
     run, args = run_of(warm_start, tmp_path, *flags)
     experience, _ = train.collect(run, args)
-    minibatch = experience[torch.arange(64)]
-    train.minibatch_backward(run, args, minibatch, False)
+    minibatch, again = experience[torch.arange(64)], experience[torch.arange(64)]
+    torch.manual_seed(0)
+    sums = train.minibatch_backward(run, args, minibatch, False)
     learns, scale = ~minibatch.untaught[:, 0, :, 0], run.critic.scale
     assert (learns.sum(1) == taught).all()
     assert num_heads == 1 or all(10 < count < 54 for count in learns.sum(0).tolist())
@@ -503,6 +504,11 @@ def test_each_response_teaches_half_of_robust_ppos_heads(num_heads, taught, warm
     of_heads = torch.stack([error[learns[:, head], :, head].sum() for head in range(num_heads)])
     count = num_heads * minibatch.rollout.mask.sum()
     torch.testing.assert_close(run.critic.heads.bias.grad, of_heads / count, rtol=1e-4, atol=1e-6)
+    taught_error = torch.where(learns.unsqueeze(1), error, 0)
+    torch.testing.assert_close(sums["loss/value_avg"], taught_error.square().sum() / 2 / count)
+    train.minibatch_backward(run, args, again, False)
+    # In the next step, another half.
+    assert num_heads == 1 or not torch.equal(again.untaught, minibatch.untaught)
 
 
 def test_robust_ppos_heads_come_apart_and_those_of_the_others_do_not(warm_start, tmp_path):
