@@ -92,12 +92,12 @@ for rate in LEARNING_RATES:
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
 # Is a lead the lower rate? Is it the bound?
-RATES = ("ppo", "ppo, lr 1e-4", "dvpo, spread", "dvpo, spread, lr 1e-4")
-RATES += ("control, lr 2e-4", "control, lr 1e-4", "robust, lr 2e-4", "robust, lr 1e-4")
+NAMES = ("ppo", "dvpo, spread", "control", "robust")
+RATES = [f"{name}, lr {rate}" for rate in ("2e-4", "1e-4", "4e-4") for name in NAMES]
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
-    "rates": ({name: (ALL | TRIED)[name] for name in RATES}, SOME, range(20, 30)),
+    "rates": ({name: TRIED[name] for name in RATES}, tuple(NOISES), range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, SOME, range(20, 25)),
 }
