@@ -67,9 +67,8 @@ def evaluate(name, rewards, args):
             answered[file] = data.to_dict(), respond(model, tokenizer, stop_ids, ids, length)
         batch, texts = answered[file]
         mean = score(rewards[reward], batch, texts).mean().item()
-        words = statistics.fmean(len(text.split()) for text in texts)
-        found = {"policy": name, "set": file, "reward": reward, "rows": len(texts)}
-        results.append({**found, "score": mean, "words": words})
+        found = {"policy": name, "set": file, "reward": reward, "rows": len(texts), "score": mean}
+        results.append(found | {"words": statistics.fmean(len(text.split()) for text in texts)})
     return results
 
 

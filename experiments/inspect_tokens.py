@@ -94,7 +94,6 @@ def scalar_critic(run, args, folder, samples):
         return critic, f"PPO's, of {folder}, which learned from its own policy's responses"
     count = math.ceil(samples / args.batch_size)
     size = samples // count
-    # The policy rests.
     fit = {"algo": "ppo", "group_size": 1, "critic_warmup_steps": math.inf, "batch_size": size}
     fit = argparse.Namespace(**{**vars(args), **fit})
     fit.num_mini_batches = min(args.num_mini_batches, size)

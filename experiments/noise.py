@@ -2,7 +2,6 @@
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
     python experiments/noise.py --grid tuning --jobs 2     # or ladder, rates
-    python experiments/noise.py --grid quick               # short runs; their numbers mean nothing
     python experiments/noise.py --table                    # print what results/ holds
 
 Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
@@ -41,6 +40,7 @@ from experiments.seeds import (
     run_script,
 )
 from experiments.strata import evaluated
+from tasks import InputError
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn.
 BUDGET = (
@@ -59,7 +59,6 @@ NOISES = {
     "judge failures": CLEAN + " --reward-noise-failure 0.03 3",
     "outliers": CLEAN + " --reward-noise-outlier 0.3 3",
 }
-SOME = ("flips 0.3", "reward model")
 METHODS = ("ppo", "dvpo", "robust", "grpo", "dr_grpo", "reinforce++")
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 # The best for each method by in-domain accuracy, greedy and sampled, in --grid tuning.
@@ -67,7 +66,7 @@ TUNED = dict(zip(METHODS, ("2e-4", "2e-4", "4e-4", "2e-4", "1e-4", "2e-4")))
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
-SPLITS = ("in domain, greedy", "out of domain, greedy")
+SPLITS = ("in domain, greedy", "out of domain, greedy", "all four")  # the sampled ones, too
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
 CURVES |= {"heads": "quantile/head_spread", "length": "completions/mean_length"}
 WINDOW = 5  # a curve is a mean over as many iterations
@@ -99,7 +98,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "tuning": (TRIED, ("flips 0.3", "outliers"), range(TRIAL_SEEDS, TRIAL_SEEDS + 2)),
     "rates": ({name: TRIED[name] for name in RATES}, tuple(NOISES), range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
-    "ladder": (LADDER, SOME, range(20, 25)),
+    "ladder": (LADDER, ("flips 0.3", "reward model"), range(20, 25)),
 }
 
 
@@ -130,7 +129,6 @@ def train_quietly(flags):
         try:
             status = train.main(flags)
         except SystemExit as error:
-            # argparse's.
             status = error.code
     if status:
         raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
@@ -161,8 +159,7 @@ def run(flags, seed):
 def pooled(function, todo, jobs, title, method="fork"):
     """function(*arguments) for {key: arguments}: yields (key, result), or (key, None) if it failed.
 
-    Forks share what is imported, but a GPU: that takes the method spawn. One process is one call's
-    at a time, on one thread.
+    Forks share what is imported; a GPU takes the method spawn. A process has one call at a time.
     """
     context = multiprocessing.get_context(method)
     with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -205,6 +202,8 @@ def current(name):
     methods, noises, own = GRIDS[name]
     runs, keys = {}, itertools.product(noises, methods)
     for row in finished_runs():
+        after = row["after"]
+        after["all four"] = statistics.fmean(v for k, v in after.items() if "domain" in k)
         if row["seed"] in own or max(own[0], row["seed"]) < TRIAL_SEEDS:
             runs.setdefault(row["flags"], {})[row["seed"]] = row
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
@@ -226,7 +225,6 @@ def summarise(found, reference, splits=SPLITS):
             assert same, f"{noise}, {method}: another warm start than {reference}"
             after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
             columns[split] = interval(after)
-            # Paired by seed.
             columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])
         explained = [own[seed]["ev"][-1] for seed in seeds if "ev" in own[seed]]
         explained = round(statistics.fmean(explained), 2) if explained else ""
@@ -248,7 +246,11 @@ def run_and_print(args):
         global RESULTS
         RESULTS = Path("runs/noise-quick")
         RESULTS.mkdir(parents=True, exist_ok=True)
-    (reference, *_), _, seeds = GRIDS[args.grid]
+    methods, _, seeds = GRIDS[args.grid]
+    reference = args.reference or next(iter(methods))
+    if reference not in methods:
+        expected = f"expected one of {', '.join(map(repr, methods))}"
+        raise InputError(f"--reference: {expected}, found {reference!r}")
     failed = 0 if args.table else run_grid(args.grid, args.jobs, seeds[: args.seeds])
     print_table(summarise(current(args.grid), reference), reference)
     if failed:
@@ -261,6 +263,7 @@ def main():
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=COUNT, help="only so many of the grid's")
     parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--reference", help="the method that differences are to: else the first")
     run_script(parser, run_and_print)
 
 

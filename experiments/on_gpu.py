@@ -251,7 +251,6 @@ def one_algorithm(run, own, rollouts, measured, args, found):
     if rollouts:
         source = functools.partial(next_of, itertools.repeat(rollouts[0]))
     with patch.object(train, "respond", source):
-        # The first time, much is compiled or loaded.
         of_start, (experience, _) = seconds_of(train.collect, run, own)
         if not rollouts:
             of_collect, (experience, _) = seconds_of(train.collect, run, own)
