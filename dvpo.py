@@ -246,7 +246,7 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
     """Robust-Bellman PPO: a successor is worth what the most pessimistic of N scalar heads says.
 
     rewards, mask (B, T), head_values (B, T, N), bootstrap (B, N) or None -> advantages, targets
-    (B, T, 1), as distributional_gae. [ours in form]
+    (B, T, 1), as distributional_gae. [ours in form]; PPO's, where the heads agree.
 
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """

@@ -174,7 +174,7 @@ def assert_finite(iteration, **tensors):
 
 
 def estimate(args, scores, rewards, head_quantiles, rollout):
-    """Advantages (B, T), from targets minus values, and the critic's targets (B, T, K) or None.
+    """Advantages (B, T), and the critic's targets (B, T, K) or None: each method its own way.
 
     scores (B,), rewards (B, T), head_quantiles (B, T or T + 1, N, M) or None.
     """
