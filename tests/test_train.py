@@ -512,12 +512,12 @@ def test_each_response_teaches_half_of_robust_ppos_heads(num_heads, taught, warm
 
 
 def test_robust_ppos_heads_come_apart_and_those_of_the_others_do_not(warm_start, tmp_path):
-    """In units of the returns, after twelve batches: else the least of them is their mean."""
+    """In units of the returns, after three batches: else the least of them is their mean."""
     apart = {}
     for algo in ("robust", "dvpo"):
         run, args = run_of(warm_start, tmp_path, "--algo", algo)
         torch.manual_seed(0)
-        for run.iteration in range(12):
+        for run.iteration in range(4):
             experience, metrics = train.collect(run, args)
             train.update(run, args, experience)
         apart[algo] = metrics["quantile/head_spread"] / run.critic.scale
