@@ -1,7 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --grid tuning --jobs 2     # or ladder, rates
+    python experiments/noise.py --grid tuning --jobs 2     # or ladder, rates; quick: a trial
     python experiments/noise.py --table                    # print what results/ holds
 
 Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
@@ -66,7 +66,8 @@ TUNED = dict(zip(METHODS, ("2e-4", "2e-4", "4e-4", "2e-4", "1e-4", "2e-4")))
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
 RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
 TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
-SPLITS = ("in domain, greedy", "out of domain, greedy", "all four")  # the sampled ones, too
+SPLITS = ("in domain, greedy", "out of domain, greedy")
+COLUMNS = (*SPLITS, "all four")  # their mean, the sampled ones included
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
 CURVES |= {"heads": "quantile/head_spread", "length": "completions/mean_length"}
 WINDOW = 5  # a curve is a mean over as many iterations
@@ -90,8 +91,7 @@ for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
-# Is a lead the lower rate? Is it the bound?
-NAMES = ("ppo", "dvpo, spread", "control", "robust")
+NAMES = ("ppo", "dvpo, spread", "control", "robust")  # is a lead the rate's, or the bound's?
 RATES = [f"{name}, lr {rate}" for rate in ("2e-4", "1e-4", "4e-4") for name in NAMES]
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
@@ -128,7 +128,7 @@ def train_quietly(flags):
     with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             status = train.main(flags)
-        except SystemExit as error:
+        except SystemExit as error:  # argparse's
             status = error.code
     if status:
         raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
@@ -209,7 +209,7 @@ def current(name):
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
-def summarise(found, reference, splits=SPLITS):
+def summarise(found, reference, splits=COLUMNS):
     """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance at the end)."""
     table = []
     for (noise, method), own in found.items():
@@ -232,7 +232,7 @@ def summarise(found, reference, splits=SPLITS):
     return table
 
 
-def print_table(table, reference, splits=SPLITS):
+def print_table(table, reference, splits=COLUMNS):
     heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in splits)
     print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
     for noise, method, seeds, columns, explained in table:

@@ -41,7 +41,7 @@ FOUND = RESULTS / "offline.jsonl"
 METHODS = ("awr", "cql", "rfqi")
 KEYS = ("method", "advantage", "temperature", "alpha", "radius", "flags", "seed")  # of a row
 COLUMNS = (  # of each table
-    noise.SPLITS[:2],
+    noise.SPLITS,
     ("in domain, sampled", "foreseen", "scored"),
     ("foreseen - scored", "uneven turns", "uneven changes"),
 )

@@ -251,7 +251,7 @@ def one_algorithm(run, own, rollouts, measured, args, found):
     if rollouts:
         source = functools.partial(next_of, itertools.repeat(rollouts[0]))
     with patch.object(train, "respond", source):
-        of_start, (experience, _) = seconds_of(train.collect, run, own)
+        of_start, (experience, _) = seconds_of(train.collect, run, own)  # much compiles or loads
         if not rollouts:
             of_collect, (experience, _) = seconds_of(train.collect, run, own)
             found |= {"first collect, s": of_start, "collect, s": of_collect}
