@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from tasks import InputError, as_messages, naming
 from tasks.builtin import task_rows
 from tasks.noise import PSEUDO_LABEL
-from tasks.verifiers import assert_readable, math_reward
+from tasks.verifiers import assert_readable, choice_reward, math_reward
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
@@ -57,9 +57,9 @@ def load_prompts(
     with naming(f"{flag}: cannot load {name!r}"):
         data = load_data(name, split, **source)
         # All columns: bytes that are no text would end a run when it comes to their row.
-        data.to_dict()
-        if reward is math_reward:
-            assert_readable(data["answer"])
+        columns = data.to_dict()
+        if reward in (math_reward, choice_reward):
+            assert_readable(columns["answer"], reward, columns.get("choices"))
         prompt_ids = encode_prompts(data["prompt"][:], tokenizer, template, limit)
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))

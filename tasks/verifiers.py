@@ -2,7 +2,8 @@
 
 import re
 from fractions import Fraction
-from string import ascii_uppercase, digits
+from string import ascii_uppercase as LETTERS
+from string import digits
 
 from tasks import InputError
 
@@ -88,14 +89,6 @@ def final_number(text):
     return as_number(runs[0 if others else -1]) if runs else None
 
 
-def assert_readable(answers):
-    """Raises InputError at the first answer that is no number to math_reward."""
-    for row, answer in enumerate(answers):
-        if as_number(str(answer).split("####")[-1]) is None:
-            found = f"found {answer!r:.60} (docs/your-own.md: a reward for LaTeX)"
-            raise InputError(f"row {row}: expected a number as answer for --reward math, {found}")
-
-
 def math_reward(prompts, completions, answer, **columns):
     """1.0 where the number in \\boxed{}, after `answer is`, or else the last one, is the answer."""
     scores = [0.0] * len(completions)
@@ -111,7 +104,7 @@ def math_reward(prompts, completions, answer, **columns):
 
 def chosen_letter(text, choices, numbers=""):
     """The option that text names, by letter, digit or its own text; None for none, or several."""
-    text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
+    text, letters = text.strip()[:10_000], LETTERS[: len(choices) or 26]
     for pattern in NAMED:
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
@@ -121,20 +114,35 @@ def chosen_letter(text, choices, numbers=""):
     return named[0] if len(named) == 1 else None
 
 
+def options_of(choices):
+    """Choices, texts or the hub's {text, label} -> texts, {label: letter} where labels are ARC's
+    digits; other labels are the letters."""
+    options = choices if isinstance(choices, dict) else {"text": choices or [], "label": []}
+    labels = [str(label) for label in options["label"]]
+    return options["text"], dict(zip(labels, LETTERS)) if "".join(labels).isdigit() else {}
+
+
+def right_letter(answer, texts, letters):
+    """The letter of the option that answer means: as letter, label, text or place; or None."""
+    given, known = str(answer).strip().upper(), LETTERS[: len(texts) or 26]
+    upper = [str(said).strip().upper() for said in texts]
+    if given in letters:
+        return letters[given]
+    if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
+        return dict(enumerate(known)).get(answer)
+    if len(given) == 1 and given in known:
+        return given
+    return dict(zip(upper, known)).get(given)
+
+
 def choice_reward(prompts, completions, answer, choices=None, **columns):
     """1.0 where the option named is the answer; choices: texts, or the hub's {text, label}."""
     scores = []
-    for completion, expected, options in zip(completions, answer, choices or [None] * len(answer)):
-        options = options if isinstance(options, dict) else {"text": options or [], "label": []}
-        labels, expected = [str(label) for label in options["label"]], str(expected).strip().upper()
-        letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC
-        named = chosen_letter(text_of(completion), options["text"], digits if letters else "")
-        right = letters.get(expected, expected)
-        # Not a letter, but the option's own text.
-        texts = [str(said).strip().upper() for said in options["text"]]
-        if len(right) > 1 and right in texts:
-            right = ascii_uppercase[texts.index(right)]
-        scores.append(float(letters.get(named, named) == right))
+    for completion, expected, own in zip(completions, answer, choices or [None] * len(answer)):
+        texts, letters = options_of(own)
+        named = chosen_letter(text_of(completion), texts, digits if letters else "")
+        right = right_letter(expected, texts, letters)
+        scores.append(float(named is not None and letters.get(named, named) == right))
     return scores
 
 
@@ -142,3 +150,18 @@ def exact_reward(prompts, completions, answer, **columns):
     """1.0 where the completion is the answer column's text, white space aside, else 0.0."""
     pairs = zip(completions, answer)
     return [float(text_of(said).split() == str(right).split()) for said, right in pairs]
+
+
+def assert_readable(answers, reward=math_reward, choices=None):
+    """Raises InputError at the first answer that math_reward or choice_reward cannot read."""
+    for row, (answer, own) in enumerate(zip(answers, choices or [None] * len(answers))):
+        if reward is math_reward:
+            read = as_number(str(answer).split("####")[-1])
+            expected = "a number as answer for --reward math"
+        else:
+            read = right_letter(answer, *options_of(own))
+            expected = "an option's letter, label, text or place from 0 for --reward choice"
+        if read is None:
+            raise InputError(
+                f"row {row}: expected {expected}, found {answer!r:.60} (docs/your-own.md)"
+            )

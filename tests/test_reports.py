@@ -31,6 +31,7 @@ from rollout import Rollout
 from tasks import InputError
 
 README = Path(__file__).parent.parent / "README.md"
+STRICT = "def none(completions, **columns):\n    return [0.0] * len(completions)\n"
 
 
 def test_metrics_have_trls_names_and_the_quantile_ones(finished):
@@ -259,10 +260,14 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
     assert capsys.readouterr().out == "iteration 1 of 1: score=0.61 true=0.66 ev=-0.13 clip=0.10\n"
 
 
-@pytest.mark.parametrize("reward, noted", [("choice", True), ("exact", False)])
-def test_a_reward_that_gives_all_the_same_is_noted(reward, noted, warm_start, tmp_path, capsys):
-    """choice looks for letters, the built-in task has none; exact is the task's own."""
-    flags = f"--reward {reward} --eval-samples 8".split()
+@pytest.mark.parametrize("spoiled", [True, False])
+def test_a_reward_that_gives_all_the_same_is_noted(
+    spoiled, warm_start, tmp_path, capsys, monkeypatch
+):
+    """Not so the task's own, also by its name."""
+    (tmp_path / "strict_reward.py").write_text(STRICT)
+    monkeypatch.chdir(tmp_path)
+    flags = f"--reward {'strict_reward:none' if spoiled else 'exact'} --eval-samples 8".split()
     run, args = run_of(warm_start, tmp_path, *flags)
     run.before, _ = reports.evaluate(run, args)
     capsys.readouterr()
@@ -270,10 +275,10 @@ def test_a_reward_that_gives_all_the_same_is_noted(reward, noted, warm_start, tm
     first, *notes = capsys.readouterr().out.splitlines()
     assert first.endswith(" prompts to train on; evaluated on 8 in domain, 8 out of domain")
     expected = [
-        "note: --reward choice takes the place of the one of --task dialogue",
+        "note: --reward strict_reward:none takes the place of the one of --task dialogue",
         "note: at first all 32 scores are 0: nothing to learn from?",
     ]
-    assert notes == (expected if noted else [])
+    assert notes == (expected if spoiled else [])
 
 
 def test_long_texts_are_shortened_from_the_left():

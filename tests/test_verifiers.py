@@ -611,3 +611,31 @@ def test_choices_as_the_hub_has_them_and_numbers():
 def test_choice_without_a_choices_column_and_exact():
     assert choice_reward(["", ""], ["The answer is C", "D"], ["C", "A"]) == [1.0, 0.0]
     assert exact_reward(["", ""], [" a  b ", "a"], ["a b", "b"]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("options", [CHOICES, {"text": CHOICES, "label": list("ABCD")}])
+def test_a_whole_number_is_the_place_of_an_option(options):
+    """As in MMLU, whose options may be numbers themselves; ARC's labels come first."""
+    assert choice_reward([""] * 2, ["D", "B"], [3, 3], [options] * 2) == [1.0, 0.0]
+    numbers = ["0", "4", "2", "6"]
+    said = ["C", "B", "the answer is 2"]
+    assert choice_reward([""] * 3, said, [2, 2, 2], [numbers] * 3) == [1.0, 0.0, 1.0]
+    assert choice_reward([""] * 2, ["A", "B"], [7, 7], [[7, 8]] * 2) == [1.0, 0.0]
+    numbered = {"text": CHOICES, "label": list("1234")}
+    assert choice_reward([""] * 2, ["2", "C"], [2, 2], [numbered] * 2) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("answer", ["E", 4, -1, True, 2.0, None, "", "water and", ["A"]])
+def test_a_data_set_whose_answers_are_no_options_is_refused_with_its_row(answer):
+    """True is no place, nor is 2.0; nothing that says nothing is ever right."""
+    good = ["A", "d", 0, 3, CHOICES[1], CHOICES[2].upper()]
+    assert_readable(good, choice_reward, [CHOICES] * len(good))
+    with pytest.raises(InputError, match="row 1: .*place from 0"):
+        assert_readable(["A", answer], choice_reward, [CHOICES] * 2)
+    assert choice_reward([""] * 2, ["", "A"], [answer] * 2, [CHOICES] * 2) == [0.0, 0.0]
+
+
+def test_answers_without_options_are_letters():
+    assert_readable(["A", "z"], choice_reward)
+    with pytest.raises(InputError, match="row 0: .* found 'slot'"):
+        assert_readable(["slot"], choice_reward)
