@@ -23,7 +23,7 @@ import rollout
 from experiments.seeds import COUNT, DEVICE, add_row, interval, load_policy, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
-from tasks import InputError
+from tasks import InputError, naming
 from tasks.prompts import PROMPT_IDS, load_prompts
 from tasks.rewards import VERIFIERS, load_reward, score
 
@@ -33,7 +33,8 @@ def policy_of(name):
     file = Path(name) / "args.json"
     if not file.exists():
         return name, {}
-    flags = json.loads(file.read_text()).get("flags", {})
+    with naming(f"policy: {file}: expected a run's flags"):
+        flags = {**json.loads(file.read_text())["flags"]}
     if flags.get("user") or (flags.get("task") == "booking" and not flags.get("dataset_name")):
         expected = "expected a policy of single turns, found one of conversations"
         raise InputError(f"policy: {name}: {expected}")

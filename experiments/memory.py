@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from experiments.seeds import COUNT, run_script
 from harness.flags import ALGORITHMS, parse_args
-from tasks import InputError, one_line
+from tasks import naming
 
 
 def count_parameters(config, auto_class=AutoModelForCausalLM):
@@ -83,13 +83,10 @@ def needs(policy, critic, args, prompt):
 
 
 def read_config(name):
-    try:
+    with naming(f"model: cannot read the config of {name!r}"):
         config = AutoConfig.from_pretrained(name)
-        widths(config)
-        count_parameters(config)
-        return config
-    except Exception as error:  # each library in its own words; not every model has such widths
-        raise InputError(f"model: cannot read the config of {name!r}: {one_line(error)}") from error
+        widths(config), count_parameters(config)  # not every model has such widths
+    return config
 
 
 def show(own):

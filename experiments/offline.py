@@ -5,10 +5,9 @@
 
 A log for each seed: responses of the starting policy, as many as a run of noise.py samples, scored
 as there. On it a method fits a critic, Q (B, T, V) over the vocabulary, and takes a policy in one
-step: log-probs of the log weighted by exp(A / temperature). A = y - V(s), the return that followed
-minus V(s) = E_b Q(s, b); or with --advantage q Q(s, a) - V(s). awr is that alone; cql and rfqi are
-awr with alpha or radius 0, bit for bit. Rows that are there are kept. What is from where, and what
-came of it: offline.md.
+step: log-probs of the log weighted by exp(A / temperature), A = y - V(s), the return that followed
+minus V(s) = E_b Q(s, b); or with --advantage q Q(s, a) - V(s). cql and rfqi with alpha or radius 0
+are awr, bit for bit. Rows that are there are kept.
 """
 
 import argparse
@@ -31,6 +30,7 @@ from dvpo import masked_mean
 from experiments import noise
 from experiments.seeds import COUNT, RESULTS, add_row, current_commit, read_rows, run_script
 from experiments.strata import evaluated
+from experiments.worst_case import cql_loss, of_tokens, robust_returns
 from harness.flags import number_in, parse_args
 from harness.setup import build, judge, respond
 from rollout import in_micro_batches, micro_batches, response_logprobs, response_quantiles
@@ -47,51 +47,6 @@ COLUMNS = (  # of each table
 )
 MOST_WEIGHT = 20.0  # of a token, however good it looks
 CRITIC_EPOCHS, POLICY_EPOCHS, LIMITS = 2, 2, (64, 2**20)  # rows and tokens of a step
-
-
-def of_tokens(q, ids):
-    """Q (B, T, V) of the tokens ids (B, T): -> (B, T)."""
-    return q.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
-
-
-def cql_loss(q, actions, targets, mask, alpha):
-    """Regression on the sampled return, and a price for what the log does not hold: -> ().
-
-    q (B, T, V), actions (B, T) ids, targets (B, T), mask (B, T). Per token, in units of the
-    scores' standard deviation:  (Q(s, a) - y)^2 / 2 + alpha (log sum_b exp Q(s, b) - Q(s, a))
-    """
-    assert q.shape[:-1] == actions.shape == targets.shape == mask.shape, f"q {tuple(q.shape)}"
-    taken = of_tokens(q, actions)
-    loss = (taken - targets).square() / 2
-    if alpha:
-        loss = loss + alpha * (q.logsumexp(dim=-1) - taken)
-    return masked_mean(loss, mask)
-
-
-def robust_value(values, worst, radius):
-    """The least mean of V over all distributions of the next state within radius: -> (...).
-
-        min {E_P V : TV(P, P_0) <= radius} = (1 - radius) V(s') + radius min(V(s'), worst)
-                                 = max_eta {eta - (eta - V(s'))_+ - radius (eta - worst)_+}
-
-    values (...): V(s') of the state that follows for sure, as tokens are appended; worst: the least
-    V of the states to which P may move.
-    """
-    assert 0 <= radius <= 1, f"radius {radius}"
-    return (1 - radius) * values + radius * torch.clamp(values, max=worst)
-
-
-def robust_returns(rewards, mask, gamma, radius, worst):
-    """Returns along the sampled path, each next state as bad as the ball allows: (B, T) -> (B, T).
-
-    y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns.
-    """
-    returns, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
-    for t in reversed(range(mask.shape[1])):
-        value = rewards[:, t] + gamma * after
-        returns[:, t] = torch.where(mask[:, t], value, 0)
-        after = torch.where(mask[:, t], robust_value(value, worst, radius), after)
-    return returns
 
 
 def response_q(critic, rollout):
@@ -214,9 +169,9 @@ def settings_of(args):
     """[(method, advantage, temperature, alpha, radius)], those of one critic together."""
     prices = {"awr": [(0.0, 0.0)], "cql": [(alpha, 0.0) for alpha in args.alpha]}
     prices["rfqi"] = [(0.0, radius) for radius in args.radius]
-    pairs = [(method, price) for method in args.method for price in prices[method]]
-    ways = [*itertools.product(args.advantage, args.temperature)]
-    return [(method, *way, *price) for method, price in pairs for way in ways]
+    critics = [(method, price) for method in args.method for price in prices[method]]
+    ways = itertools.product(critics, args.advantage, args.temperature)
+    return [(method, advantage, heat, *price) for (method, price), advantage, heat in ways]
 
 
 def print_tables(rows):
@@ -243,11 +198,10 @@ def run_and_print(args):
         flags = noise.flags_of("main", "ppo", kind)
         keys = [(*own, flags, seed) for own in settings_of(args)]
         asked.update(keys)
-        lacks = [key for key in keys if key not in found]
-        todo |= {(kind, seed): (kind, lacks)} if lacks and not args.table else {}
+        lacks = [key for key in keys if key not in found and not args.table]
+        todo |= {(kind, seed): (kind, lacks)} if lacks else {}
     results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
-    rows = [row for key, row in found_rows().items() if key in asked]
-    if rows:
+    if rows := [row for key, row in found_rows().items() if key in asked]:
         print_tables(rows)
     if None in results:
         sys.exit(f"offline.py: {results.count(None)} tasks failed")
@@ -260,8 +214,7 @@ def main():
     add, kinds = functools.partial(parser.add_argument, nargs="+"), [*noise.NOISES]
     add("--method", choices=METHODS, default=METHODS)
     add("--noise", choices=kinds, default=kinds)
-    seed = number_in("[0, 2e9]", int)
-    add("--seeds", type=seed, default=range(20, 30), help="100 and more are for choosing")
+    add("--seeds", type=number_in("[0, 2e9]", int), default=range(20, 30), help="choosing: 100 on")
     add("--advantage", choices=("return", "q"), default=["return"])
     add("--temperature", type=number_in("(0, inf)", float), default=[0.3])
     add("--alpha", type=number_in("[0, inf)", float), default=[0.1], help="cql's price")

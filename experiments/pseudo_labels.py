@@ -63,7 +63,7 @@ def report(done, total):
     if known:
         choice = known[0].get("choices")
         reward = verifiers.choice_reward if choice else verifiers.math_reward
-        columns = {"answer": [str(row["true_answer"]) for row in known]}
+        columns = {"answer": [row["true_answer"] for row in known]}
         columns |= {"choices": [row["choices"] for row in known]} if choice else {}
         prompts, labels = ([row[name] for row in known] for name in ("prompt", "answer"))
         print(f"right: {statistics.fmean(reward(prompts, labels, **columns)):.3f} of the labels")

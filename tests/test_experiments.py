@@ -494,7 +494,7 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     run = tmp_path / "run" / "checkpoint-000001"
     shutil.copytree(model_folder, run / "policy")
     (run / "state.pt").touch()
-    (tmp_path / "run" / "args.json").write_text("{}")
+    (tmp_path / "run" / "args.json").write_text('{"flags": {}}')
     sets = "--set data.jsonl exact --set data.jsonl ours:longer --rows 3".split()
     sets += "--response-length 4".split()
     words = ["evaluate.py", model_folder, "run", *sets, "--output", "out.jsonl"]
@@ -513,6 +513,13 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     with pytest.raises(SystemExit):
         evaluate.main()
     assert "cannot load 'nowhere'" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *sets])
+    for damaged in ("{", "[]", '{"flags": 1}', "{}", '"'):
+        (tmp_path / "run" / "args.json").write_text(damaged)
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main()
+        said = capsys.readouterr().err.splitlines()
+        assert ended.value.code == 2 and "policy: run/args.json: expected a run's" in said[-1]
 
 
 def test_evaluations_of_seeds_are_one_mean(capsys):
