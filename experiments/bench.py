@@ -92,6 +92,8 @@ def shape_lengths(model, prompt_length, ragged):
         bias[prompt_length + 6 :] = math.log((vocabulary - 1) / 31)  # other logits are near 0
 
     def hook(module, inputs, kwargs, output):
+        if not hasattr(output, "logits"):  # TRL's GRPO scores without
+            return
         at = kwargs["position_ids"][:, -output.logits.shape[1] :]
         output.logits[..., 1] = bias[at].to(output.logits.dtype)
 

@@ -1,11 +1,14 @@
-"""An iteration of this repository beside one of TRL's PPOTrainer, on the same model, in turns.
+"""An iteration of this repository beside one of TRL's trainers, on the same model, in turns.
 
     pip install trl==1.12.0     # the last release with a PPO trainer; no requirement of ours
     OMP_NUM_THREADS=1 python experiments/bench_trl.py               # and with --ragged
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0    # not of TRL's reference
+    OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0    # without a reference
+    pip install trl==1.16.0
+    OMP_NUM_THREADS=1 python experiments/bench_trl.py --method grpo     # groups of 8
 
-TRL has its scalar critic, KL in the reward, 2 mini-batches, 2 epochs, a reward model of no size;
-ours are dvpo and ppo. TRL's turn includes the metrics that it logs, ours not their writing.
+Both have 2 mini-batches and 2 epochs. TRL's PPO has its scalar critic, KL in the reward (always)
+and a reward model of no size; ours are dvpo and ppo. TRL's turn includes the metrics that it logs,
+ours not their writing.
 """
 
 import contextlib
@@ -18,16 +21,22 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
-from transformers import TrainerCallback
+from datasets import load_dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    TrainerCallback,
+)
 
 from experiments import bench
 
 
 class Turn(TrainerCallback):
-    """One iteration of TRL's loop for each message."""
+    """One iteration of TRL's loop, so many of its steps, for each message."""
 
-    def __init__(self, connection, held):
-        self.connection, self.held = connection, held
+    def __init__(self, connection, held, steps):
+        self.connection, self.held, self.steps = connection, held, steps
 
     def on_train_begin(self, *_, **__):
         if not bench.told_to_go_on(self.connection):
@@ -35,16 +44,24 @@ class Turn(TrainerCallback):
         bench.peak_memory()
         self.start = time.perf_counter()
 
-    def on_step_end(self, *_, **__):
-        total = time.perf_counter() - self.start
-        self.connection.send({"total": total, "peak MiB": bench.peak_memory() - self.held})
-        self.on_train_begin()
+    def on_step_end(self, _, state, *__, **___):
+        if state.global_step % self.steps == 0:
+            total = time.perf_counter() - self.start
+            self.connection.send({"total": total, "peak MiB": bench.peak_memory() - self.held})
+            self.on_train_begin()
 
 
-def trainer_of(args, folder, callback):
-    """TRL's trainer of the model in a folder."""
-    from datasets import load_dataset
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+def options_of(args, folder):
+    """What the configs of both trainers say."""
+    gpu = torch.cuda.is_available()
+    options = {"output_dir": folder, "temperature": 1.0, "learning_rate": 1e-6}
+    options |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": False}
+    options |= {"use_cpu": not gpu, "bf16": gpu, "logging_steps": 10**6, "disable_tqdm": True}
+    return options | {"save_strategy": "no", "report_to": []}
+
+
+def ppo_trainer(args, folder, callback):
+    """TRL's PPO trainer of the model in a folder."""
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -59,33 +76,51 @@ def trainer_of(args, folder, callback):
     no_size = type(policy.config)(**{**policy.config.to_dict(), **small, "num_labels": 1})
     for model in (policy, reference):
         bench.shape_lengths(model, args.prompt, args.ragged)
-    gpu = torch.cuda.is_available()
-    options = {"per_device_train_batch_size": args.batch, "gradient_accumulation_steps": 1}
-    options |= {"num_mini_batches": 2, "num_ppo_epochs": 2, "total_episodes": 1000 * args.batch}
-    options |= {"local_rollout_forward_batch_size": args.batch, "response_length": args.response}
-    options |= {"temperature": 1.0, "stop_token": "eos" if args.ragged else None}
-    options |= {"num_sample_generations": 0, "save_strategy": "no", "report_to": []}
-    options |= {"use_cpu": not gpu, "bf16": gpu, "gradient_checkpointing": False}
-    options |= {"learning_rate": 1e-6, "logging_steps": 10**6, "disable_tqdm": True}
-    config = PPOConfig(output_dir=folder, **options)
+    own = {"num_mini_batches": 2, "num_ppo_epochs": 2, "total_episodes": 1000 * args.batch}
+    own |= {"local_rollout_forward_batch_size": args.batch, "response_length": args.response}
+    own |= {"per_device_train_batch_size": args.batch, "num_sample_generations": 0}
+    own |= {"stop_token": "eos" if args.ragged else None}
     models = (policy, reference, kind.from_config(no_size))
+    config = PPOConfig(**options_of(args, folder), **own)
     return PPOTrainer(config, tokenizer, *models, rows, value_model, callbacks=[callback])
+
+
+def grpo_trainer(args, folder, callback):
+    """TRL's GRPO trainer of the model in a folder."""
+    from trl import GRPOConfig, GRPOTrainer
+
+    rows = load_dataset("json", data_files=f"{folder}/prompts.jsonl", split="train")
+    policy = AutoModelForCausalLM.from_pretrained(folder)
+    bench.shape_lengths(policy, args.prompt, args.ragged)
+    own = {"num_iterations": 2, "steps_per_generation": 2, "num_generations": 8, "max_steps": 4000}
+    own |= {"per_device_train_batch_size": args.batch // 2, "max_completion_length": args.response}
+    own |= {"loss_type": "grpo", "beta": 0.0 if "--kl-coef" in args.flags else 0.05}
+    config, reward = GRPOConfig(**options_of(args, folder), **own), bench.lengths_reward
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    parts = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [callback]}
+    return GRPOTrainer(policy, reward, config, **parts)
+
+
+# TRL's trainer, its steps per iteration, and what of ours stands beside it.
+METHODS = {"ppo": (ppo_trainer, 1, ("dvpo", "ppo")), "grpo": (grpo_trainer, 4, ("grpo",))}
 
 
 def worker(connection, args, flags):
     """TRL's process, as bench.worker."""
     sys.stdout = sys.stderr  # it prints its metrics
     bench.peak_memory()
-    held = bench.peak_memory()
+    held, (trainer_of, steps, _) = bench.peak_memory(), METHODS[args.method]
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
         bench.make_model(args, Path(folder))
-        trainer_of(args, folder, Turn(connection, held)).train()
+        trainer_of(args, folder, Turn(connection, held, steps)).train()
 
 
 def main():
-    args = bench.make_parser().parse_args()
-    rows = {"TRL PPO": bench.start(worker, args, [])}
-    for algo in ("dvpo", "ppo"):
+    parser = bench.make_parser()
+    parser.add_argument("--method", choices=METHODS, default="ppo")
+    args = parser.parse_args()
+    rows = {f"TRL {args.method}": bench.start(worker, args, [])}
+    for algo in METHODS[args.method][2]:
         rows[algo] = bench.start(bench.worker, args, ["--algo", algo, *args.flags])
     columns, found = ("total", "peak MiB"), bench.measure(rows, args.iterations)
     bench.print_table({name: {c: row[c] for c in columns} for name, row in found.items()})
