@@ -205,7 +205,8 @@ def build(args):
         continuation(None, "hello", tokenizer)  # it needs a chat template
     data, evals = load_splits(args, tokenizer, context, policy.config.vocab_size, reward)
     critic = build_critic(args, policy, context)
-    weights = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    risk = {term: getattr(args, f"{term}_weight") for term in RISK_TERMS}
+    risk |= dict(alpha=args.alpha, beta=args.beta, ratio=args.tail_ratio, reach=args.tail_reach)
     parts = dict(policy=policy, critic=critic, tokenizer=tokenizer, data=data, evals=evals)
     parts |= dict(stop_ids=stop_ids, context=context, reward=reward, user=user, half=half)
     run = Run(
@@ -215,7 +216,7 @@ def build(args):
         optimizer=to_train(policy, device, args, args.learning_rate),
         critic_optimizer=critic and to_train(critic, device, args, args.critic_learning_rate),
         checksum=zlib.crc32(repr([rows.to_dict() for rows in (data, *evals.values())]).encode()),
-        risk=RiskConfig(args.alpha, args.beta, args.tail_ratio, **weights),
+        risk=RiskConfig(**risk),
         noise=torch.Generator().manual_seed(args.reward_noise_seed),
         domain_at=len(os.path.commonprefix(list(data[PROMPT_IDS]))),
         start=start,

@@ -172,6 +172,29 @@ def test_shape_by_hand():
     assert tail_shape_loss(q, 0.25, 0.25, 2.0).item() == 0.0
 
 
+def test_shape_pushes_nothing_beyond_its_reach():
+    """q = 0, 1, 2, 13: mean 4, |q - 4| = 4, 3, 2, 9, on average 4.5. S_low = 4, S_up of the better
+    half 3.5. The value is the same at any reach; 13 is 9 above the mean, two times 4.5.
+    """
+    values = torch.tensor([13.0, 0.0, 2.0, 1.0])
+    # Of (q_low - mean): -1 for the least and 1/4 each; of -(S_up / 2): -1/4 each of the better
+    # half, and 1/8 each by the mean.
+    whole = [0.125, -0.625, 0.125, 0.375]
+    for reach, expected in ((1.99, [0.375, -0.625, 0.125, 0.375]), (2.0, whole), (1e9, whole)):
+        q = values.clone().requires_grad_()
+        loss = tail_shape_loss(q, 0.25, 0.5, 0.5, reach)
+        loss.backward()
+        assert loss.item() == 2.25 and q.grad.tolist() == expected, reach
+    for unit in (2.0**-30, 2.0**30):
+        q = (unit * values).requires_grad_()
+        loss = tail_shape_loss(q, 0.25, 0.5, 0.5, 1.99)
+        loss.backward()
+        assert loss.item() == 2.25 * unit and q.grad.tolist() == [0.375, -0.625, 0.125, 0.375]
+    q = torch.zeros(4, requires_grad=True)
+    tail_shape_loss(q, 0.25, 0.5, 0.5).backward()  # inf * 0
+    assert torch.isfinite(q.grad).all()
+
+
 def test_curvature_by_hand():
     """q = 0, 4, 6, 7, 7: D2 = -2, -1, -1. Lowest third of them: -2; highest third: -1.
 
@@ -220,7 +243,14 @@ def test_regularizer_is_the_weighted_sum_of_its_terms():
     torch.manual_seed(0)
     q, y = torch.randn(3, 16), torch.randn(3, 4)
     config = RiskConfig(
-        alpha=0.2, beta=0.3, ratio=0.7, calibration=0.5, shift=2.0, shape=3.0, curvature=5.0
+        alpha=0.2,
+        beta=0.3,
+        ratio=0.7,
+        calibration=0.5,
+        shift=2.0,
+        shape=3.0,
+        curvature=5.0,
+        reach=1,
     )
     loss, parts = risk_regularizer(q, y, config)
     expected = {
@@ -235,6 +265,16 @@ def test_regularizer_is_the_weighted_sum_of_its_terms():
     torch.testing.assert_close(
         loss, sum(getattr(config, name) * value for name, value in expected.items())
     )
+    grads = []
+    for alone in (
+        lambda q: risk_regularizer(q, y, RiskConfig(**{**OFF, "shape": 1.0, "reach": 1.0}))[0],
+        lambda q: tail_shape_loss(q, 0.1, 0.1, 0.5, 1.0),
+        lambda q: tail_shape_loss(q, 0.1, 0.1, 0.5),
+    ):
+        leaf = q.clone().requires_grad_()
+        alone(leaf).sum().backward()
+        grads.append(leaf.grad)
+    assert torch.equal(grads[0], grads[1]) and not torch.equal(grads[0], grads[2])
 
 
 def test_weight_0_turns_a_term_off_exactly():
@@ -278,6 +318,7 @@ def test_config_takes_its_limits_stays_as_made_and_starts_at_the_documented_weig
         0.1,
         0.1,
         0.1,
+        4.0,
     )  # README, "weights" and "shape, curvature"
 
 

@@ -39,6 +39,7 @@ import train
 from harness import checkpoints, setup
 from harness.flags import parse_args
 from harness.setup import build, load_splits
+from risk import RiskConfig
 from tasks import InputError
 from tasks.booking import SLOTS
 from tasks.builtin import task_tokenizer
@@ -650,3 +651,12 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(
     shutil.copytree(warm_start, tmp_path / "warm_start")
     argv = [*SMALL, *f"--eval-samples 4 --output-dir {tmp_path}".split()]
     refused(capsys, argv, "Permission denied", str(tmp_path))
+
+
+def test_the_risk_terms_are_as_the_flags_say(warm_start, tmp_path):
+    flags = "--alpha 0.2 --beta 0.3 --tail-ratio 0.4 --tail-reach 7 --calibration-weight 0.5"
+    flags += " --shift-weight 0.6 --shape-weight 0.7 --curvature-weight 0.8 --consistency-weight 1"
+    run, _ = run_of(warm_start, tmp_path, *flags.split(), build=build)
+    assert run.risk == RiskConfig(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 7.0)
+    run, _ = run_of(warm_start, tmp_path)
+    assert run.risk == RiskConfig()
