@@ -1,6 +1,5 @@
 """Prompts: from a file, a hub name or a built-in task to token ids."""
 
-import itertools
 from glob import escape, has_magic
 from math import inf
 from pathlib import Path
@@ -74,27 +73,21 @@ def load_prompts(
 
 def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
     """Token ids of prompts, by the chat template if there is one; raises InputError."""
-    templated, texts, plain = tokenizer.chat_template and use_chat_template, [], []
+    templated, encoded = tokenizer.chat_template and use_chat_template, []
     for row, prompt in enumerate(prompts):
-        plain.append(isinstance(prompt, str) and prompt != "" and not templated)
-        texts.append(prompt if plain[row] else render_chat(prompt, tokenizer, row))
-    encoded = [None] * len(texts)
-    # Faster than one by one, in less memory than all at once.
-    for first, own in itertools.product(range(0, len(texts), 1000), (True, False)):
-        rows = [row for row in range(len(texts))[first : first + 1000] if plain[row] == own]
+        is_plain = isinstance(prompt, str) and prompt != "" and not templated
+        text = prompt if is_plain else render_chat(prompt, tokenizer, row)
         # A template writes its own special tokens: no second BOS.
-        options = {"add_special_tokens": own, "return_special_tokens_mask": True}
-        found = tokenizer([texts[row] for row in rows], **options) if rows else None
-        for index, row in enumerate(rows):
-            ids, special = found["input_ids"][index], found["special_tokens_mask"][index]
-            # Some tokenizers append an end, behind which nothing is left to say.
-            while own and ids and special[len(ids) - 1]:
-                ids.pop()
-            if not ids or max(ids) >= limit:
-                expected = f"expected token ids below {limit} (--model-name-or-path), found"
-                most = max(ids, default="none")
-                raise InputError(f"row {row}: {expected} {most} in {prompts[row]!r:.60}")
-            encoded[row] = ids
+        found = tokenizer(text, add_special_tokens=is_plain, return_special_tokens_mask=True)
+        ids, special = found["input_ids"], found["special_tokens_mask"]
+        # Some tokenizers append an end, behind which nothing is left to say.
+        while is_plain and ids and special[len(ids) - 1]:
+            ids.pop()
+        if not ids or max(ids) >= limit:
+            expected = f"expected token ids below {limit} (--model-name-or-path), found"
+            most = max(ids, default="none")
+            raise InputError(f"row {row}: {expected} {most} in {prompt!r:.60}")
+        encoded.append(ids)
     return encoded
 
 

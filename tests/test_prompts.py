@@ -29,13 +29,6 @@ def test_one_bos_with_and_without_a_template():
         assert encode_prompts(rows, templated, use_chat_template=False) == ids
 
 
-def test_prompts_keep_their_order_across_slices():
-    """More than the tokenizer is given at a time."""
-    tokenizer, texts = bos_tokenizer(), ["hello", "there", "hello there"] * 700
-    expected = [[1, 2], [1, 3], [1, 2, 3]] * 700
-    assert encode_prompts(texts, tokenizer) == expected
-
-
 @pytest.mark.parametrize("name", ["eos_token", "sep_token", "additional"])
 def test_an_end_that_the_tokenizer_appends_is_taken_off(name):
     """Whatever it is called; one that the text itself ends in stays."""
