@@ -25,7 +25,7 @@ from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming
 from tasks.prompts import PROMPT_IDS, load_prompts
-from tasks.rewards import VERIFIERS, load_reward, score
+from tasks.rewards import load_reward, score
 
 
 def policy_of(name):
@@ -61,8 +61,8 @@ def evaluate(name, rewards, args):
     results, answered = [], {}  # two rewards for one file: its responses are sampled once
     for file, reward in args.set:
         if file not in answered:
-            checks = {"answers": reward in VERIFIERS, "reward": rewards[reward]}
-            data = load_prompts("--set", file, "train", tokenizer, room, template, **checks)
+            where = ("--set", file, "train")
+            data = load_prompts(*where, tokenizer, room, template, reward=rewards[reward])
             data = data.select(range(min(args.rows, len(data))))
             ids, length = data[PROMPT_IDS], args.response_length
             answered[file] = data.to_dict(), respond(model, tokenizer, stop_ids, ids, length)

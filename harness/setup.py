@@ -23,7 +23,7 @@ from tasks.builtin import BUILT_IN
 from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
 from tasks.prompts import PROMPT_IDS, load_prompts
-from tasks.rewards import VERIFIERS, load_function, load_reward, score
+from tasks.rewards import load_function, load_reward, score
 from tasks.warm_start import warm_start
 
 
@@ -127,8 +127,7 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
         raise InputError(f"--response-length: expected {found}")
     options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
-    answers = args.reward in VERIFIERS or args.pseudo_label_noise > 0
-    load = functools.partial(load_prompts, answers=answers, reward=reward, **options)
+    load = functools.partial(load_prompts, reward=reward, **options)
     evals = {}
     if args.dataset_name is None:
         train = load("--task", args.task, ("train", 4096, args.seed))
@@ -152,7 +151,8 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
         raise InputError("--dataset-name: expected prompts beside the held-out ones, found none")
     if args.pseudo_label_noise:
         generator = torch.Generator().manual_seed(args.reward_noise_seed)
-        labels = pseudo_labels(train["answer"][:], args.pseudo_label_noise, generator)
+        with naming("--pseudo-label-noise"):
+            labels = pseudo_labels(train["answer"][:], args.pseudo_label_noise, generator)
         train = train.add_column(PSEUDO_LABEL, labels)
     return train, evals
 

@@ -42,7 +42,7 @@ def model_scores(scores, domains, scale, seed, generator):
 def pseudo_labels(answers, share, generator):
     """Labels as a majority vote would leave them: a fixed share replaced by others. [ours]"""
     if share and len(set(map(str, answers))) < 2:
-        raise InputError("--pseudo-label-noise: expected different values in 'answer', found one")
+        raise InputError("expected different values in 'answer', found one")
     labels = list(answers)
     order = torch.randperm(len(answers), generator=generator)
     for row in order[: round(share * len(answers))].tolist():

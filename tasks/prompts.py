@@ -11,12 +11,12 @@ from datasets import Dataset, load_dataset
 from tasks import InputError, as_messages, naming
 from tasks.builtin import task_rows
 from tasks.noise import PSEUDO_LABEL
-from tasks.verifiers import assert_readable, choice_reward, math_reward
+from tasks.verifiers import assert_readable
 
 PROMPT_IDS = "_prompt_ids"  # a column of ours beside the user's
 
 
-def load_data(name, split, config=None, prompt_column="prompt", answers=False):
+def load_data(name, split, config=None, prompt_column="prompt"):
     """Rows with a column prompt: of a file, the hub, or a task (split: its name, rows, seed)."""
     path = Path(name)
     kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
@@ -38,11 +38,6 @@ def load_data(name, split, config=None, prompt_column="prompt", answers=False):
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
-    given = data["answer"] if "answer" in data.column_names else [None]
-    gaps = [row for row, own in enumerate(given if answers else []) if own is None or own != own]
-    if gaps:
-        expected = "expected an 'answer' for --reward or --pseudo-label-noise"
-        raise InputError(f"row {gaps[0]}: {expected}, found {given[gaps[0]]}, {found}")
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]
         data = data.select_columns(others).rename_column(prompt_column, "prompt")
@@ -56,9 +51,7 @@ def load_prompts(
     with naming(f"{flag}: cannot load {name!r}"):
         data = load_data(name, split, **source)
         # All columns: bytes that are no text would end a run when it comes to their row.
-        columns = data.to_dict()
-        if reward in (math_reward, choice_reward):
-            assert_readable(columns["answer"], reward, columns.get("choices"))
+        assert_readable(data.to_dict(), reward)
         prompt_ids = encode_prompts(data["prompt"][:], tokenizer, template, limit)
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))

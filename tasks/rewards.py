@@ -14,9 +14,8 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from tasks import InputError, as_messages, naming, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
-from tasks.verifiers import choice_reward, exact_reward, math_reward
+from tasks.verifiers import VERIFIERS
 
-VERIFIERS = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
 REPOSITORY = Path(__file__).resolve().parent.parent
 OURS = {"critic", "risk", "dvpo", "rollout", "train", "tasks", "harness", "experiments"}
 

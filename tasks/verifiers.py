@@ -152,16 +152,21 @@ def exact_reward(prompts, completions, answer, **columns):
     return [float(text_of(said).split() == str(right).split()) for said, right in pairs]
 
 
-def assert_readable(answers, reward=math_reward, choices=None):
-    """Raises InputError at the first answer that math_reward or choice_reward cannot read."""
-    for row, (answer, own) in enumerate(zip(answers, choices or [None] * len(answers))):
+VERIFIERS = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
+
+
+def assert_readable(columns, reward):
+    """Raises InputError at a data set's first answer that reward, if a verifier, cannot read."""
+    answers = columns.get("answer", [None]) if reward in VERIFIERS.values() else []
+    choices = columns.get("choices") or [None] * len(answers)
+    for row, (answer, own) in enumerate(zip(answers, choices)):
+        expected, read = "an 'answer' for --reward", None if answer != answer else answer
         if reward is math_reward:
+            expected = "a number as 'answer' for --reward math"
             read = as_number(str(answer).split("####")[-1])
-            expected = "a number as answer for --reward math"
-        else:
+        elif reward is choice_reward:
+            expected = "an option's letter, label, text or place from 0 as 'answer'"
             read = right_letter(answer, *options_of(own))
-            expected = "an option's letter, label, text or place from 0 for --reward choice"
         if read is None:
-            raise InputError(
-                f"row {row}: expected {expected}, found {answer!r:.60} (docs/your-own.md)"
-            )
+            found = f"found {answer!r:.60} in the columns {', '.join(columns)}"
+            raise InputError(f"row {row}: expected {expected} (docs/your-own.md), {found}")

@@ -88,5 +88,5 @@ def test_pseudo_labels_are_wrong_for_a_fixed_share():
         labels
     ) <= set(answers)
     assert pseudo_labels(answers, 0.0, torch.Generator()) == answers
-    with pytest.raises(InputError, match="--pseudo-label-noise"):
+    with pytest.raises(InputError, match="expected different values"):
         pseudo_labels(["same"] * 3, 0.5, torch.Generator())

@@ -11,6 +11,7 @@ from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS, batch_rows, encode_prompts, load_data, load_prompts
+from tasks.verifiers import exact_reward
 
 TEMPLATE = (
     "{{ bos_token }} {% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}"
@@ -222,10 +223,10 @@ def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_pa
     where = ("--dataset-name", str(path), "train", bos_tokenizer(), 9)
     assert len(load_prompts(*where)) == 2
     with pytest.raises(InputError, match="--dataset-name: .*row 1: expected an 'answer'.*--reward"):
-        load_prompts(*where, answers=True)
+        load_prompts(*where, reward=exact_reward)
     path.write_text('{"prompt": "a", "text": 1.5}\n')
-    with pytest.raises(InputError, match="row 0: expected an 'answer'.* 1 rows of prompt, text"):
-        load_prompts(*where, answers=True)
+    with pytest.raises(InputError, match="row 0: expected an 'answer'.* columns prompt, text"):
+        load_prompts(*where, reward=exact_reward)
 
 
 def test_batches_walk_through_seeded_permutations_of_the_rows():

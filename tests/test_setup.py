@@ -543,7 +543,12 @@ BAD_DATA = [
     (ONE, "--eval-dataset-name nosuch.jsonl", ["--eval-dataset-name", "No such file"]),
     (ONE, "--prompt-column question", ["--dataset-name", "'question'", "--prompt-column"]),
     (ONE, "--eval-dataset-name data.csv", ["--eval-dataset-name", "json, jsonl or parquet"]),
-    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--pseudo-label-noise", "'answer'"]),
+    ([{"prompt": "area"}], "--pseudo-label-noise 0.1", ["--reward", "'answer'"]),
+    (
+        [{"prompt": "area"}],
+        "--reward bad:half --pseudo-label-noise 0.1 --eval-dataset-name food.jsonl",
+        ["--pseudo-label-noise", "answer"],
+    ),
     (
         ONE * 3,
         "--pseudo-label-noise 0.1 --eval-dataset-name other.jsonl",

@@ -394,7 +394,7 @@ def test_spellings_of_one_number_are_rewarded_and_of_another_are_not(one, other,
 @given(st.floats(allow_nan=False, allow_infinity=False) | st.integers())
 def test_what_a_numeric_column_holds_is_itself(number):
     assert math_reward([""], [rf"\boxed{{{number}}}"], [number]) == [1.0]
-    assert_readable([number, str(number)])
+    assert_readable({"answer": [number, str(number)]}, math_reward)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -411,9 +411,10 @@ def test_no_text_and_no_answer_raises(text, answer, is_boxed):
     "answer", [r"\frac{x}{2}", "['9.6\n']", "(1, 2)", "C", "52_8", "", None, float("nan"), "3:45"]
 )
 def test_a_data_set_whose_answers_are_no_numbers_is_refused_with_its_row(answer):
-    assert_readable(["72", 5, 2.5, "so\n#### 1,234", r"\frac{1}{2}", "x=5", "18 dollars"])
-    with pytest.raises(InputError, match=r"row 1: .*a number.*found .*docs/your-own.md"):
-        assert_readable(["72", answer])
+    good = ["72", 5, 2.5, "so\n#### 1,234", r"\frac{1}{2}", "x=5", "18 dollars"]
+    assert_readable({"answer": good}, math_reward)
+    with pytest.raises(InputError, match=r"row 1: .*a number.*docs/your-own.md.*found "):
+        assert_readable({"answer": ["72", answer]}, math_reward)
 
 
 @pytest.mark.parametrize("flag", ["--dataset-name", "--eval-dataset-name"])
@@ -424,7 +425,7 @@ def test_a_run_refuses_answers_that_are_no_numbers(model_folder, tmp_path, capsy
     rows[9]["answer"] = r"\frac{x}{2}"
     bad = write_rows(tmp_path / "bad.jsonl", rows)
     flags = [*own(model_folder, good, "math"), "--output-dir", str(tmp_path / "run"), flag, bad]
-    refused(capsys, flags, flag, "row 9", "a number", "frac{x}{2}", "docs/your-own.md")
+    refused(capsys, flags, flag, "row 9", "a number", "docs/your-own.md", "frac{x}{2}")
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -629,13 +630,13 @@ def test_a_whole_number_is_the_place_of_an_option(options):
 def test_a_data_set_whose_answers_are_no_options_is_refused_with_its_row(answer):
     """True is no place, nor is 2.0; nothing that says nothing is ever right."""
     good = ["A", "d", 0, 3, CHOICES[1], CHOICES[2].upper()]
-    assert_readable(good, choice_reward, [CHOICES] * len(good))
+    assert_readable({"answer": good, "choices": [CHOICES] * len(good)}, choice_reward)
     with pytest.raises(InputError, match="row 1: .*place from 0"):
-        assert_readable(["A", answer], choice_reward, [CHOICES] * 2)
+        assert_readable({"answer": ["A", answer], "choices": [CHOICES] * 2}, choice_reward)
     assert choice_reward([""] * 2, ["", "A"], [answer] * 2, [CHOICES] * 2) == [0.0, 0.0]
 
 
 def test_answers_without_options_are_letters():
-    assert_readable(["A", "z"], choice_reward)
+    assert_readable({"answer": ["A", "z"]}, choice_reward)
     with pytest.raises(InputError, match="row 0: .* found 'slot'"):
-        assert_readable(["slot"], choice_reward)
+        assert_readable({"answer": ["slot"]}, choice_reward)
