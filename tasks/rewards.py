@@ -111,11 +111,6 @@ def score(reward, batch, completions, answer="answer"):
     prompts, shaped = list(batch["prompt"]), []
     for prompt, said in zip(prompts, completions):
         shaped.append(said if isinstance(prompt, str) else as_messages(said, "assistant"))
-    try:
-        inspect.signature(reward).bind(prompts=prompts, completions=shaped, **columns)
-    except TypeError as error:
-        found = f"the data set has {', '.join(sorted(columns)) or 'none'} beside 'prompt'"
-        raise InputError(f"--reward: {error}; {found}") from error
     with users_code("--reward"):
         scores = reward(prompts=prompts, completions=shaped, **columns)
         return torch.tensor(numbers_in(scores, batch["prompt"]))

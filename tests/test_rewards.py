@@ -110,11 +110,9 @@ def test_a_reward_is_called_once_also_when_it_fails():
 
 
 def test_a_missing_column_is_named():
-    with pytest.raises(InputError, match="argument: 'answer'; the data set has level beside"):
+    with pytest.raises(InputError, match="^--reward: it raised .* argument: 'answer'\"\\)$"):
         score(math_reward, {"prompt": ["p"], "level": [1]}, ["a"])
-    with pytest.raises(InputError, match="the data set has none beside 'prompt'"):
-        score(math_reward, {"prompt": ["p"]}, ["a"])
-    with pytest.raises(InputError, match="unexpected keyword argument 'level'; the data set has"):
+    with pytest.raises(InputError, match="unexpected keyword argument 'level'"):
         score(lambda prompts, completions: [1.0], {"prompt": ["p"], "level": [1]}, ["a"])
 
 

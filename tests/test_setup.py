@@ -577,7 +577,7 @@ BAD_DATA = [
         ["--eval-dataset-name", "nosuch"],
     ),
     ("[1, 2]\n", "", ["--dataset-name", "'prompt'", "2 rows of text"]),
-    (ONE, "--reward bad:needs", ["--reward", "'level'", "answer"]),
+    (ONE, "--reward bad:needs", ["--reward", "'level'"]),
     (ONE, "--reward bad:half --reward-noise-fp 0.1", ["--reward-noise-fp", "0.5"]),
     (ONE, "--user bad:raises", ["--user", "KeyError"]),
     (ONE, "--user bad:three", ["--user", "expected a str", "3"]),
