@@ -87,9 +87,8 @@ def save_checkpoint(run, args):
     """Writes output_dir/checkpoint-ITERATION, whole or not at all, and keeps the newest two."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
-    for left in output_dir.glob("checkpoint-[0-9]*.*"):
-        # By a run that was killed.
-        if left.suffix in (".tmp", ".old") and left.is_dir():
+    for left in output_dir.glob("checkpoint-[0-9]*.tmp"):
+        if left.is_dir():  # by a run that was killed
             shutil.rmtree(left)
     if folder.exists():
         return folder
@@ -98,7 +97,7 @@ def save_checkpoint(run, args):
     os.replace(folder.with_suffix(".tmp"), folder)
     flushed(output_dir)
     for path in [*checkpoints(output_dir).values()][:-2]:
-        shutil.rmtree(path.rename(path.with_suffix(".old")))
+        shutil.rmtree(path.rename(path.with_suffix(".tmp")))
     return folder
 
 

@@ -294,7 +294,7 @@ def test_only_checkpoints_of_ours_count(tmp_path):
 
 
 def test_the_newest_checkpoints_are_kept_and_leftovers_cleared(warm_start, tmp_path):
-    for left in ("checkpoint-000002.tmp", "checkpoint-000001.old"):
+    for left in ("checkpoint-000002.tmp", "checkpoint-000001.tmp"):
         (tmp_path / left).mkdir()
     flags = "--total-episodes 320 --save-steps 1 --eval-samples 4"
     assert train_in(tmp_path, warm_start, *flags.split(), *ONCE) == 0
@@ -358,16 +358,16 @@ def test_a_kill_at_any_line_of_a_save_loses_no_checkpoint(warm_start, tmp_path):
 
     def look():
         found = checkpoints.checkpoints(tmp_path)
-        left = [any(tmp_path.glob(f"*.{kind}")) for kind in ("tmp", "old")]
-        return (*found, *left), all(sizes(path) == expected for path in found.values())
+        left = any(tmp_path.glob("*.tmp"))
+        return (*found, left), all(sizes(path) == expected for path in found.values())
 
     seen = at_every_line(look, checkpoints.save_checkpoint, run, args)
     assert all(is_whole and 2 in names for names, is_whole in seen), seen
     assert loads(newest_checkpoint(tmp_path)) and len(seen) > 40
     names = {names for names, _ in seen}
-    assert {seen[0][0], seen[-1][0]} == {(1, 2, False, False), (2, 3, False, False)}
-    assert {(1, 2, True, False), (1, 2, 3, False, False)} <= names, names
-    for left in ("checkpoint-000003.tmp", "checkpoint-000001.old"):
+    assert {seen[0][0], seen[-1][0]} == {(1, 2, False), (2, 3, False)}
+    assert {(1, 2, True), (1, 2, 3, False)} <= names, names
+    for left in ("checkpoint-000003.tmp", "checkpoint-000001.tmp"):
         (tmp_path / left).mkdir()
     run.iteration = 4
     checkpoints.save_checkpoint(run, args)
@@ -814,9 +814,9 @@ def test_half_an_hour_leaks_nothing(warm_start, tmp_path):
 def test_only_what_a_killed_run_left_is_cleared(warm_start, tmp_path):
     run, args = run_of(warm_start, tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    for name in ("checkpoint-best.old", "checkpoint-000003.tmp", "checkpoint-000002.old"):
+    for name in ("checkpoint-best.tmp", "checkpoint-000003.tmp", "checkpoint-000002.tmp"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-5.tmp").write_text("a note")
     checkpoints.save_checkpoint(run, args)
     names = {path.name for path in tmp_path.glob("checkpoint-*")}
-    assert names == {"checkpoint-best.old", "checkpoint-5.tmp", "checkpoint-000000"}
+    assert names == {"checkpoint-best.tmp", "checkpoint-5.tmp", "checkpoint-000000"}
