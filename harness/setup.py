@@ -122,9 +122,6 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
-    if context <= args.response_length:
-        found = f"less than the model's context of {context} tokens, found {args.response_length}"
-        raise InputError(f"--response-length: expected {found}")
     options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
     load = functools.partial(load_prompts, reward=reward, **options)
