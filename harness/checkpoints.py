@@ -1,6 +1,7 @@
 """Saving a run, going on with it, and stopping it: whole checkpoints or none, bit for bit."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
@@ -129,8 +130,7 @@ def cut_log(path, iteration):
     if right < iteration:
         expected = f"expected {iteration} lines in {path}, one for each iteration"
         raise InputError(f"--resume: {expected}, found {right} such of {len(lines)}")
-    if lines:
-        os.truncate(path, sum(map(len, lines[:iteration])))
+    os.truncate(path, sum(map(len, lines[:iteration])))
 
 
 def resume(run, args):
@@ -190,15 +190,13 @@ def alone_in(folder):
     """-> A context in which no other process's run gets into a folder; a crash, too, ends it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-
         handle = os.open(folder, os.O_RDONLY)
         LOCK.callback(os.close, handle)
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         LOCK.close()
         raise InputError(f"--output-dir: expected no other run in {folder}, found one") from error
-    except (ImportError, OSError):
+    except OSError:
         pass  # there are no locks here
     return LOCK
 
@@ -239,5 +237,4 @@ def let_go():
     take_signals()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=hold_signals, after_in_parent=take_signals, after_in_child=let_go)
+os.register_at_fork(before=hold_signals, after_in_parent=take_signals, after_in_child=let_go)
