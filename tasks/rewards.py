@@ -76,9 +76,8 @@ def model_reward(name, device="cpu"):
     model, loaded = AutoModelForSequenceClassification.from_pretrained(name, **options, **safe)
     classify = pipeline("text-classification", model, tokenizer=name, device=device, **safe)
     tokenizer, config = classify.tokenizer, model.config
-    found = ", ".join([*(config.architectures or ["no architecture"]), *loaded["missing_keys"]])
-    # What is missing, transformers makes up.
-    if loaded["missing_keys"] or "ForSequenceClassification" not in found:
+    if loaded["missing_keys"]:  # transformers makes them up
+        found = f"{config.architectures} without {min(loaded['missing_keys'])}"
         raise ValueError(f"expected a sequence classifier, found {found}")
     tokenizer.padding_side = "right"
     tokenizer.truncation_side = "left"  # the judged turn is the last one
