@@ -115,11 +115,11 @@ def chosen_letter(text, choices, numbers=""):
 
 
 def options_of(choices):
-    """Choices, texts or the hub's {text, label} -> texts, {label: letter} where labels are ARC's
-    digits; other labels are the letters."""
-    options = choices if isinstance(choices, dict) else {"text": choices or [], "label": []}
-    labels = [str(label) for label in options["label"]]
-    return options["text"], dict(zip(labels, LETTERS)) if "".join(labels).isdigit() else {}
+    """Choices, texts or the hub's {text, label} -> texts, {label: letter} if labels are digits."""
+    options = choices if isinstance(choices, dict) else {"text": choices}
+    labels = [str(label) for label in options.get("label") or []]
+    letters = dict(zip(labels, LETTERS)) if "".join(labels).isdigit() else {}  # ARC has such
+    return options.get("text") or [], letters
 
 
 def right_letter(answer, texts, letters):
