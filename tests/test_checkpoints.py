@@ -539,7 +539,9 @@ def same_run(a, b):
 
 
 def num_lines(path):
-    return len(path.read_bytes().splitlines()) if path.exists() else 0
+    with contextlib.suppress(FileNotFoundError):  # the run may move it aside meanwhile
+        return len(path.read_bytes().splitlines())
+    return 0
 
 
 def asides(folder):
