@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow
 import torch
-from datasets import Dataset, load_dataset
+from datasets import ClassLabel, Dataset, load_dataset
 
 from tasks import InputError, as_messages, naming
 from tasks.builtin import task_rows
@@ -38,6 +38,10 @@ def load_data(name, split, config=None, prompt_column="prompt"):
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
+    if isinstance(label := data.features.get("answer"), ClassLabel):
+        # Its names, not their numbers.
+        names = [own if own is None else label.int2str(own) for own in data["answer"][:]]
+        data = data.remove_columns("answer").add_column("answer", names)
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]
         data = data.select_columns(others).rename_column(prompt_column, "prompt")

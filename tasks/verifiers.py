@@ -109,8 +109,10 @@ def chosen_letter(text, choices, numbers=""):
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
             return found[1].upper()
-    pairs = zip(letters, choices)
-    named = [letter for letter, said in pairs if str(said).strip().lower() in text.lower()]
+    said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own or own == 0}
+    whole = [a for a in said if re.search(rf"(?<!\w){re.escape(said[a])}(?!\w)", text.lower())]
+    # "not true" says "true", too.
+    named = [a for a in whole if not any(said[a] in said[b] for b in whole if b != a)]
     return named[0] if len(named) == 1 else None
 
 
@@ -132,7 +134,7 @@ def right_letter(answer, texts, letters):
         return dict(enumerate(known)).get(answer)
     if len(given) == 1 and given in known:
         return given
-    return dict(zip(upper, known)).get(given)
+    return dict(zip(upper, known)).get(given) if given else None
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):

@@ -370,6 +370,13 @@ def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(
     texts = iter([["no", "", "idea"], ["5", "6", "6.0"]])
     pseudo_labels.main()
     assert out.read_text() == written
+    capsys.readouterr()
+    for other in ('{"a": 1}', '{"a": 1}\n', "text\n", '{"prompt": "a"}\n{"prompt": "b"}'):
+        out.write_text(other)
+        with pytest.raises(SystemExit) as ended:
+            pseudo_labels.main()
+        assert ended.value.code == 2 and out.read_text() == other
+        assert "expected rows of an earlier call" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_reward_models_data_pairs_references_and_holds_out_dialogues(tmp_path):
@@ -509,6 +516,11 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 and lines[5].startswith("data.jsonl, ours:longer: ")
     assert lines[5].endswith("run 9.667")
+    words = ["evaluate.py", model_folder, *sets, "--set", "data.jsonl", "math"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "expected a number" in capsys.readouterr().err.splitlines()[-1]
     monkeypatch.setattr("sys.argv", ["evaluate.py", "nowhere", *sets])
     with pytest.raises(SystemExit):
         evaluate.main()

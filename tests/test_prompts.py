@@ -229,6 +229,15 @@ def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_pa
         load_prompts(*where, reward=exact_reward)
 
 
+def test_an_answer_of_classes_is_their_names(tmp_path):
+    """A parquet file of the hub may count them: the names, sorted, are not the options' order."""
+    rows = [{"prompt": "p", "answer": own, "x": own} for own in ("yes", "no", "yes")]
+    data = Dataset.from_list(rows).class_encode_column("answer").class_encode_column("x")
+    data.to_parquet(tmp_path / "rows.parquet")
+    found = load_data(str(tmp_path / "rows.parquet"), "train")
+    assert found["answer"][:] == ["yes", "no", "yes"] and found["x"][:] == [1, 0, 1]
+
+
 def test_batches_walk_through_seeded_permutations_of_the_rows():
     """Five rows in batches of three: every five in a row are a permutation, others by the seed."""
     rows = [row for first in range(0, 30, 3) for row in batch_rows(5, first, 3, seed=1)]

@@ -643,3 +643,15 @@ def test_answers_without_options_are_letters():
     assert_readable({"answer": ["A", "z"]}, choice_reward)
     with pytest.raises(InputError, match="row 0: .* found 'slot'"):
         assert_readable({"answer": ["slot"]}, choice_reward)
+
+
+@pytest.mark.parametrize("said", ["legal", "illegal", "It is not legal", "no"])
+def test_an_option_that_holds_another_one_is_meant_by_its_whole_text(said):
+    """Words, and the longer one of two; an empty option is never said."""
+    options = ["legal", "illegal", "not legal", "", None]
+    named = {"legal": "A", "illegal": "B", "It is not legal": "C", "no": None}
+    assert chosen_letter(said, options) == named[said]
+    assert chosen_letter("it is 10", ["1", "10", 0, 100]) == "B"
+    assert chosen_letter("0", [0, 7]) == "A" and chosen_letter("nice day", ["ice", "cat"]) is None
+    assert choice_reward([""], ["gibberish"], [""], [["", "red"]]) == [0.0]
+    assert chosen_letter("red", ["red", "red"]) is None
