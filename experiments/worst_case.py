@@ -17,7 +17,9 @@ def cql_loss(q, actions, targets, mask, alpha):
     scores' standard deviation:  (Q(s, a) - y)^2 / 2 + alpha (log sum_b exp Q(s, b) - Q(s, a))
     """
     assert q.shape[:-1] == actions.shape == targets.shape == mask.shape, f"q {tuple(q.shape)}"
-    taken = of_tokens(q, actions)
+    # Whatever stands off the mask changes nothing, its gradient included.
+    q, actions = q.where(mask.unsqueeze(-1), 0), actions.where(mask, 0)
+    taken, targets = of_tokens(q, actions), targets.where(mask, 0)
     loss = (taken - targets).square() / 2
     if alpha:
         loss = loss + alpha * (q.logsumexp(dim=-1) - taken)

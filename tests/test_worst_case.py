@@ -31,6 +31,12 @@ def test_the_price_pushes_down_what_the_log_does_not_hold():
     is_taken = torch.nn.functional.one_hot(actions, 5).bool()
     assert (q.grad[mask][is_taken[mask]] < 0).all() and (q.grad[mask][~is_taken[mask]] > 0).all()
     assert not q.grad[~mask].any()
+    whole = q.grad.clone()
+    q.grad = None
+    spoiled = torch.where(mask.unsqueeze(-1), q, torch.nan)
+    tensors = actions.where(mask, -1), taken.where(mask, torch.nan), mask
+    cql_loss(spoiled, *tensors, 1.0).backward()
+    assert torch.equal(q.grad, whole)
     # The price alone moves no mean over the vocabulary.
     torch.testing.assert_close(q.grad.sum(dim=-1), torch.zeros(3, 4), atol=1e-6, rtol=0)
 
