@@ -1,4 +1,4 @@
-"""Losses of the worst-case methods of the paper's abstract, CQL and RFQI: see offline.md."""
+"""CQL's loss and RFQI's pessimistic returns, of the paper's abstract: see offline.md."""
 
 import torch
 

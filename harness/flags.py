@@ -83,7 +83,7 @@ FLAGS = {
         ("alpha", 0.1, "(0, 1]", "share of the lower tail"),
         ("beta", 0.1, "(0, 1]", "share of the upper tail"),
         ("tail-ratio", 0.5, "[0, inf)", "lower tail at most this times the upper one"),
-        ("tail-reach", 4.0, "[0, inf)", "mean deviations beyond which no quantile is drawn out"),
+        ("tail-reach", 4.0, "[0, inf)", "mean deviations beyond which shape pushes no quantile"),
         ("calibration-weight", 0.01, "[0, inf)", "tail means as in the returns; 0: off"),
         ("shift-weight", 0.1, "[0, inf)", "the mean stays while tails move; 0: off"),
         ("shape-weight", 0.1, "[0, inf)", "the --tail-ratio of tails; 0: off"),

@@ -109,8 +109,9 @@ def chosen_letter(text, choices, numbers=""):
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
             return found[1].upper()
-    said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own or own == 0}
-    whole = [a for a in said if re.search(rf"(?<!\w){re.escape(said[a])}(?!\w)", text.lower())]
+    said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
+    found = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
+    whole = [a for a in found if re.search(found[a], text.lower())]
     # "not true" says "true", too.
     named = [a for a in whole if not any(said[a] in said[b] for b in whole if b != a)]
     return named[0] if len(named) == 1 else None
@@ -126,7 +127,9 @@ def options_of(choices):
 
 def right_letter(answer, texts, letters):
     """The letter of the option that answer means: as letter, label, text or place; or None."""
-    given, known = str(answer).strip().upper(), LETTERS[: len(texts) or 26]
+    # A missing answer is no option, whatever its text is.
+    given = "" if answer is None or answer != answer else str(answer).strip().upper()
+    known = LETTERS[: len(texts) or 26]
     upper = [str(said).strip().upper() for said in texts]
     if given in letters:
         return letters[given]

@@ -655,3 +655,9 @@ def test_an_option_that_holds_another_one_is_meant_by_its_whole_text(said):
     assert chosen_letter("0", [0, 7]) == "A" and chosen_letter("nice day", ["ice", "cat"]) is None
     assert choice_reward([""], ["gibberish"], [""], [["", "red"]]) == [0.0]
     assert chosen_letter("red", ["red", "red"]) is None
+    assert chosen_letter("so: 3.14", ["3", "2"]) is None and chosen_letter("-5", ["5", "2"]) is None
+    assert chosen_letter("so it is.", ["x", "  "]) is None
+    for missing in (None, float("nan")):
+        with pytest.raises(InputError, match="row 0"):
+            columns = {"answer": [missing], "choices": [["None", "nan"]]}
+            assert_readable(columns, choice_reward)
