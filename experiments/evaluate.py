@@ -60,9 +60,9 @@ def evaluate(name, rewards, args):
     template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
     results, answered = [], {}  # two rewards for one file: its responses are sampled once
     for file, reward in args.set:
-        where = ("--set", file, "train")
-        data = load_prompts(*where, tokenizer, room, template, reward=rewards[reward])
         if file not in answered:
+            own = {"rewards": [rewards[other] for name, other in args.set if name == file]}
+            data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
             data = data.select(range(min(args.rows, len(data))))
             ids, length = data[PROMPT_IDS], args.response_length
             answered[file] = data.to_dict(), respond(model, tokenizer, stop_ids, ids, length)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 import rollout
 from experiments.seeds import COUNT, load_policy, run_script
 from harness.setup import context_of, stop_token_ids
-from tasks import naming, verifiers
+from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
 
@@ -75,12 +75,12 @@ def label(args):
     data = load_prompts("data", args.data, "train", tokenizer, room)
     lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
     # A run that was killed may have torn its last line.
-    whole = [line for line in lines if line.endswith("\n")]
     with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
-        done = [{**json.loads(line), "row": json.loads(line)["row"]} for line in whole]
-        assert done or not lines, f"found {lines[0][:60]!r}"
-    args.output.write_text("".join(whole))
-    first = done[-1]["row"] + 1 if done else 0
+        done = [json.loads(line) for line in lines if line.endswith("\n")]
+        first = max([-1, *(row["row"] for row in done)]) + 1
+        if lines and not done:
+            raise InputError(f"found {lines[0][:60]!r}")
+    args.output.write_text("".join(lines[: len(done)]))
     with open(args.output, "a") as out:
         for row in tqdm(range(first, len(data)), desc="problems"):
             torch.manual_seed(row)

@@ -124,7 +124,7 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
     options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
-    load = functools.partial(load_prompts, reward=reward, **options)
+    load = functools.partial(load_prompts, rewards=(reward,), **options)
     evals = {}
     if args.dataset_name is None:
         train = load("--task", args.task, ("train", 4096, args.seed))

@@ -38,8 +38,7 @@ def load_data(name, split, config=None, prompt_column="prompt"):
         raise InputError(f"expected a column {prompt_column!r} (--prompt-column), {found}")
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
-    if isinstance(label := data.features.get("answer"), ClassLabel):
-        # Its names, not their numbers.
+    if isinstance(label := data.features.get("answer"), ClassLabel):  # names, not their numbers
         names = [own if own is None else label.int2str(own) for own in data["answer"][:]]
         data = data.remove_columns("answer").add_column("answer", names)
     if prompt_column != "prompt":
@@ -49,13 +48,15 @@ def load_data(name, split, config=None, prompt_column="prompt"):
 
 
 def load_prompts(
-    flag, name, split, tokenizer, max_tokens, template=True, limit=inf, reward=None, **source
+    flag, name, split, tokenizer, max_tokens, template=True, limit=inf, rewards=(), **source
 ):
     """load_data with the prompts' ids; longer ones are left out, and counted; raises InputError."""
     with naming(f"{flag}: cannot load {name!r}"):
         data = load_data(name, split, **source)
         # All columns: bytes that are no text would end a run when it comes to their row.
-        assert_readable(data.to_dict(), reward)
+        columns = data.to_dict()
+        for reward in rewards:
+            assert_readable(columns, reward)
         prompt_ids = encode_prompts(data["prompt"][:], tokenizer, template, limit)
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))

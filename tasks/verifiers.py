@@ -2,8 +2,7 @@
 
 import re
 from fractions import Fraction
-from string import ascii_uppercase as LETTERS
-from string import digits
+from string import ascii_uppercase, digits
 
 from tasks import InputError
 
@@ -104,14 +103,14 @@ def math_reward(prompts, completions, answer, **columns):
 
 def chosen_letter(text, choices, numbers=""):
     """The option that text names, by letter, digit or its own text; None for none, or several."""
-    text, letters = text.strip()[:10_000], LETTERS[: len(choices) or 26]
+    text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
     for pattern in NAMED:
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
             return found[1].upper()
     said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
-    found = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
-    whole = [a for a in found if re.search(found[a], text.lower())]
+    words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
+    whole = [a for a in words if re.search(words[a], text.lower())]
     # "not true" says "true", too.
     named = [a for a in whole if not any(said[a] in said[b] for b in whole if b != a)]
     return named[0] if len(named) == 1 else None
@@ -121,7 +120,7 @@ def options_of(choices):
     """Choices, texts or the hub's {text, label} -> texts, {label: letter} if labels are digits."""
     options = choices if isinstance(choices, dict) else {"text": choices}
     labels = [str(label) for label in options.get("label") or []]
-    letters = dict(zip(labels, LETTERS)) if "".join(labels).isdigit() else {}  # ARC has such
+    letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC's
     return options.get("text") or [], letters
 
 
@@ -129,7 +128,7 @@ def right_letter(answer, texts, letters):
     """The letter of the option that answer means: as letter, label, text or place; or None."""
     # A missing answer is no option, whatever its text is.
     given = "" if answer is None or answer != answer else str(answer).strip().upper()
-    known = LETTERS[: len(texts) or 26]
+    known = ascii_uppercase[: len(texts) or 26]
     upper = [str(said).strip().upper() for said in texts]
     if given in letters:
         return letters[given]

@@ -223,10 +223,10 @@ def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_pa
     where = ("--dataset-name", str(path), "train", bos_tokenizer(), 9)
     assert len(load_prompts(*where)) == 2
     with pytest.raises(InputError, match="--dataset-name: .*row 1: expected an 'answer'.*--reward"):
-        load_prompts(*where, reward=exact_reward)
+        load_prompts(*where, rewards=[exact_reward])
     path.write_text('{"prompt": "a", "text": 1.5}\n')
     with pytest.raises(InputError, match="row 0: expected an 'answer'.* columns prompt, text"):
-        load_prompts(*where, reward=exact_reward)
+        load_prompts(*where, rewards=[exact_reward])
 
 
 def test_an_answer_of_classes_is_their_names(tmp_path):
