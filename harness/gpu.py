@@ -12,24 +12,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 COMPILED = {"cache_implementation": "static"}
 
 
-def grouped_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
+def grouped_attention(module, query, key, value, mask, scaling=None, **kwargs):
     """SDPA, but for one new token a row: query heads that share a key then read it once.
 
-    query (B, H, T, D), key (B, G, S, D), value (B, G, S, E), attention_mask (B, 1, T, S), bool, or
-    numbers to add, or None -> (B, T, H, E), None. [ours] Given a mask, transformers' own function
-    first copies each key H / G times.
+    query (B, H, T, D), key (B, G, S, D), value (B, G, S, E), mask (B, 1, T, S), bool or to add, or
+    None -> (B, T, H, E), None. [ours] With a mask, transformers first copies each key H / G times.
     """
     (num_rows, num_heads, num_columns, width), groups = query.shape, key.shape[1]
     if num_columns > 1 or groups == num_heads or kwargs.get("position_bias") is not None:
-        options = kwargs | {"scaling": scaling}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     query = query.reshape(num_rows, groups, num_heads // groups, width)
-    output = scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    output = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
     return output.reshape(num_rows, 1, num_heads, value.shape[-1]), None
 
 
 # Under its own name, which some models ask for: and so what decodes is what a run checks at first.
 AttentionInterface.register("sdpa", grouped_attention)
+# cuDNN's, which PyTorch takes on an H100, can have NaN gradients: pytorch/pytorch issue 196678.
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def half_copy(model):
