@@ -16,6 +16,7 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -115,12 +116,21 @@ def windows(values):
     return found
 
 
-def borrow_warm_start(folder, seed):
-    """Copies a seed's warm start into a run's folder, if there is one -> where it is kept."""
+@contextlib.contextmanager
+def run_folder(seed):
+    """A folder for a run, with the seed's warm start if there is one; a new one is kept."""
     warm = Path("runs") / f"warm-dialogue-seed{seed}"
-    if warm.exists():
-        shutil.copytree(warm, folder / "warm_start")
-    return warm
+    with tempfile.TemporaryDirectory() as folder:
+        if warm.exists():
+            shutil.copytree(warm, Path(folder) / "warm_start")
+        yield Path(folder)
+        if not warm.exists():
+            # There in one step, as other processes may look, and the first of them wins.
+            own = warm.with_name(f"{warm.name}-{os.getpid()}")
+            shutil.copytree(Path(folder) / "warm_start", own)
+            with contextlib.suppress(OSError):
+                own.rename(warm)
+            shutil.rmtree(own, ignore_errors=True)
 
 
 def train_quietly(flags):
@@ -137,12 +147,9 @@ def train_quietly(flags):
 def run(flags, seed):
     """One run of train.py -> its results, and what it was made with."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder, warm = Path(name), borrow_warm_start(Path(name), seed)
+    with run_folder(seed) as folder:
         flags = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
         train_quietly(flags.split())
-        if not warm.exists():
-            shutil.copytree(folder / "warm_start", warm, dirs_exist_ok=True)
         rows = read_rows(folder / "metrics.jsonl")
         curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
         versions = json.loads((folder / "args.json").read_text())["versions"]

@@ -124,10 +124,10 @@ def foresight(run, args, critic):
 
 def start(flags, seed):
     """The starting policy, as a Run with the flags' noise, and all of its flags."""
-    own = f"--seed {seed} --reward-noise-seed {seed} --output-dir runs/offline-seed{seed}"
-    args = parse_args(f"{flags} {own}".split())
-    with torch.enable_grad():
-        return build(args), args  # it may make the warm start
+    with noise.run_folder(seed) as folder, torch.enable_grad():  # for a new warm start
+        own = f"--seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
+        args = parse_args(f"{flags} {own}".split())
+        return build(args), args
 
 
 @functools.lru_cache(maxsize=1)

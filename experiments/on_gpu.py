@@ -56,7 +56,6 @@ DECODINGS = {
     "grouped": (grouped_attention, {}),
     "compiled": (grouped_attention, COMPILED),
 }
-STANCES = {"default": "compiled", "force_eager": "eager"}  # of torch.compiler
 MICRO_BATCHES = (4096, 16384)  # tokens; the first is train.py's default
 
 
@@ -265,23 +264,14 @@ def one_algorithm(run, own, rollouts, measured, args, found):
     if algo == "dvpo":
         matrix, bandwidth = rates(args)
         found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
-        share = update_share(run, own, of_update, matrix)
-        found |= {f"update, compiled, {MICRO_BATCHES[0]}": share}
-        update_shares(run, own, experience, matrix, found)
+        for own.micro_batch_tokens in MICRO_BATCHES:
+            name = f"update, compiled, {own.micro_batch_tokens}"
+            try:
+                of_update, _ = seconds_of(train.update, run, own, experience, times=3)
+                found |= {name: update_share(run, own, of_update, matrix)}
+            except torch.OutOfMemoryError:
+                found |= {name: "out of memory"}
         decode_shares(run, own, bandwidth, found)
-
-
-def update_shares(run, own, experience, matrix, found):
-    """Adds {way of updating: its FLOPs as a share of the matrix rate}."""
-    for stance, own.micro_batch_tokens in [*itertools.product(STANCES, MICRO_BATCHES)][1:]:
-        name = f"update, {STANCES[stance]}, {own.micro_batch_tokens}"
-        try:
-            with torch.compiler.set_stance(stance):
-                train.update(run, own, experience)
-                of_update, _ = seconds_of(train.update, run, own, experience)
-            found |= {name: update_share(run, own, of_update, matrix)}
-        except torch.OutOfMemoryError:
-            found |= {name: "out of memory"}
 
 
 def trained(folder, flags, found):

@@ -36,7 +36,7 @@ def build_with_grad(args):
 def small(monkeypatch, tmp_path, warm_start):
     """A short budget, a warm start at hand, and rows of its own."""
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(warm_start, tmp_path / "runs" / "offline-seed0" / "warm_start")
+    shutil.copytree(warm_start, tmp_path / "runs" / "warm-dialogue-seed0")
     monkeypatch.setattr(noise, "BUDGET", noise.QUICK)
     monkeypatch.setattr(offline, "build", build_with_grad)
     monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
