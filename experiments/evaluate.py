@@ -77,8 +77,8 @@ def print_means(results):
     """A row per set and reward, a column per group of policies that differ in their seed alone."""
     groups = {}
     for result in results:
-        name = Path(re.sub(r"-seed[0-9]+/?$", "", result["policy"])).name
-        group = groups.setdefault(f"{Path(result['set']).name}, {result['reward']}: ", {})
+        name = re.sub(r"-seed[0-9]+/?$", "", result["policy"])
+        group = groups.setdefault(f"{result['set']}, {result['reward']}: ", {})
         group.setdefault(name, []).append(result["score"])
     for what, columns in groups.items():
         cells = []

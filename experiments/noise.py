@@ -29,7 +29,6 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import train
 from experiments.seeds import (
     COUNT,
     RESULTS,
@@ -39,6 +38,7 @@ from experiments.seeds import (
     load_run,
     read_rows,
     run_script,
+    train_quietly,
 )
 from experiments.strata import evaluated
 from tasks import InputError
@@ -131,17 +131,6 @@ def run_folder(seed):
             with contextlib.suppress(OSError):
                 own.rename(warm)
             shutil.rmtree(own, ignore_errors=True)
-
-
-def train_quietly(flags):
-    """train.main(flags), unheard; raises RuntimeError with the last line of a run that failed."""
-    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
-        try:
-            status = train.main(flags)
-        except SystemExit as error:  # argparse's
-            status = error.code
-    if status:
-        raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
 
 
 def run(flags, seed):

@@ -34,14 +34,12 @@ if __name__ == "__main__":
         sys.exit(f"on_gpu.py: expected {', '.join(missing)} to be installed, found none; {bring}")
 
 import torch
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import train
 from experiments import bench, memory
 from experiments.seeds import DEVICE, RESULTS, add_row, current_commit, run_script
 from harness.flags import number_in, parse_args
-from harness.gpu import COMPILED, grouped_attention
+from harness.gpu import COMPILED
 from harness.setup import autocast, respond
 from rollout import generate, in_micro_batches, response_logprobs
 from tasks import one_line
@@ -50,12 +48,7 @@ from tasks.prompts import PROMPT_IDS
 AIMS = {"difference, first": "< 1e-4", "decoding, compiled": ">= 0.5"}
 AIMS |= {"update, compiled, 16384": ">= 0.45", "time, DVPO / PPO": "<= 1.05"}
 AIMS |= {"memory, DVPO / PPO": "<= 1.10"}
-# How to decode: {name: (attention, settings of generate)}.
-DECODINGS = {
-    "usual": (sdpa_attention_forward, {}),
-    "grouped": (grouped_attention, {}),
-    "compiled": (grouped_attention, COMPILED),
-}
+DECODINGS = {"eager": {}, "compiled": COMPILED}  # settings of generate
 MICRO_BATCHES = (4096, 16384)  # tokens; the first is train.py's default
 
 
@@ -182,9 +175,8 @@ def decode_shares(run, own, bandwidth, found):
     cached = config.num_hidden_layers * len(prompts) * (prompts.shape[1] + steps / 2)
     bytes_a_step = size * (run.policy.num_parameters() + 2 * cached * memory.widths(config)[2])
     limits = {"max_new_tokens": steps, "eos_token_id": 1, "pad_token_id": 0}
-    for name, (attention, settings) in DECODINGS.items():
+    for name, settings in DECODINGS.items():
         clock = Clock()
-        AttentionInterface.register("sdpa", attention)
         try:
             with torch.no_grad(), autocast(run):
                 inputs = (run.sampler, prompts, attention_mask, 1.0, clock)

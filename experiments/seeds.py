@@ -8,6 +8,7 @@ One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import platform
@@ -25,8 +26,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import train
 from harness.checkpoints import resume
-from harness.flags import number_in, parse_args
+from harness.flags import ALGORITHMS, number_in, parse_args
 from harness.reports import quiet
 from harness.setup import build, load
 from tasks import InputError
@@ -47,7 +49,13 @@ def interval(values):
 
 def run_script(parser, function):
     """function(flags); what cannot work ends the program with one line and status 2."""
-    args = parser.parse_intermixed_args()  # flags may stand between the others
+    words = sys.argv[1:]
+    end = words.index("--") if "--" in words else len(words)
+    args = parser.parse_intermixed_args(words[:end])  # flags may stand between the others
+    # argparse would take a -- for its own where nothing stands before it.
+    if words[end + 1 :] and not hasattr(args, "flags"):
+        parser.error(f"expected nothing behind --, found {words[end + 1]}")
+    vars(args).setdefault("flags", []).extend(words[end + 1 :])
     quiet()
     try:
         function(args)
@@ -114,25 +122,30 @@ def machine():
     return about | {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine()}
 
 
-def train(flags, folder):
-    """Runs train.py on one thread; raises RuntimeError with the last line it says."""
-    command = [sys.executable, "train.py", *flags, "--output-dir", str(folder)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode:
-        found = done.stderr.strip().splitlines()[-1]
-        raise RuntimeError(f"{' '.join(command[1:])}: {found}")
+def train_quietly(flags):
+    """train.main(flags), unheard; raises RuntimeError with the last line of a run that failed."""
+    with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            status = train.main(flags)
+        except SystemExit as error:  # argparse's
+            status = error.code
+    if status:
+        raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
 
 
 def run(algo, seed, extra, folder):
     """One finished run as a dict: flags, versions, evaluation before and after, its curves."""
+    # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
+    flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
+    flags += [*extra, "--output-dir", str(folder)]
     if not (folder / "results.json").exists():
-        # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
-        seeds = f"--seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
-        train(["--algo", algo, *seeds, *extra], folder)
+        train_quietly(flags)
+    files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
+    asked = vars(parse_args(flags))
+    if other := [key for key, value in files[0]["flags"].items() if asked.get(key) != value]:
+        raise InputError(f"{folder}: expected a run with flags as now, found another {other[0]}")
     rows = read_rows(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
-    files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
     return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
 
 
@@ -148,24 +161,30 @@ def print_table(runs, algos):
         print(f"{name:26}" + "".join(cells))
 
 
+def run_and_print(args):
+    if args.seeds < 2 or (args.flags and args.name == "default"):
+        raise InputError("expected at least 2 --seeds, and a --name for a run with further flags")
+    torch.set_num_threads(1)
+    about, runs, algos = machine(), [], [*dict.fromkeys(args.algos)]
+    todo = [(algo, seed) for seed in range(args.seeds) for algo in algos]
+    target = RESULTS / f"{args.name}.jsonl"
+    old = read_rows(target) if target.exists() else []
+    if {(row.get("algo"), row.get("seed")) for row in old} - {*todo}:
+        raise InputError(f"--name: expected a new one, found other runs in {target}")
+    for algo, seed in tqdm(todo, desc="runs"):
+        runs.append(run(algo, seed, args.flags, ROOT / f"runs/{args.name}-{algo}-seed{seed}"))
+    target.write_text("".join(json.dumps({**about, **run}) + "\n" for run in runs))
+    print_table(runs, algos)
+    print(f"written: {target.relative_to(ROOT)}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0 on; at least 2")
-    parser.add_argument("--algos", nargs="+", default=["dvpo", "ppo"])
+    parser.add_argument("--seeds", type=COUNT, default=5, help="how many, from 0 on; at least 2")
+    parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["dvpo", "ppo"])
     parser.add_argument("--name", default="default", help="of the results and the runs' folders")
-    parser.add_argument("extra", nargs="*", help="further flags of train.py, behind --")
-    args = parser.parse_args()
-    if args.seeds < 2 or (args.extra and args.name == "default"):
-        parser.error("expected at least 2 --seeds, and a --name for a run with further flags")
-    about, runs = machine(), []
-    todo = [(algo, seed) for seed in range(args.seeds) for algo in args.algos]
-    for algo, seed in tqdm(todo, desc="runs"):
-        folder = ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"
-        runs.append(run(algo, seed, args.extra, folder))
-    target = RESULTS / f"{args.name}.jsonl"
-    target.write_text("".join(json.dumps({**about, **run}) + "\n" for run in runs))
-    print_table(runs, args.algos)
-    print(f"written: {target.relative_to(ROOT)}")
+    parser.add_argument("flags", nargs="*", help="further flags of train.py, behind --")
+    run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 
 from experiments import evaluate
-from experiments.noise import CURVES, NOISES, pooled, train_quietly
+from experiments.noise import CURVES, NOISES, pooled
 from experiments.seeds import (
     COUNT,
     DEVICE,
@@ -36,6 +36,7 @@ from experiments.seeds import (
     interval,
     read_rows,
     run_script,
+    train_quietly,
 )
 from harness.flags import number_in, parse_args
 from tasks import InputError, naming

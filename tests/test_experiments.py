@@ -52,6 +52,83 @@ def test_bench_prints_a_row_per_value_with_its_phases():
     assert all(float(columns[name]) > 0 for name in phases)
 
 
+# ---- seeds.py
+
+
+@pytest.fixture
+def seeds_of(tmp_path, monkeypatch, capsys):
+    """seeds.py in an empty house, with runs that take no time -> (status, what it said, runs)."""
+    (tmp_path / "results").mkdir()
+    monkeypatch.setattr(seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(seeds, "RESULTS", tmp_path / "results")
+    done = []
+
+    def trained(flags):
+        args, done_before = parse_args(flags), len(done)
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True)
+        scores = {"before": {"score": 0.25}, "after": {"score": 0.5 + done_before / 8}}
+        (folder / "args.json").write_text(json.dumps({"flags": vars(args)}))
+        (folder / "results.json").write_text(json.dumps(scores))
+        (folder / "metrics.jsonl").write_text('{"iteration": 1, "objective/kl": 0, "lr": 1}\n')
+        done.append((args.algo, args.seed))
+
+    def run(*flags):
+        monkeypatch.setattr(seeds, "train_quietly", trained)
+        monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "2", *flags])
+        try:
+            seeds.main()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code
+        said = capsys.readouterr()
+        return status, said.out + said.err, done
+
+    return run
+
+
+def test_seeds_run_once_each_and_are_one_table(seeds_of):
+    runs = [("ppo", 0), ("grpo", 0), ("ppo", 1), ("grpo", 1)]
+    for _ in range(2):  # the second time everything is there
+        status, said, done = seeds_of("--algos", "ppo", "grpo", "ppo")
+        assert status == 0 and done == runs
+        # ppo 0.5 and 0.75, grpo 0.625 and 0.875; Student's t of two is 12.71.
+        cells = "score 0.250 ±0.000 0.625 ±1.589 0.750 ±1.589 -0.125 ±0.000"
+        assert cells in " ".join(said.split())
+
+
+def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypatch, capsys):
+    words = ["evaluate.py", "x", "--set", "y", "math", "--", "--lam", "0.5"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2
+    assert "expected nothing behind --, found --lam" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ("--algos ppo grpo -- --lam 0.5", "and a --name for a run with further flags"),
+        (
+            "--name a --algos ppo -- --lam 0.5",
+            "expected a run with flags as now, found another lam",
+        ),
+        ("--name a --algos grpo", "--name: expected a new one, found other runs in"),
+        ("--name noise --algos ppo", "--name: expected a new one, found other runs in"),
+        ("--algos a2c", "invalid choice: 'a2c'"),
+        ("--seeds 1", "expected at least 2 --seeds"),
+    ],
+)
+def test_seeds_leave_other_runs_and_results_alone(seeds_of, tmp_path, flags, found):
+    assert seeds_of("--name", "a", "--algos", "ppo")[0] == 0
+    (tmp_path / "results" / "noise.jsonl").write_text('{"method": "ppo", "seed": 0}\n')
+    before = {path: path.read_text() for path in (tmp_path / "results").iterdir()}
+    status, said, done = seeds_of(*flags.split())
+    assert status == 2 and found in said.splitlines()[-1] and len(done) == 2
+    assert {path: path.read_text() for path in (tmp_path / "results").iterdir()} == before
+
+
 # ---- noise.py's warm starts, which processes share
 
 
@@ -397,7 +474,9 @@ def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(
     pseudo_labels.main()
     assert out.read_text() == written
     capsys.readouterr()
-    for other in ('{"a": 1}', '{"a": 1}\n', "text\n", '{"prompt": "a"}\n{"prompt": "b"}'):
+    others = ['{"a": 1}', '{"a": 1}\n', "text\n", '{"prompt": "a"}\n{"prompt": "b"}']
+    others += [written + '{"row": 9}\n{"row": 10}', '{"row": 1, "answer": "2"}\n{"row": 2}']
+    for other in others:
         out.write_text(other)
         with pytest.raises(SystemExit) as ended:
             pseudo_labels.main()
@@ -565,8 +644,10 @@ def test_evaluations_of_seeds_are_one_mean(capsys):
     for i in range(3):
         result = {"policy": f"runs/a-seed{i}", "set": "x", "reward": "y", "score": float(i)}
         results.append(result)
+    results += [result | {"set": "z/x"}, result | {"policy": "other/a-seed2"}]
     evaluate.print_means(results)
-    assert capsys.readouterr().out == "x, y: a 1.000 ±2.483\n"
+    said = ["x, y: runs/a 1.000 ±2.483, other/a 2.000", "z/x, y: runs/a 2.000"]
+    assert capsys.readouterr().out.splitlines() == said
 
 
 # ---- the memory formula
