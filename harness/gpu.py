@@ -3,7 +3,7 @@
 import copy
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -12,17 +12,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 COMPILED = {"cache_implementation": "static"}
 
 
-def grouped_attention(module, query, key, value, mask, scaling=None, **kwargs):
+def grouped_attention(module, query, key, value, attention_mask, **kwargs):
     """SDPA, but for one new token a row: query heads that share a key then read it once.
 
-    query (B, H, T, D), key (B, G, S, D), value (B, G, S, E), mask (B, 1, T, S), bool or to add, or
-    None -> (B, T, H, E), None. [ours] With a mask, transformers first copies each key H / G times.
+    query (B, H, T, D), key (B, G, S, D), value (B, G, S, E), attention_mask (B, 1, T, S) or None,
+    scaling a keyword -> (B, T, H, E), None. [ours] transformers first copies each key H / G times.
     """
     (num_rows, num_heads, num_columns, width), groups = query.shape, key.shape[1]
     if num_columns > 1 or groups == num_heads or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     query = query.reshape(num_rows, groups, num_heads // groups, width)
-    output = scaled_dot_product_attention(query, key, value, mask, scale=scaling)
+    output = sdpa(query, key, value, attention_mask, scale=kwargs.get("scaling"))
     return output.reshape(num_rows, 1, num_heads, value.shape[-1]), None
 
 
