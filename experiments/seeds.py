@@ -9,6 +9,7 @@ One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ from harness.checkpoints import resume
 from harness.flags import ALGORITHMS, number_in, parse_args
 from harness.reports import quiet
 from harness.setup import build, load
-from tasks import InputError
+from tasks import InputError, naming
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -129,21 +130,27 @@ def train_quietly(flags):
             status = train.main(flags)
         except SystemExit as error:  # argparse's
             status = error.code
+    if status == 130:
+        raise KeyboardInterrupt
     if status:
         raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
 
 
-def run(algo, seed, extra, folder):
+def assert_same(where, found, flags):
+    """Raises InputError where a run's flags are not the given ones, of those that both know."""
+    asked = vars(parse_args(flags)) | {"output_dir": found.get("output_dir")}
+    if other := [key for key in found if asked.get(key, found[key]) != found[key]]:
+        raise InputError(f"{where}: expected flags as now or a new --name, found other {other[0]}")
+
+
+def run(algo, seed, flags):
     """One finished run as a dict: flags, versions, evaluation before and after, its curves."""
-    # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
-    flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
-    flags += [*extra, "--output-dir", str(folder)]
+    folder = Path(flags[-1])
     if not (folder / "results.json").exists():
-        train_quietly(flags)
+        with naming(f"{algo}, seed {seed}"):
+            train_quietly(flags)
     files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
-    asked = vars(parse_args(flags))
-    if other := [key for key, value in files[0]["flags"].items() if asked.get(key) != value]:
-        raise InputError(f"{folder}: expected a run with flags as now, found another {other[0]}")
+    assert_same(folder, files[0]["flags"], flags)
     rows = read_rows(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
     return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
@@ -165,14 +172,21 @@ def run_and_print(args):
     if args.seeds < 2 or (args.flags and args.name == "default"):
         raise InputError("expected at least 2 --seeds, and a --name for a run with further flags")
     torch.set_num_threads(1)
-    about, runs, algos = machine(), [], [*dict.fromkeys(args.algos)]
-    todo = [(algo, seed) for seed in range(args.seeds) for algo in algos]
+    about, algos, todo, runs = machine(), [*dict.fromkeys(args.algos)], {}, []
+    for seed, algo in itertools.product(range(args.seeds), algos):
+        # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
+        flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
+        flags += [*args.flags, "--output-dir", f"{ROOT}/runs/{args.name}-{algo}-seed{seed}"]
+        parse_args(flags)  # here it ends what cannot work, before the first run
+        todo[algo, seed] = flags
     target = RESULTS / f"{args.name}.jsonl"
-    old = read_rows(target) if target.exists() else []
-    if {(row.get("algo"), row.get("seed")) for row in old} - {*todo}:
-        raise InputError(f"--name: expected a new one, found other runs in {target}")
-    for algo, seed in tqdm(todo, desc="runs"):
-        runs.append(run(algo, seed, args.flags, ROOT / f"runs/{args.name}-{algo}-seed{seed}"))
+    for row in read_rows(target) if target.exists() else []:
+        key = row.get("algo"), row.get("seed")
+        if key not in todo:
+            raise InputError(f"--name: expected a new one, found other runs in {target}")
+        assert_same(target, row["flags"], todo[key])
+    for key, flags in tqdm(todo.items(), desc="runs"):
+        runs.append(run(*key, flags))
     target.write_text("".join(json.dumps({**about, **run}) + "\n" for run in runs))
     print_table(runs, algos)
     print(f"written: {target.relative_to(ROOT)}")

@@ -97,6 +97,36 @@ def test_seeds_run_once_each_and_are_one_table(seeds_of):
         assert cells in " ".join(said.split())
 
 
+def test_seeds_of_a_run_that_was_resumed_or_moved_are_read(seeds_of, tmp_path):
+    assert seeds_of("--algos", "ppo")[0] == 0
+    path = tmp_path / "runs" / "default-ppo-seed1" / "args.json"
+    saved = json.loads(path.read_text())
+    saved["flags"] |= {"output_dir": "runs/default-ppo-seed1", "of old": 1}
+    path.write_text(json.dumps(saved))
+    assert seeds_of("--algos", "ppo")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "ended", "expected"),
+    [(1, 2, "error: ppo, seed 0: train.py: error: a disk is full"), (130, 130, "stopped")],
+)
+def test_a_run_that_fails_or_is_stopped_ends_seeds_in_one_line(
+    tmp_path, monkeypatch, capsys, status, ended, expected
+):
+    def main(flags):
+        print("train.py: error: a disk is full", file=sys.stderr)
+        return status
+
+    monkeypatch.setattr(seeds.train, "main", main)
+    monkeypatch.setattr(seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(seeds, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "2", "--algos", "ppo"])
+    with pytest.raises(SystemExit) as found:
+        seeds.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert (found.value.code, said) == (ended, f"seeds.py: {expected}")
+
+
 def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypatch, capsys):
     words = ["evaluate.py", "x", "--set", "y", "math", "--", "--lam", "0.5"]
     monkeypatch.setattr(sys, "argv", words)
@@ -112,7 +142,7 @@ def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypat
         ("--algos ppo grpo -- --lam 0.5", "and a --name for a run with further flags"),
         (
             "--name a --algos ppo -- --lam 0.5",
-            "expected a run with flags as now, found another lam",
+            "flags as now or a new --name, found other lam",
         ),
         ("--name a --algos grpo", "--name: expected a new one, found other runs in"),
         ("--name noise --algos ppo", "--name: expected a new one, found other runs in"),
@@ -121,11 +151,14 @@ def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypat
     ],
 )
 def test_seeds_leave_other_runs_and_results_alone(seeds_of, tmp_path, flags, found):
-    assert seeds_of("--name", "a", "--algos", "ppo")[0] == 0
+    for name in ("a", "moved"):
+        assert seeds_of("--name", name, "--algos", "ppo")[0] == 0
+    for folder in (tmp_path / "runs").glob("moved-*"):
+        shutil.rmtree(folder)
     (tmp_path / "results" / "noise.jsonl").write_text('{"method": "ppo", "seed": 0}\n')
     before = {path: path.read_text() for path in (tmp_path / "results").iterdir()}
     status, said, done = seeds_of(*flags.split())
-    assert status == 2 and found in said.splitlines()[-1] and len(done) == 2
+    assert status == 2 and found in said.splitlines()[-1] and len(done) == 4
     assert {path: path.read_text() for path in (tmp_path / "results").iterdir()} == before
 
 
