@@ -20,7 +20,7 @@ if __name__ == "__main__":
 from tqdm import trange
 
 import rollout
-from experiments.seeds import COUNT, DEVICE, add_row, interval, load_policy, run_script
+from experiments.seeds import COUNT, DEVICE, add_row, interval, load_policy, read_rows, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming
@@ -89,8 +89,12 @@ def print_means(results):
 
 
 def compare(args):
+    args.set = [*dict.fromkeys(map(tuple, args.set))]
     rewards, results = {name: load_reward(name, DEVICE) for _, name in args.set}, []
-    for policy in args.policies:
+    written = read_rows(args.output) if args.output and args.output.exists() else []
+    if not all("policy" in row for row in written):
+        raise InputError(f"--output: expected earlier results, found others in {args.output}")
+    for policy in dict.fromkeys(args.policies):
         for result in evaluate(policy, rewards, args):
             what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
             size = f"({result['rows']} rows, {result['words']:.1f} words)"

@@ -127,7 +127,7 @@ def run_folder(seed):
         if not warm.exists():
             # There in one step, as other processes may look, and the first of them wins.
             own = warm.with_name(f"{warm.name}-{os.getpid()}")
-            shutil.copytree(Path(folder) / "warm_start", own)
+            shutil.copytree(Path(folder) / "warm_start", own, dirs_exist_ok=True)
             with contextlib.suppress(OSError):
                 own.rename(warm)
             shutil.rmtree(own, ignore_errors=True)

@@ -78,9 +78,9 @@ def label(args):
     with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
         done = [json.loads(line) for line in lines if line.endswith("\n")]
         first = max([-1, *(row["row"] for row in done)]) + 1
-        known = all({"answer", "agreement"} <= row.keys() for row in done)
-        if lines and not (done and known):
-            raise InputError(f"found {lines[0][:60]!r}")
+        same = all(row["prompt"] == data[row["row"]]["prompt"] for row in done)
+        if lines and not (done and same and all("agreement" in row for row in done)):
+            raise InputError(f"found others, or of another data set: {lines[0][:60]!r}")
     args.output.write_text("".join(lines[: len(done)]))
     with open(args.output, "a") as out:
         for row in tqdm(range(first, len(data)), desc="problems"):

@@ -149,8 +149,9 @@ def run(algo, seed, flags):
     if not (folder / "results.json").exists():
         with naming(f"{algo}, seed {seed}"):
             train_quietly(flags)
-    files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
-    assert_same(folder, files[0]["flags"], flags)
+    with naming(str(folder)):
+        files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
+        assert_same("args.json", files[0]["flags"], flags)
     rows = read_rows(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
     return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
@@ -171,13 +172,17 @@ def print_table(runs, algos):
 def run_and_print(args):
     if args.seeds < 2 or (args.flags and args.name == "default"):
         raise InputError("expected at least 2 --seeds, and a --name for a run with further flags")
+    if not re.fullmatch(r"(?!noise-|setting-)\w[\w.-]*", args.name):
+        raise InputError(f"--name: expected letters, digits, '.', '_', '-', found {args.name!r}")
     torch.set_num_threads(1)
     about, algos, todo, runs = machine(), [*dict.fromkeys(args.algos)], {}, []
     for seed, algo in itertools.product(range(args.seeds), algos):
         # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
         flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
         flags += [*args.flags, "--output-dir", f"{ROOT}/runs/{args.name}-{algo}-seed{seed}"]
-        parse_args(flags)  # here it ends what cannot work, before the first run
+        asked = parse_args(flags)  # here it ends what cannot work, before the first run
+        if (asked.algo, asked.seed, asked.reward_noise_seed) != (algo, seed, seed):
+            raise InputError("expected other flags behind --, found one that is set here")
         todo[algo, seed] = flags
     target = RESULTS / f"{args.name}.jsonl"
     for row in read_rows(target) if target.exists() else []:

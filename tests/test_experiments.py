@@ -147,6 +147,10 @@ def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypat
         ("--name a --algos grpo", "--name: expected a new one, found other runs in"),
         ("--name noise --algos ppo", "--name: expected a new one, found other runs in"),
         ("--algos a2c", "invalid choice: 'a2c'"),
+        ("--name new --algos ppo -- --seed 3", "found one that is set here"),
+        ("--name new --algos ppo -- --algo grpo", "found one that is set here"),
+        ("--name noise-x --algos ppo", "--name: expected letters"),
+        ("--name ../x --algos ppo", "--name: expected letters"),
         ("--seeds 1", "expected at least 2 --seeds"),
     ],
 )
@@ -170,8 +174,8 @@ def test_a_new_warm_start_is_there_whole_and_once(tmp_path, monkeypatch, other_i
     monkeypatch.chdir(tmp_path)
     kept, copytree = tmp_path / "runs" / "warm-dialogue-seed3", shutil.copytree
 
-    def copied_while_another_process_ends(source, target):
-        copytree(source, target)
+    def copied_while_another_process_ends(source, target, **options):
+        copytree(source, target, **options)
         assert not kept.exists()
         if other_is_first:
             copytree(source, kept)
@@ -509,6 +513,7 @@ def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(
     capsys.readouterr()
     others = ['{"a": 1}', '{"a": 1}\n', "text\n", '{"prompt": "a"}\n{"prompt": "b"}']
     others += [written + '{"row": 9}\n{"row": 10}', '{"row": 1, "answer": "2"}\n{"row": 2}']
+    others += [written.replace('"prompt": "', '"prompt": "of other data '), written + "{}\n"]
     for other in others:
         out.write_text(other)
         with pytest.raises(SystemExit) as ended:
@@ -670,6 +675,30 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
             evaluate.main()
         said = capsys.readouterr().err.splitlines()
         assert ended.value.code == 2 and "policy: run/args.json: expected a run's" in said[-1]
+
+
+def test_what_is_evaluated_twice_counts_once_and_no_data_is_added_to(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def evaluated(policy, rewards, args):
+        asked.append((policy, [*args.set]))
+        found = {"policy": policy, "set": "d", "reward": "math", "rows": 1, "words": 1.0}
+        return [found | {"score": 0.5}]
+
+    monkeypatch.setattr(evaluate, "evaluate", evaluated)
+    out, data = tmp_path / "out.jsonl", tmp_path / "d.jsonl"
+    words = ["evaluate.py", "a", "a", "--set", "d", "math", "--set", "d", "math", "--output"]
+    for _ in range(2):
+        monkeypatch.setattr(sys, "argv", [*words, str(out)])
+        evaluate.main()
+        assert capsys.readouterr().out.splitlines()[-1] == "d, math: a 0.500"
+    assert asked == [("a", [("d", "math")])] * 2 and len(read_rows(out)) == 2
+    written = data.write_text('{"prompt": "1 + 1 =", "answer": 2}\n') and data.read_text()
+    monkeypatch.setattr(sys, "argv", [*words, str(data)])
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 2 and data.read_text() == written and len(asked) == 2
+    assert "--output: expected earlier results" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_evaluations_of_seeds_are_one_mean(capsys):
