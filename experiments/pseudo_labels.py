@@ -45,8 +45,7 @@ def majority(answers):
 
 def labelled(problem, texts, row):
     """A problem's row with the label that its samples vote for, or None without one."""
-    choices = problem.get("choices") or []
-    choices = choices["text"] if isinstance(choices, dict) else choices
+    choices, _ = verifiers.options_of(problem.get("choices"))
     answer, agreement = majority([final_answer(text, choices) for text in texts])
     if answer is None:
         return None

@@ -121,7 +121,10 @@ def options_of(choices):
     options = choices if isinstance(choices, dict) else {"text": choices}
     labels = [str(label) for label in options.get("label") or []]
     letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC's
-    return options.get("text") or [], letters
+    texts = options.get("text", "none") or []
+    if not isinstance(texts, list | tuple) or dict in map(type, texts):
+        raise InputError(f"choices: expected texts or {{text, label}}, found {choices!r:.60}")
+    return texts, letters
 
 
 def right_letter(answer, texts, letters):
@@ -130,12 +133,10 @@ def right_letter(answer, texts, letters):
     given = "" if answer is None or answer != answer else str(answer).strip().upper()
     known = ascii_uppercase[: len(texts) or 26]
     upper = [str(said).strip().upper() for said in texts]
-    if given in letters:
-        return letters[given]
+    if given in letters or (len(given) == 1 and given in known):
+        return letters.get(given, given)
     if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
         return dict(enumerate(known)).get(answer)
-    if len(given) == 1 and given in known:
-        return given
     return dict(zip(upper, known)).get(given) if given else None
 
 
@@ -152,8 +153,7 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
 
 def exact_reward(prompts, completions, answer, **columns):
     """1.0 where the completion is the answer column's text, white space aside, else 0.0."""
-    pairs = zip(completions, answer)
-    return [float(text_of(said).split() == str(right).split()) for said, right in pairs]
+    return [float(text_of(a).split() == str(b).split()) for a, b in zip(completions, answer)]
 
 
 VERIFIERS = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}

@@ -609,6 +609,18 @@ def test_choices_as_the_hub_has_them_and_numbers():
     assert choice_reward([""] * 6, said, ["3"] * 6, [metres] * 6) == [1.0, 0.0, 1.0, 1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    "choices",
+    ["A) 4 B) 5", {"A": "4", "B": "5"}, [{"label": "A", "text": "4"}], {"text": "45"}, 4, True],
+)
+def test_choices_of_another_shape_are_refused(choices):
+    with pytest.raises(InputError, match=r"choices: expected texts or .text, label., found"):
+        choice_reward([""], ["B"], ["B"], [choices])
+    columns = {"prompt": [""] * 2, "answer": ["B"] * 2, "choices": [["4", "5"], choices]}
+    with pytest.raises(InputError, match=r"choices: expected texts"):
+        assert_readable(columns, choice_reward)
+
+
 def test_choice_without_a_choices_column_and_exact():
     assert choice_reward(["", ""], ["The answer is C", "D"], ["C", "A"]) == [1.0, 0.0]
     assert exact_reward(["", ""], [" a  b ", "a"], ["a b", "b"]) == [1.0, 0.0]
