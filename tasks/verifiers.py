@@ -121,7 +121,7 @@ def options_of(choices):
     options = choices if isinstance(choices, dict) else {"text": choices}
     labels = [str(label) for label in options.get("label") or []]
     letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC's
-    texts = options.get("text", "none") or []
+    texts = options.get("text", options) or []
     if not isinstance(texts, list | tuple) or dict in map(type, texts):
         raise InputError(f"choices: expected texts or {{text, label}}, found {choices!r:.60}")
     return texts, letters
