@@ -205,6 +205,22 @@ def current(name):
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
+def with_average(found):
+    """Adds a noise `averaged` to {(noise, method): {seed: run}}: means, of seeds that all have."""
+    runs = {}
+    for (_, method), own in found.items():
+        runs.setdefault(method, []).append(own)
+    for method, noises in runs.items():
+        own = found["averaged", method] = {}
+        for seed in sorted(set.intersection(*map(set, noises))):
+            own[seed] = {}
+            for when in ("before", "after"):
+                rows = [noise[seed][when] for noise in noises]
+                keys = set.intersection(*map(set, rows))
+                own[seed][when] = {key: statistics.fmean(row[key] for row in rows) for key in keys}
+    return found
+
+
 def summarise(found, reference, splits=COLUMNS):
     """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance at the end)."""
     table = []
@@ -248,7 +264,7 @@ def run_and_print(args):
         expected = f"expected one of {', '.join(map(repr, methods))}"
         raise InputError(f"--reference: {expected}, found {reference!r}")
     failed = 0 if args.table else run_grid(args.grid, args.jobs, seeds[: args.seeds])
-    print_table(summarise(current(args.grid), reference), reference)
+    print_table(summarise(with_average(current(args.grid)), reference), reference)
     if failed:
         sys.exit(f"noise.py: {failed} runs failed")
 

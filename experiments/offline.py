@@ -181,6 +181,7 @@ def print_tables(rows):
     found = {key: {} for key in itertools.product(kinds, names)}
     for row in rows:
         found[row["noise"], label(row)][row["seed"]] = row
+    noise.with_average(found)
     for columns in COLUMNS:
         noise.print_table(noise.summarise(found, names[0], columns), names[0], columns)
 

@@ -415,6 +415,23 @@ def test_the_learning_rates_are_those_that_tuning_found(monkeypatch):
         assert f"--learning-rate {rates[max(rates)]}" in flags
 
 
+def test_the_average_over_noises_is_of_the_seeds_that_all_have():
+    def run(score, **more):
+        return {"before": {"a": 0.25}, "after": {"a": score, **more}, "ev": [0.0]}
+
+    found = {
+        ("x", "ppo"): {0: run(0.5), 1: run(1.0), 2: run(0.0)},
+        ("y", "ppo"): {0: run(0.25, b=1.0), 1: run(0.0)},
+        ("x", "dvpo"): {1: run(0.75)},
+        ("y", "dvpo"): {1: run(0.25)},
+    }
+    own = noise.with_average(found)
+    means = {seed: row["after"] for seed, row in own["averaged", "ppo"].items()}
+    assert means == {0: {"a": 0.375}, 1: {"a": 0.5}}
+    assert own["averaged", "ppo"][0]["before"] == {"a": 0.25}
+    assert own["averaged", "dvpo"] == {1: {"before": {"a": 0.25}, "after": {"a": 0.5}}}
+
+
 # ---- settings.py
 
 
