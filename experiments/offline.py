@@ -171,7 +171,8 @@ def settings_of(args):
     prices["rfqi"] = [(0.0, radius) for radius in args.radius]
     critics = [(method, price) for method in args.method for price in prices[method]]
     ways = itertools.product(critics, args.advantage, args.temperature)
-    return [(method, advantage, heat, *price) for (method, price), advantage, heat in ways]
+    found = [(method, advantage, heat, *price) for (method, price), advantage, heat in ways]
+    return [*dict.fromkeys(found)]
 
 
 def print_tables(rows):

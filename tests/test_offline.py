@@ -1,5 +1,6 @@
 """experiments/offline.py: advantages, resume, and three methods that are one without pessimism."""
 
+import argparse
 import shutil
 import sys
 
@@ -25,6 +26,14 @@ def test_the_advantages_are_the_return_and_q_minus_the_start_s_value(small):
     torch.testing.assert_close(own[log.mask], torch.zeros(log.mask.sum()), atol=1e-5, rtol=0)
     values = (probs * q).sum(dim=-1)
     torch.testing.assert_close(found["q"][log.mask], (taken - values)[log.mask])
+
+
+def test_what_is_asked_for_twice_runs_once():
+    asked = {"method": ["awr", "cql", "awr"], "temperature": [1.0, 0.3, 1.0]}
+    asked |= {"alpha": [0.1, 0.1], "radius": [0.03], "advantage": ["return"]}
+    found = offline.settings_of(argparse.Namespace(**asked))
+    awr, cql = ("awr", 0.0), ("cql", 0.1)
+    assert found == [(m, "return", t, a, 0.0) for m, a in (awr, cql) for t in (1.0, 0.3)]
 
 
 def build_with_grad(args):
