@@ -205,20 +205,18 @@ def current(name):
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
 
-def with_average(found):
-    """Adds a noise `averaged` to {(noise, method): {seed: run}}: means, of seeds that all have."""
-    runs = {}
-    for (_, method), own in found.items():
-        runs.setdefault(method, []).append(own)
-    for method, noises in runs.items():
-        own = found["averaged", method] = {}
-        for seed in sorted(set.intersection(*map(set, noises))):
-            own[seed] = {}
+def averaged(found):
+    """{(noise, method): {seed: run}} -> the same of one noise, the mean of all: shared seeds."""
+    means = {}
+    for method in dict.fromkeys(method for _, method in found):
+        noises = [own for (_, name), own in found.items() if name == method]
+        own = means["averaged", method] = {seed: {} for seed in set.intersection(*map(set, noises))}
+        for seed, run in own.items():
             for when in ("before", "after"):
                 rows = [noise[seed][when] for noise in noises]
                 keys = set.intersection(*map(set, rows))
-                own[seed][when] = {key: statistics.fmean(row[key] for row in rows) for key in keys}
-    return found
+                run[when] = {key: statistics.fmean(row[key] for row in rows) for key in keys}
+    return means
 
 
 def summarise(found, reference, splits=COLUMNS):
@@ -264,7 +262,8 @@ def run_and_print(args):
         expected = f"expected one of {', '.join(map(repr, methods))}"
         raise InputError(f"--reference: {expected}, found {reference!r}")
     failed = 0 if args.table else run_grid(args.grid, args.jobs, seeds[: args.seeds])
-    print_table(summarise(with_average(current(args.grid)), reference), reference)
+    found = current(args.grid)
+    print_table(summarise(found | averaged(found), reference), reference)
     if failed:
         sys.exit(f"noise.py: {failed} runs failed")
 

@@ -182,7 +182,7 @@ def print_tables(rows):
     found = {key: {} for key in itertools.product(kinds, names)}
     for row in rows:
         found[row["noise"], label(row)][row["seed"]] = row
-    noise.with_average(found)
+    found |= noise.averaged(found)
     for columns in COLUMNS:
         noise.print_table(noise.summarise(found, names[0], columns), names[0], columns)
 

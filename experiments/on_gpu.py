@@ -256,13 +256,13 @@ def one_algorithm(run, own, rollouts, measured, args, found):
     if algo == "dvpo":
         matrix, bandwidth = rates(args)
         found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
-        for own.micro_batch_tokens in MICRO_BATCHES:
-            name = f"update, compiled, {own.micro_batch_tokens}"
-            try:
-                of_update, _ = seconds_of(train.update, run, own, experience, times=3)
-                found |= {name: update_share(run, own, of_update, matrix)}
-            except torch.OutOfMemoryError:
-                found |= {name: "out of memory"}
+        name, (usual, own.micro_batch_tokens) = "update, compiled, {}".format, MICRO_BATCHES
+        found |= {name(usual): update_share(run, own, of_update, matrix)}
+        try:
+            of_update, _ = seconds_of(train.update, run, own, experience, times=3)
+            found |= {name(own.micro_batch_tokens): update_share(run, own, of_update, matrix)}
+        except torch.OutOfMemoryError:
+            found |= {name(own.micro_batch_tokens): "out of memory"}
         decode_shares(run, own, bandwidth, found)
 
 

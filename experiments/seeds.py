@@ -54,9 +54,10 @@ def run_script(parser, function):
     end = words.index("--") if "--" in words else len(words)
     args = parser.parse_intermixed_args(words[:end])  # flags may stand between the others
     # argparse would take a -- for its own where nothing stands before it.
-    if words[end + 1 :] and not hasattr(args, "flags"):
+    if hasattr(args, "flags"):
+        args.flags += words[end + 1 :]
+    elif words[end + 1 :]:
         parser.error(f"expected nothing behind --, found {words[end + 1]}")
-    vars(args).setdefault("flags", []).extend(words[end + 1 :])
     quiet()
     try:
         function(args)
@@ -136,22 +137,22 @@ def train_quietly(flags):
         raise RuntimeError((said.getvalue().strip() or "stopped").splitlines()[-1])
 
 
-def assert_same(where, found, flags):
-    """Raises InputError where a run's flags are not the given ones, of those that both know."""
-    asked = vars(parse_args(flags)) | {"output_dir": found.get("output_dir")}
-    if other := [key for key in found if asked.get(key, found[key]) != found[key]]:
+def assert_same(where, own, asked):
+    """Raises InputError where a run's own flags are not those asked for, of what both know."""
+    known = own.keys() & asked.keys() - {"output_dir"}
+    if other := sorted(key for key in known if own[key] != asked[key]):
         raise InputError(f"{where}: expected flags as now or a new --name, found other {other[0]}")
 
 
-def run(algo, seed, flags):
+def run(algo, seed, flags, asked):
     """One finished run as a dict: flags, versions, evaluation before and after, its curves."""
-    folder = Path(flags[-1])
+    folder = Path(asked["output_dir"])
     if not (folder / "results.json").exists():
         with naming(f"{algo}, seed {seed}"):
             train_quietly(flags)
     with naming(str(folder)):
         files = [json.loads((folder / name).read_text()) for name in ("args.json", "results.json")]
-        assert_same("args.json", files[0]["flags"], flags)
+        assert_same("args.json", files[0]["flags"], asked)
     rows = read_rows(folder / "metrics.jsonl")
     curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
     return {"algo": algo, "seed": seed, **files[0], **files[1], "curve": curve}
@@ -180,18 +181,18 @@ def run_and_print(args):
         # The noise has the run's seed: or all runs would meet the same, and the interval miss it.
         flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
         flags += [*args.flags, "--output-dir", f"{ROOT}/runs/{args.name}-{algo}-seed{seed}"]
-        asked = parse_args(flags)  # here it ends what cannot work, before the first run
-        if (asked.algo, asked.seed, asked.reward_noise_seed) != (algo, seed, seed):
+        asked = vars(parse_args(flags))  # it ends here what cannot work, before the first run
+        if [asked[key] for key in ("algo", "seed", "reward_noise_seed")] != [algo, seed, seed]:
             raise InputError("expected other flags behind --, found one that is set here")
-        todo[algo, seed] = flags
+        todo[algo, seed] = flags, asked
     target = RESULTS / f"{args.name}.jsonl"
     for row in read_rows(target) if target.exists() else []:
         key = row.get("algo"), row.get("seed")
         if key not in todo:
             raise InputError(f"--name: expected a new one, found other runs in {target}")
-        assert_same(target, row["flags"], todo[key])
-    for key, flags in tqdm(todo.items(), desc="runs"):
-        runs.append(run(*key, flags))
+        assert_same(target, row["flags"], todo[key][1])
+    for key, own in tqdm(todo.items(), desc="runs"):
+        runs.append(run(*key, *own))
     target.write_text("".join(json.dumps({**about, **run}) + "\n" for run in runs))
     print_table(runs, algos)
     print(f"written: {target.relative_to(ROOT)}")

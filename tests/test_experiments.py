@@ -425,7 +425,7 @@ def test_the_average_over_noises_is_of_the_seeds_that_all_have():
         ("x", "dvpo"): {1: run(0.75)},
         ("y", "dvpo"): {1: run(0.25)},
     }
-    own = noise.with_average(found)
+    own = noise.averaged(found)
     means = {seed: row["after"] for seed, row in own["averaged", "ppo"].items()}
     assert means == {0: {"a": 0.375}, 1: {"a": 0.5}}
     assert own["averaged", "ppo"][0]["before"] == {"a": 0.25}
