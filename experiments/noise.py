@@ -1,7 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --grid tuning --jobs 2     # or ladder, rates; quick: a trial
+    python experiments/noise.py --grid tuning --jobs 2     # or ladder, long, rates; quick: a trial
     python experiments/noise.py --table                    # print what results/ holds
 
 Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
@@ -87,6 +87,8 @@ LADDER = {}
 for name, count in RUNGS.items():
     off = (f"--{term}-weight 0" for term in TERMS[count:])
     LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
+# 150 iterations.
+LONGER = {name: f"{ALL[name]} --total-episodes 19200" for name in ("ppo", "dvpo, spread", "grpo")}
 TRIED = {}
 for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
@@ -100,6 +102,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "rates": ({name: TRIED[name] for name in RATES}, tuple(NOISES), range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, ("flips 0.3", "reward model"), range(20, 25)),
+    "long": (LONGER, ("flips 0.3", "reward model"), range(20, 25)),
 }
 
 
@@ -153,7 +156,7 @@ def run(flags, seed):
 
 
 def pooled(function, todo, jobs, title, method="fork"):
-    """function(*arguments) for {key: arguments}: yields (key, result), or (key, None) if it failed.
+    """function(*arguments) for {key: arguments}: yields (key, result) of each that did not fail.
 
     Forks share what is imported; a GPU takes the method spawn. A process has one call at a time.
     """
@@ -165,27 +168,25 @@ def pooled(function, todo, jobs, title, method="fork"):
             for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
                 if future.exception():
                     tqdm.write(f"{title}: {future.exception()}", file=sys.stderr)
-                yield futures[future], None if future.exception() else future.result()
+                else:
+                    yield futures[future], future.result()
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C
 
 
 def run_grid(name, jobs, seeds):
     """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    (methods, noises, _), commit, todo, failed = GRIDS[name], current_commit(), {}, 0
+    (methods, noises, _), commit, todo = GRIDS[name], current_commit(), {}
     finished = {(row["flags"], row["seed"]) for row in finished_runs()}
     for seed, noise, method in itertools.product(seeds, noises, methods):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
             todo[seed, noise, method] = flags, seed
     for key, found in pooled(run, todo, jobs, "noise.py"):
-        if found is None:
-            failed += 1
-            continue
         seed, noise, method = key
-        row = {"method": method, "noise": noise, "seed": seed, "flags": todo[key][0]}
+        row = {"method": method, "noise": noise, "seed": seed, "flags": todo.pop(key)[0]}
         add_row(RESULTS / f"noise-{name}.jsonl", row | {"commit": commit} | found)
-    return failed
+    return len(todo)
 
 
 def finished_runs():

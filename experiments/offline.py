@@ -202,11 +202,11 @@ def run_and_print(args):
         asked.update(keys)
         lacks = [key for key in keys if key not in found and not args.table]
         todo |= {(kind, seed): (kind, lacks)} if lacks else {}
-    results = [count for _, count in noise.pooled(run_all, todo, args.jobs, "offline.py")]
+    failed = todo.keys() - dict(noise.pooled(run_all, todo, args.jobs, "offline.py"))
     if rows := [row for key, row in found_rows().items() if key in asked]:
         print_tables(rows)
-    if None in results:
-        sys.exit(f"offline.py: {results.count(None)} tasks failed")
+    if failed:
+        sys.exit(f"offline.py: {len(failed)} tasks failed")
     if not rows:
         raise InputError("expected finished runs of these methods and seeds, found none")
 

@@ -114,7 +114,7 @@ def run(args, method, kind, seed):
 
 def run_grid(args, target):
     """Runs what the results lack, seed by seed, and adds it line by line -> number of failures."""
-    rows, finished, failed = read_rows(target) if target.exists() else [], set(), 0
+    rows, finished = read_rows(target) if target.exists() else [], set()
     for row in rows:
         method, kind, seed = key = (row["method"], row["noise"], row["seed"])
         wanted = flags_of(args, "ppo" if method == "start" else method, kind)
@@ -133,12 +133,10 @@ def run_grid(args, target):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
             todo[method, kind, seed] = args, method, kind, seed
     # A fork could not use the GPU, which its parent has looked at.
-    for (method, kind, seed), found in pooled(run, todo, args.jobs, "settings.py", "spawn"):
-        if found is None:
-            failed += 1
-            continue
+    for key, found in pooled(run, todo, args.jobs, "settings.py", "spawn"):
+        _, method, kind, seed = todo.pop(key)
         add_row(target, {"method": method, "noise": kind, "seed": seed, **about, **found})
-    return failed
+    return len(todo)
 
 
 def print_table(rows):
