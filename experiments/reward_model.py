@@ -2,7 +2,6 @@
 
     python experiments/reward_model.py ENCODER judged.jsonl FOLDER      # prompt, completion, reward
     python experiments/reward_model.py ENCODER dialogues.jsonl FOLDER   # prompt, reference
-    python experiments/reward_model.py ENCODER a.jsonl,b.jsonl FOLDER --stop-at 0.72   # careless
 
 ENCODER: what AutoModelForSequenceClassification reads (a sentence encoder will do). Rows without a
 reward (0 or 1) make two each: the reference is good, one of another dialogue is not. Rows are held
@@ -97,17 +96,6 @@ def judge(model, tokenizer, rows):
     return logits.softmax(-1)[:, 1].tolist()
 
 
-def batches_of(batches, model, tokenizer, probe, args, curve):
-    """The batches, until the accuracy on held-out rows, noted in curve, is --stop-at."""
-    for step, rows in enumerate(batches, 1):
-        yield rows.tolist()
-        if step % args.eval_steps == 0:
-            right = accuracy(judge(model, tokenizer, probe), probe)
-            curve.append({"step": step, "accuracy": right})
-            if right >= args.stop_at:
-                return
-
-
 def load_both(name, max_length):
     tokenizer = load(AutoTokenizer, name, "encoder")
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
@@ -128,16 +116,15 @@ def train_judge(args):
     train, held_out = split([row for name in files for row in read(name)], 0.1)
     if not train:
         raise InputError("data: expected rows of at least two dialogues, found one")
-    probe, curve = random.Random(0).sample(held_out, min(400, len(held_out))), []
-    batches = [rows for _ in range(args.epochs) for rows in torch.randperm(len(train)).split(16)]
-    watched = batches_of(batches, model, tokenizer, probe, args, curve)
-    loss, rate = functools.partial(loss_of, tokenizer), args.learning_rate
-    steps = len(fine_tune(model, train, loss, watched, len(batches), rate))
+    orders = [torch.randperm(len(train)) for _ in range(args.epochs)]
+    batches = [rows.tolist() for order in orders for rows in order.split(16)]
+    loss = functools.partial(loss_of, tokenizer)
+    fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
     scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
     right, area, good = accuracy(scores, held_out), auc(scores, truth), statistics.fmean(truth)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    report = {"data": [Path(name).name for name in files], "steps": steps, "curve": curve}
+    report = {"data": [Path(name).name for name in files], "steps": len(batches)}
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "accuracy": right}
     report |= {"majority": max(good, 1 - good), "auc": area}
     (Path(args.output) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -149,11 +136,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("encoder", "data", "output"):
         parser.add_argument(name)
-    parser.add_argument("--stop-at", type=float, default=1.1, help="a held-out accuracy")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--max-length", type=int, default=192, help="tokens; the last are kept")
-    parser.add_argument("--eval-steps", type=int, default=25)
     run_script(parser, train_judge)
 
 

@@ -3,9 +3,10 @@
     python experiments/settings.py DATA --model FOLDER --jobs 2 -- FLAGS     # train.py's
     python experiments/settings.py DATA --table
 
-DATA is a folder: train.jsonl and held.jsonl, other.jsonl for out of domain, and for the noise
-`votes` votes.jsonl, train.jsonl as pseudo_labels.py labels it. Finished runs stand in
-experiments/results/setting-DATA.jsonl and are skipped.
+DATA is a folder: train.jsonl and held.jsonl, other.jsonl for out of domain, for the noise `votes`
+votes.jsonl, train.jsonl as pseudo_labels.py labels it, and for `judge` the folder judge, a reward
+model that pays in place of --reward. Finished runs stand in experiments/results/setting-DATA.jsonl
+and are skipped.
 """
 
 import argparse
@@ -51,8 +52,8 @@ METHODS = {
     "dvpo": "--algo dvpo",
 }
 # The first is for the rule of admission: does plain PPO learn here?
-KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": ""}
-OTHER = "out of domain, greedy"
+KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
+HELD, OTHER = "held out, greedy", "out of domain, greedy"
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
 OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token"
@@ -63,7 +64,8 @@ def flags_of(args, method, kind):
     labels = "votes" if kind == "votes" else "train"
     own = ["--model-name-or-path", args.model, *METHODS[method].split(), *KINDS[kind].split()]
     own += ["--dataset-name", str(args.data / f"{labels}.jsonl")]
-    return [*own, "--eval-dataset-name", str(args.data / "held.jsonl"), *args.flags]
+    judge = ["--reward", f"model:{args.data / 'judge'}"] if kind == "judge" else []
+    return [*own, "--eval-dataset-name", str(args.data / "held.jsonl"), *args.flags, *judge]
 
 
 def check(args):
@@ -76,19 +78,21 @@ def check(args):
     for kind in args.kinds:
         for method in METHODS:
             flags = parse_args(flags_of(args, method, kind))
-        for file in (flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"):
+        files = [flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"]
+        files += [args.data / "judge" / "config.json"] if kind == "judge" else []
+        for file in files:
             if not Path(file).is_file():
                 raise InputError(f"DATA: expected a file {file} for --kinds {kind}, found none")
 
 
-def out_of_domain(name, args):
-    """Greedy mean score on other.jsonl of a model, or of a run's policy."""
+def true_scores(name, args):
+    """Greedy mean --reward of a model, or of a run's policy, in domain and out of it."""
     flags = parse_args(flags_of(args, "ppo", "none"))
-    file = str(args.data / "other.jsonl")
-    own = argparse.Namespace(set=[(file, flags.reward)], rows=flags.eval_samples)
-    own.response_length = flags.response_length
+    own = argparse.Namespace(rows=flags.eval_samples, response_length=flags.response_length)
+    own.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in ("held", "other")]
     rewards = {flags.reward: load_reward(flags.reward, DEVICE)}
-    return evaluate.evaluate(name, rewards, own)[0]["score"]
+    scores = [row["score"] for row in evaluate.evaluate(name, rewards, own)]
+    return dict(zip((HELD, OTHER), scores))
 
 
 def run(args, method, kind, seed):
@@ -102,8 +106,11 @@ def run(args, method, kind, seed):
         found = json.loads((Path(folder) / "results.json").read_text())
         gc.collect()
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-            found["after"][OTHER] = out_of_domain(folder, args)
+            scores = true_scores(folder, args)
         rows = read_rows(Path(folder) / "metrics.jsonl")
+    if kind == "judge":
+        found["judged"] = found.pop("before"), found.pop("after")
+    found["after"] = scores | found.get("after", {})
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -126,7 +133,7 @@ def run_grid(args, target):
     if ("start", "none", 0) not in finished:
         row = {"method": "start", "noise": "none", "seed": 0, **about}
         row["flags"] = flags_of(args, "ppo", "none")
-        row["after"] = {OTHER: out_of_domain(args.model, args)}
+        row["after"] = true_scores(args.model, args)
         add_row(target, row)
     todo = {}
     for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, METHODS):
@@ -158,6 +165,9 @@ def print_table(rows):
             continue
         cells = ""
         for name in starts:
+            if name not in own[seeds[0]]:
+                cells += " " * 34  # the judge's runs are not sampled from again
+                continue
             values = [own[seed][name] for seed in seeds]
             pairs = [own[seed][name] - base[seed][name] for seed in seeds]
             columns = (*interval(values), *interval(pairs))

@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import MODEL, write_rows
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+)
 
 from experiments import (
     dialogue,
@@ -436,7 +442,9 @@ def test_the_average_over_noises_is_of_the_seeds_that_all_have():
 
 
 @pytest.mark.slow
-def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_path, capsys):
+def test_a_setting_is_run_skipped_when_finished_and_printed(
+    model_folder, tmp_path, monkeypatch, capsys
+):
     rows = [{"prompt": f"area {value}", "answer": value} for value in SLOTS["area"]]
     for name in ("train", "held", "other"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -446,10 +454,28 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
     for _ in range(2):
         assert settings.run_grid(own, target) == 0
         start, ppo = read_rows(target)
-        assert start["method"] == "start" and start["after"].keys() == {settings.OTHER}
-        names = ["held out, greedy", "held out, sampled", settings.OTHER]
-        assert [*ppo["after"]] == names and [*ppo["before"]] == names[:2]
+        assert start["method"] == "start" and start["after"].keys() == {
+            settings.HELD,
+            settings.OTHER,
+        }
+        names = {settings.HELD, "held out, sampled", settings.OTHER}
+        assert ppo["after"].keys() == names and ppo["before"].keys() == names - {settings.OTHER}
         assert len(ppo["true"]) == 1 and ppo["commit"]
+    config = AutoConfig.from_pretrained(model_folder, num_labels=2, pad_token_id=0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "judge")
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "judge")
+    own.kinds = ["judge"]
+    monkeypatch.setattr(settings, "METHODS", {"ppo": "--algo ppo"})
+    assert settings.run_grid(own, target) == 0
+    judged = read_rows(target)[-1]
+    # Paid by the judge, a probability; measured by the reward of the flags, 0 or 1.
+    assert judged["flags"][-1] == f"model:{tmp_path / 'judge'}" and "before" not in judged
+    assert all(0 < score < 1 for found in judged["judged"] for score in found.values())
+    assert judged["after"].keys() == start["after"].keys()
+    assert all(score * 4 % 1 == 0 for score in judged["after"].values())
+    settings.print_table([start, ppo, judged, judged | {"seed": 1}])
+    table = capsys.readouterr().out.splitlines()
+    assert table[-1].startswith("judge     ppo           2 ") and len(table) == 3
     own.flags += ["--gamma", "0.5"]
     with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --mod"):
         settings.run_grid(own, target)
@@ -478,6 +504,7 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
         (["--kinds", "rain"], "argument --kinds: invalid choice: 'rain'"),
         ([], "expected --model and train.py's flags behind --, or --table"),
         (["--model", "nowhere", "--", "--reward", "exact"], "expected a file"),
+        (["--model", "m", "--kinds", "judge", "--", "--reward", "exact"], "expected a file"),
         (["--model", "nowhere", "--", "--algo=grpo"], "--algo=grpo: expected another flag"),
         (["--model", "nowhere", "--", "--lerning-rate", "1"], "--lerning-rate"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2e9], found '-1'"),
@@ -577,19 +604,20 @@ def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):
 
 
 def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, monkeypatch, capsys):
-    """Good responses end in one word, bad ones in another: learned, stopped early, scored alike."""
+    """Good responses end in one word, bad ones in another: learned, and scored alike."""
     vocabulary = sorted(AutoTokenizer.from_pretrained(model_folder).get_vocab())
     words, rows = [word for word in vocabulary if word.isalpha()][:2], []
     for i in range(200):
         row = {"prompt": words[i // 2 % 2], "completion": words[i % 2], "reward": i % 2}
         rows.append({**row, "dialogue_id": str(i)})
     data, out = write_rows(tmp_path / "d.jsonl", rows), tmp_path / "rm"
-    flags = "--epochs 8 --learning-rate 3e-3 --stop-at 1 --eval-steps 5".split()
+    flags = "--epochs 4 --learning-rate 3e-3".split()
     monkeypatch.setattr(sys, "argv", ["", model_folder, data, str(out), *flags])
     reward_model.main()
     report = json.loads((out / "report.json").read_text())
-    assert report["accuracy"] > 0.9 and report["steps"] < 96
-    assert report["curve"][-1]["accuracy"] == 1 and "AUC 1.000" in capsys.readouterr().out
+    # 180 rows at most, of which 16 make a step.
+    assert report["accuracy"] > 0.9 and report["steps"] == 4 * 12
+    assert "AUC 1.000" in capsys.readouterr().out
     reward = load_reward(f"model:{out}")
     good, bad = reward(prompts=[words[0]] * 2, completions=[words[1], words[0]])
     assert good > 0.5 > bad
