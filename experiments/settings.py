@@ -56,7 +56,7 @@ KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
 HELD, OTHER = "held out, greedy", "out of domain, greedy"
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
-OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token"
+OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token user"
 OURS = {f"--{name}" for name in OURS.split()}
 
 

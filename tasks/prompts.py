@@ -39,7 +39,7 @@ def load_data(name, split, config=None, prompt_column="prompt"):
     if {PROMPT_IDS, PSEUDO_LABEL} & {*data.column_names}:
         raise InputError(f"expected other columns than {PROMPT_IDS} and {PSEUDO_LABEL}, {found}")
     if isinstance(label := data.features.get("answer"), ClassLabel):  # names, not their numbers
-        names = [own if own is None else label.int2str(own) for own in data["answer"][:]]
+        names = [None if own in (None, -1) else label.int2str(own) for own in data["answer"][:]]
         data = data.remove_columns("answer").add_column("answer", names)
     if prompt_column != "prompt":
         others = [column for column in data.column_names if column != "prompt"]

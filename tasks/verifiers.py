@@ -119,11 +119,11 @@ def chosen_letter(text, choices, numbers=""):
 def options_of(choices):
     """Choices, texts or the hub's {text, label} -> texts, {label: letter} if labels are digits."""
     options = choices if isinstance(choices, dict) else {"text": choices}
-    labels = [str(label) for label in options.get("label") or []]
-    letters = dict(zip(labels, ascii_uppercase)) if "".join(labels).isdigit() else {}  # ARC's
-    texts = options.get("text", options) or []
-    if not isinstance(texts, list | tuple) or dict in map(type, texts):
-        raise InputError(f"choices: expected texts or {{text, label}}, found {choices!r:.60}")
+    own = [str(label).upper() for label in options.get("label") or []]
+    letters = {} if own == [*ascii_uppercase[: len(own)]] else dict(zip(own, ascii_uppercase))
+    texts, others = options.get("text", options) or [], {*"".join(letters)} - {*digits}
+    if not isinstance(texts, list | tuple) or dict in map(type, texts) or others:
+        raise InputError(f"choices: expected texts, labels A, B.. or digits, found {choices!r:.60}")
     return texts, letters
 
 
@@ -137,7 +137,7 @@ def right_letter(answer, texts, letters):
         return letters.get(given, given)
     if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
         return dict(enumerate(known)).get(answer)
-    return dict(zip(upper, known)).get(given) if given else None
+    return known[upper.index(given)] if given and upper.count(given) == 1 else None
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):
@@ -164,13 +164,14 @@ def assert_readable(columns, reward):
     answers = columns.get("answer", [None]) if reward in VERIFIERS.values() else []
     choices = columns.get("choices") or [None] * len(answers)
     for row, (answer, own) in enumerate(zip(answers, choices)):
-        expected, read = "an 'answer' for --reward", None if answer != answer else answer
+        is_text = answer == answer and not hasattr(answer, "year")  # neither NaN nor a date
+        expected, read = "an 'answer'", answer if is_text else None
         if reward is math_reward:
-            expected = "a number as 'answer' for --reward math"
+            expected = "a number as 'answer'"
             read = as_number(str(answer).split("####")[-1])
         elif reward is choice_reward:
             expected = "an option's letter, label, text or place from 0 as 'answer'"
             read = right_letter(answer, *options_of(own))
         if read is None:
-            found = f"found {answer!r:.60} in the columns {', '.join(columns)}"
-            raise InputError(f"row {row}: expected {expected} (docs/your-own.md), {found}")
+            where = f"row {row}: expected {expected} for --reward (docs/your-own.md)"
+            raise InputError(f"{where}, found {answer!r:.60} in the columns {', '.join(columns)}")

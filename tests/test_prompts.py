@@ -224,6 +224,10 @@ def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_pa
     assert len(load_prompts(*where)) == 2
     with pytest.raises(InputError, match="--dataset-name: .*row 1: expected an 'answer'.*--reward"):
         load_prompts(*where, rewards=[exact_reward])
+    # As datasets reads it: a date, which no response is.
+    path.write_text('{"prompt": "a", "answer": "1969-07-20"}\n')
+    with pytest.raises(InputError, match=r"row 0: expected an 'answer'.* datetime.datetime\(1969"):
+        load_prompts(*where, rewards=[exact_reward])
     path.write_text('{"prompt": "a", "text": 1.5}\n')
     with pytest.raises(InputError, match="row 0: expected an 'answer'.* columns prompt, text"):
         load_prompts(*where, rewards=[exact_reward])
@@ -236,6 +240,10 @@ def test_an_answer_of_classes_is_their_names(tmp_path):
     data.to_parquet(tmp_path / "rows.parquet")
     found = load_data(str(tmp_path / "rows.parquet"), "train")
     assert found["answer"][:] == ["yes", "no", "yes"] and found["x"][:] == [1, 0, 1]
+    # -1 is how a test set says that it has no labels.
+    hidden = data.map(lambda row: {"answer": -1}, features=data.features)
+    hidden.to_parquet(tmp_path / "hidden.parquet")
+    assert load_data(str(tmp_path / "hidden.parquet"), "train")["answer"][:] == [None] * 3
 
 
 def test_batches_walk_through_seeded_permutations_of_the_rows():

@@ -611,14 +611,31 @@ def test_choices_as_the_hub_has_them_and_numbers():
 
 @pytest.mark.parametrize(
     "choices",
-    ["A) 4 B) 5", {"A": "4", "B": "5"}, [{"label": "A", "text": "4"}], {"text": "45"}, 4, True],
+    [
+        "A) 4 B) 5",
+        {"A": "4", "B": "5"},
+        [{"label": "A", "text": "4"}],
+        {"text": "45"},
+        4,
+        True,
+        # By these labels an answer B would mean the first option, by its place the second.
+        {"text": ["4", "5"], "label": ["B", "A"]},
+        {"text": ["4", "5"], "label": ["i", "ii"]},
+    ],
 )
 def test_choices_of_another_shape_are_refused(choices):
-    with pytest.raises(InputError, match=r"choices: expected texts or .text, label., found"):
+    with pytest.raises(InputError, match="choices: expected texts, labels A, B.. or digits, found"):
         choice_reward([""], ["B"], ["B"], [choices])
     columns = {"prompt": [""] * 2, "answer": ["B"] * 2, "choices": [["4", "5"], choices]}
-    with pytest.raises(InputError, match=r"choices: expected texts"):
+    with pytest.raises(InputError, match="choices: expected texts"):
         assert_readable(columns, choice_reward)
+
+
+def test_an_answer_that_is_the_text_of_two_options_is_refused():
+    columns = {"prompt": [""], "answer": ["Yes"], "choices": [["yes", "no", "YES"]]}
+    with pytest.raises(InputError, match="row 0: expected an option's letter"):
+        assert_readable(columns, choice_reward)
+    assert_readable(columns | {"answer": ["C"]}, choice_reward)
 
 
 def test_choice_without_a_choices_column_and_exact():
