@@ -191,7 +191,8 @@ def run_grid(name, jobs, seeds):
 
 def finished_runs():
     """All of them, whichever grid made them."""
-    return [row for file in sorted(RESULTS.glob("noise-*.jsonl")) for row in read_rows(file)]
+    files = sorted(RESULTS.glob("noise-*.jsonl"))
+    return [row for file in files for row in read_rows(file, "flags", "seed", "before", "after")]
 
 
 def current(name):
@@ -232,8 +233,9 @@ def summarise(found, reference, splits=COLUMNS):
         for split in splits:
             # Sampled scores before training depend on --batch-size, too.
             pairs = [(own[seed]["before"], base[seed]["before"]) for seed in seeds]
-            same = all(one.get(split) == two.get(split) for one, two in pairs)
-            assert same, f"{noise}, {method}: another warm start than {reference}"
+            if any(one.get(split) != two.get(split) for one, two in pairs):
+                found = f"expected the warm start of {reference}, found another"
+                raise InputError(f"results: {noise}, {method}: {found}")
             after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
             columns[split] = interval(after)
             columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])

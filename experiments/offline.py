@@ -189,7 +189,7 @@ def print_tables(rows):
 
 def found_rows():
     """{its KEYS: row} of the file."""
-    rows = read_rows(FOUND) if FOUND.exists() else []
+    rows = read_rows(FOUND, *KEYS, "noise", "after") if FOUND.exists() else []
     return {tuple(row[key] for key in KEYS): row for row in rows}
 
 

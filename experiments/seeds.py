@@ -82,8 +82,8 @@ def load_run(folder):
     return run, args
 
 
-def read_rows(path):
-    """The objects of a jsonl file, a line each; raises InputError naming file and line."""
+def read_rows(path, *keys):
+    """The objects of a jsonl file, a line each, with keys; raises InputError naming the line."""
     rows = []
     # Only what JSON writes as the end of a line is one.
     for number, line in enumerate(Path(path).read_text(errors="replace").split("\n"), 1):
@@ -91,9 +91,10 @@ def read_rows(path):
             continue
         try:
             rows.append({**json.loads(line)})
-        except (ValueError, TypeError) as error:
-            found = f"expected a JSON object, found {line[:60]!r}"
-            raise InputError(f"{path}, line {number}: {found}") from error
+            [rows[-1][key] for key in keys]
+        except (ValueError, TypeError, KeyError) as error:
+            found = f"a JSON object{' with ' * bool(keys)}{', '.join(keys)}, found {line[:60]!r}"
+            raise InputError(f"{path}, line {number}: expected {found}") from error
     return rows
 
 

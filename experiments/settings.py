@@ -54,6 +54,7 @@ METHODS = {
 # The first is for the rule of admission: does plain PPO learn here?
 KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
 HELD, OTHER = "held out, greedy", "out of domain, greedy"
+KEYS = ("method", "noise", "seed", "flags", "after")  # of a row
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
 OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token user"
@@ -121,8 +122,8 @@ def run(args, method, kind, seed):
 
 def run_grid(args, target):
     """Runs what the results lack, seed by seed, and adds it line by line -> number of failures."""
-    rows, finished = read_rows(target) if target.exists() else [], set()
-    for row in rows:
+    finished = set()
+    for row in read_rows(target, *KEYS) if target.exists() else []:
         method, kind, seed = key = (row["method"], row["noise"], row["seed"])
         wanted = flags_of(args, "ppo" if method == "start" else method, kind)
         if row["flags"] != wanted:
@@ -180,7 +181,7 @@ def run_and_print(args):
     if not args.table:
         check(args)
         failed = run_grid(args, target)
-    print_table(read_rows(target))
+    print_table(read_rows(target, *KEYS))
     if failed:
         sys.exit(f"settings.py: {failed} runs failed")
 

@@ -299,8 +299,12 @@ def test_rows_are_read_past_blank_lines_and_end_where_json_ends_them(tmp_path):
     path.write_text('{"a": "x\u2028y"}\n\n{"b": 2}\n\n')
     assert read_rows(path) == [{"a": "x\u2028y"}, {"b": 2}]
     path.write_bytes(b'{"a": 1}\n\n\xff\n')
-    with pytest.raises(InputError, match="line 3: expected a JSON object"):
+    with pytest.raises(InputError, match="line 3: expected a JSON object, found"):
         read_rows(path)
+    path.write_text('{"a": 1, "b": 2}\n{"a": 1}\n')
+    assert len(read_rows(path, "a")) == 2
+    with pytest.raises(InputError, match="line 2: expected a JSON object with a, b, found '.\"a"):
+        read_rows(path, "a", "b")
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
@@ -379,7 +383,11 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     assert turned[3]["in domain, greedy, difference"][0] == pytest.approx(-0.125)
     rows[0]["before"]["out of domain, greedy"] = 7
     write_rows(tmp_path / "noise-0.jsonl", rows[:3])
-    with pytest.raises(AssertionError, match="another warm start"):
+    with pytest.raises(InputError, match="results: none, ppo: expected the warm start of dvpo"):
+        noise.summarise(noise.current("main"), "dvpo")
+    with pytest.raises(
+        InputError, match="results: none, dvpo: expected the warm start of ppo, fou"
+    ):
         noise.summarise(noise.current("main"), "ppo")
     (tmp_path / "noise-1.jsonl").write_text('{"torn": ')
     with pytest.raises(InputError, match="noise-1.jsonl, line 1: expected a JSON object"):
