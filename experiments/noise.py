@@ -1,7 +1,7 @@
 """The noise laboratory: does the distribution pay, and when? Methods x kinds of noise x seeds.
 
     python experiments/noise.py --jobs 2                   # the main grid; 15 to 60 seconds a run
-    python experiments/noise.py --grid tuning --jobs 2     # or ladder, long, rates; quick: a trial
+    python experiments/noise.py --grid tuning --jobs 2     # or choice, ladder, long, rates, quick
     python experiments/noise.py --table                    # print what results/ holds
 
 Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
@@ -89,6 +89,11 @@ for name, count in RUNGS.items():
     LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
 # 150 iterations.
 LONGER = {name: f"{ALL[name]} --total-episodes 19200" for name in ("ppo", "dvpo, spread", "grpo")}
+CHOICE = {name: ALL[name] for name in ("ppo", "dvpo, spread", "reinforce++")}
+for steps, name in itertools.product((0, 3), ("ppo", "dvpo, spread")):
+    CHOICE[f"{name}, {steps} first"] = f"{ALL[name]} --critic-warmup-steps {steps}"
+for width in (0.5, 2):
+    CHOICE[f"dvpo, spread, width {width}"] = f"{ALL['dvpo, spread']} --readout-width {width}"
 TRIED = {}
 for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
@@ -102,6 +107,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "rates": ({name: TRIED[name] for name in RATES}, tuple(NOISES), range(20, 30)),
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, ("flips 0.3", "reward model"), range(20, 25)),
+    "choice": (CHOICE, ("none", "flips 0.3", "reward model", "outliers"), range(100, 104)),
     "long": (LONGER, ("flips 0.3", "reward model"), range(20, 25)),
 }
 

@@ -69,11 +69,6 @@ def auc(scores, labels):
     return ((good.unsqueeze(1) - bad).sign().mean() / 2 + 0.5).item()
 
 
-def accuracy(scores, rows):
-    """The share of rows where the score is above one half exactly if they are good."""
-    return statistics.fmean((score > 0.5) == row[2] for score, row in zip(scores, rows))
-
-
 def logits_of(model, tokenizer, rows):
     texts = [judged_text(*row[:2], tokenizer) for row in rows]
     options = {"truncation": True, "padding": True, "return_tensors": "pt"}
@@ -121,7 +116,8 @@ def train_judge(args):
     loss = functools.partial(loss_of, tokenizer)
     fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
     scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
-    right, area, good = accuracy(scores, held_out), auc(scores, truth), statistics.fmean(truth)
+    right = statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth))
+    area, good = auc(scores, truth), statistics.fmean(truth)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     report = {"data": [Path(name).name for name in files], "steps": len(batches)}
