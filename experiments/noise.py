@@ -87,8 +87,6 @@ LADDER = {}
 for name, count in RUNGS.items():
     off = (f"--{term}-weight 0" for term in TERMS[count:])
     LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
-# 150 iterations.
-LONGER = {name: f"{ALL[name]} --total-episodes 19200" for name in ("ppo", "dvpo, spread", "grpo")}
 CHOICE = {name: ALL[name] for name in ("ppo", "dvpo, spread", "reinforce++")}
 for steps, name in itertools.product((0, 3), ("ppo", "dvpo, spread")):
     CHOICE[f"{name}, {steps} first"] = f"{ALL[name]} --critic-warmup-steps {steps}"
@@ -99,6 +97,8 @@ for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
     TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
     TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
+LONG = ("ppo", "dvpo, spread", "grpo", "ppo, lr 1e-4", "control, lr 2e-4")  # 150 iterations
+LONGER = {name: f"{(ALL | TRIED)[name]} --total-episodes 19200" for name in LONG}
 NAMES = ("ppo", "dvpo, spread", "control", "robust")  # is a lead the rate's, or the bound's?
 RATES = [f"{name}, lr {rate}" for rate in ("2e-4", "1e-4", "4e-4") for name in NAMES]
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
