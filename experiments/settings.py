@@ -156,7 +156,7 @@ def print_table(rows):
     if not before:
         raise InputError("expected finished runs, found none")
     starts = {name: statistics.fmean(scores[name] for scores in before) for name in before[0]}
-    starts |= found["none", "start"][0]
+    starts |= found["none", "start"][0] | starts
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
     print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))
     for kind, method in itertools.product(KINDS, METHODS):
