@@ -159,14 +159,14 @@ def resume(run, args):
         shutil.rmtree(broken.with_suffix(".broken"), ignore_errors=True)
         print(f"{found}; now {broken.rename(broken.with_suffix('.broken')).name}", file=sys.stderr)
     if run.iteration * args.batch_size < args.total_episodes:
-        # They are of a shorter run.
-        (output_dir / "results.json").unlink(missing_ok=True)
+        for shorter in output_dir.glob("results.json"):
+            shorter.rename(output_dir / f"results-{run.iteration:06d}.json")
     print(f"going on from {folder}")
 
 
 def set_aside(output_dir):
     """Moves an earlier run's files to output_dir/earlier-K; the warm start stays for reuse."""
-    names = ("args.json", "metrics.jsonl", "results.json", "checkpoint-*", "events.out.*")
+    names = ("args.json", "metrics.jsonl", "results*.json", "checkpoint-*", "events.out.*")
     found = [path for name in names for path in output_dir.glob(name)]
     if found:
         folders = (output_dir / f"earlier-{number}" for number in itertools.count(1))

@@ -78,13 +78,17 @@ def test_a_resumed_run_asks_anew_whether_to_trust_sampling(dtype, trusted, finis
 
 
 @pytest.mark.parametrize("more,stays", [(1536, True), (1537, False)])
-def test_results_of_a_shorter_run_go_when_it_goes_on(more, stays, finished, tmp_path):
-    """They would look like the longer one's, until that one ends."""
+def test_results_of_a_shorter_run_are_renamed_when_it_goes_on(more, stays, finished, tmp_path):
+    """They would look like the longer one's, until that one ends; and they are not lost."""
     names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
     some_of(finished, tmp_path, "checkpoint-000024", *names)
     args = parse_args(["--resume", str(tmp_path), "--total-episodes", str(more)])
     checkpoints.resume(built(args), args)
     assert (tmp_path / "results.json").exists() is stays
+    kept = tmp_path / ("results.json" if stays else "results-000024.json")
+    assert kept.read_text() == (finished / "results.json").read_text()
+    checkpoints.set_aside(tmp_path)
+    assert (tmp_path / "earlier-1" / kept.name).exists()
 
 
 def same_tensors(a, b):
