@@ -175,7 +175,7 @@ def run_and_print(args):
     if args.seeds < 2 or (args.flags and args.name == "default"):
         raise InputError("expected at least 2 --seeds, and a --name for a run with further flags")
     if not re.fullmatch(r"(?!noise-|setting-)\w[\w.-]*", args.name):
-        raise InputError(f"--name: expected letters, digits, '.', '_', '-', found {args.name!r}")
+        raise InputError(f"--name: no path, noise-* or setting-* expected, found {args.name!r}")
     torch.set_num_threads(1)
     about, algos, todo, runs = machine(), [*dict.fromkeys(args.algos)], {}, []
     for seed, algo in itertools.product(range(args.seeds), algos):

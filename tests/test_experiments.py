@@ -155,8 +155,8 @@ def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypat
         ("--algos a2c", "invalid choice: 'a2c'"),
         ("--name new --algos ppo -- --seed 3", "found one that is set here"),
         ("--name new --algos ppo -- --algo grpo", "found one that is set here"),
-        ("--name noise-x --algos ppo", "--name: expected letters"),
-        ("--name ../x --algos ppo", "--name: expected letters"),
+        ("--name noise-x --algos ppo", "--name: no path, noise-* or setting-* expected, fou"),
+        ("--name ../x --algos ppo", "--name: no path, noise-* or"),
         ("--seeds 1", "expected at least 2 --seeds"),
     ],
 )
