@@ -158,15 +158,15 @@ def resume(run, args):
     for broken, found in failed.items():
         shutil.rmtree(broken.with_suffix(".broken"), ignore_errors=True)
         print(f"{found}; now {broken.rename(broken.with_suffix('.broken')).name}", file=sys.stderr)
-    if run.iteration * args.batch_size < args.total_episodes:
-        for shorter in output_dir.glob("results.json"):
-            shorter.rename(output_dir / f"results-{run.iteration:06d}.json")
+    results = output_dir / "results.json"
+    if run.iteration * args.batch_size < args.total_episodes and results.exists():
+        results.rename(output_dir / f"results-{[*failed, folder][0].name[11:]}.json")
     print(f"going on from {folder}")
 
 
 def set_aside(output_dir):
     """Moves an earlier run's files to output_dir/earlier-K; the warm start stays for reuse."""
-    names = ("args.json", "metrics.jsonl", "results*.json", "checkpoint-*", "events.out.*")
+    names = ("args.json", "metrics.jsonl", "results[.-]*json", "checkpoint-*", "events.out.*")
     found = [path for name in names for path in output_dir.glob(name)]
     if found:
         folders = (output_dir / f"earlier-{number}" for number in itertools.count(1))

@@ -167,8 +167,7 @@ def interval(scores):
 def report(run, args, folder):
     """The last evaluation: results.json, a table, three examples (changed ones first), paths."""
     (after, examples), output_dir, pairs = evaluate(run, args), Path(args.output_dir), []
-    results = {"before": {}, "after": {}, "interval": {}}
-    results["seconds"] = round(time.time() - run.start, 1)
+    results = dict(before={}, after={}, interval={}, seconds=round(time.time() - run.start, 1))
     table = [f"\n{'mean score, 95 % interval':27}before          after           change"]
     for name, new in after.items():
         old = run.before[name]

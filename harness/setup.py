@@ -139,7 +139,8 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
-    held_out, count = {str(p) for data in evals.values() for p in data["prompt"]}, len(train)
+    held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
+    count = len(train)
     train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
     if args.dataset_name and len(train) < count:
         print(f"--dataset-name: {count - len(train)} of {count} rows left out, as held out too")

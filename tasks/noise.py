@@ -43,8 +43,7 @@ def pseudo_labels(answers, share, generator):
     """Labels as a majority vote would leave them: a fixed share replaced by others. [ours]"""
     if share and len(set(map(str, answers))) < 2:
         raise InputError("expected different values in 'answer', found one")
-    labels = list(answers)
-    order = torch.randperm(len(answers), generator=generator)
+    labels, order = list(answers), torch.randperm(len(answers), generator=generator)
     for row in order[: round(share * len(answers))].tolist():
         while str(labels[row]) == str(answers[row]):
             labels[row] = answers[int(torch.randint(len(answers), (1,), generator=generator))]

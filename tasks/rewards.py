@@ -21,8 +21,7 @@ OURS = {"critic", "risk", "dvpo", "rollout", "train", "tasks", "harness", "exper
 
 
 def take_out(names):
-    inside = [name for name in sys.modules if name.partition(".")[0] in names]
-    return {name: sys.modules.pop(name) for name in inside}
+    return {key: sys.modules.pop(key) for key in [*sys.modules] if key.partition(".")[0] in names}
 
 
 def import_theirs(name):

@@ -119,12 +119,15 @@ def chosen_letter(text, choices, numbers=""):
 def options_of(choices):
     """Choices, texts or the hub's {text, label} -> texts, {label: letter} if labels are digits."""
     options = choices if isinstance(choices, dict) else {"text": choices}
-    own = [str(label).upper() for label in options.get("label") or []]
-    letters = {} if own == [*ascii_uppercase[: len(own)]] else dict(zip(own, ascii_uppercase))
-    texts, others = options.get("text", options) or [], {*"".join(letters)} - {*digits}
-    if not isinstance(texts, list | tuple) or dict in map(type, texts) or others:
-        raise InputError(f"choices: expected texts, labels A, B.. or digits, found {choices!r:.60}")
-    return texts, letters
+    texts = options.get("text", options) or []
+    if not isinstance(texts, list | tuple) or dict in map(type, texts):
+        raise InputError(f"choices: expected texts or {{text, label}}, found {choices!r:.60}")
+    labels = [str(label).strip().upper() for label in options.get("label") or []]
+    if labels == [*ascii_uppercase[: len(labels)]]:
+        return texts, {}
+    if len({*labels}) < len(labels) or not all(map(str.isdecimal, labels)):
+        raise InputError(f"choices: expected labels A, B, .. or digits, found {labels!r:.60}")
+    return texts, dict(zip(labels, ascii_uppercase))
 
 
 def right_letter(answer, texts, letters):
@@ -164,13 +167,13 @@ def assert_readable(columns, reward):
     answers = columns.get("answer", [None]) if reward in VERIFIERS.values() else []
     choices = columns.get("choices") or [None] * len(answers)
     for row, (answer, own) in enumerate(zip(answers, choices)):
-        is_text = answer == answer and not hasattr(answer, "year")  # neither NaN nor a date
-        expected, read = "an 'answer'", answer if is_text else None
+        is_usable = answer == answer and not hasattr(answer, "isoformat")  # no NaN, date or time
+        expected, read = "an 'answer'", answer if is_usable else None
         if reward is math_reward:
             expected = "a number as 'answer'"
             read = as_number(str(answer).split("####")[-1])
         elif reward is choice_reward:
-            expected = "an option's letter, label, text or place from 0 as 'answer'"
+            expected = "one option's letter, label, text or place from 0 as 'answer'"
             read = right_letter(answer, *options_of(own))
         if read is None:
             where = f"row {row}: expected {expected} for --reward (docs/your-own.md)"

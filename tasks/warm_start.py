@@ -64,8 +64,7 @@ def warm_start(task, seed, folder):
         return
     torch.manual_seed(seed)
     tokenizer = task_tokenizer(task)
-    budget = (96, 450, 128, 16384) if task == "sums" else (64, 120, 64, 4096)
-    hidden, num_steps, batch_size, num_rows = budget
+    hidden, num_steps, size, count = {"sums": (96, 450, 128, 16384)}.get(task, (64, 120, 64, 4096))
     sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3)
     sizes |= dict(num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2)
@@ -73,11 +72,11 @@ def warm_start(task, seed, folder):
     model = AutoModelForCausalLM.from_config(config)
     held_out = task_rows(task, "test", 512, seed) + task_rows(task, "ood", 512, seed)
     held_out = {str(row["prompt"]) for row in held_out}
-    rows = task_rows(task, "warm", num_rows, seed)
+    rows = task_rows(task, "warm", count, seed)
     rows = [row for row in rows if str(row["prompt"]) not in held_out]
     prompts = encode_prompts([row["prompt"] for row in rows], tokenizer)
     examples = [example(ids, row["completion"], tokenizer, 1) for ids, row in zip(prompts, rows)]
-    batches = [torch.randperm(len(rows))[:batch_size].tolist() for _ in range(num_steps)]
+    batches = [torch.randperm(len(rows))[:size].tolist() for _ in range(num_steps)]
     fine_tune(model, examples, whole_loss, batches, num_steps, learning_rate=3e-3)
     (folder / "chat_template.jinja").unlink(missing_ok=True)  # another task's
     model.save_pretrained(folder)

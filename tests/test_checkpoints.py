@@ -87,8 +87,21 @@ def test_results_of_a_shorter_run_are_renamed_when_it_goes_on(more, stays, finis
     assert (tmp_path / "results.json").exists() is stays
     kept = tmp_path / ("results.json" if stays else "results-000024.json")
     assert kept.read_text() == (finished / "results.json").read_text()
+    (tmp_path / "results_mine.json").write_text("{}")
     checkpoints.set_aside(tmp_path)
     assert (tmp_path / "earlier-1" / kept.name).exists()
+    assert (tmp_path / "results_mine.json").exists()
+
+
+def test_results_keep_the_iteration_that_they_are_of(finished, tmp_path):
+    """Not that of an older checkpoint, where the newest is broken."""
+    names = ("args.json", "metrics.jsonl", "results.json", "warm_start")
+    some_of(finished, tmp_path, "checkpoint-000024", *names)
+    shutil.copytree(tmp_path / "checkpoint-000024", tmp_path / "checkpoint-000025")
+    args = parse_args(["--resume", str(tmp_path), "--total-episodes", "1700"])
+    checkpoints.resume(built(args), args)
+    assert (tmp_path / "checkpoint-000025.broken").exists()
+    assert (tmp_path / "results-000025.json").exists()
 
 
 def same_tensors(a, b):

@@ -618,22 +618,29 @@ def test_choices_as_the_hub_has_them_and_numbers():
         {"text": "45"},
         4,
         True,
-        # By these labels an answer B would mean the first option, by its place the second.
-        {"text": ["4", "5"], "label": ["B", "A"]},
-        {"text": ["4", "5"], "label": ["i", "ii"]},
     ],
 )
 def test_choices_of_another_shape_are_refused(choices):
-    with pytest.raises(InputError, match="choices: expected texts, labels A, B.. or digits, found"):
+    with pytest.raises(InputError, match="choices: expected texts or {text, label}, found"):
         choice_reward([""], ["B"], ["B"], [choices])
     columns = {"prompt": [""] * 2, "answer": ["B"] * 2, "choices": [["4", "5"], choices]}
     with pytest.raises(InputError, match="choices: expected texts"):
         assert_readable(columns, choice_reward)
 
 
+@pytest.mark.parametrize("labels", ["BA", ["i", "ii"], ["", ""], "11", "A1", ["1.", "2."]])
+def test_labels_that_are_neither_letters_in_order_nor_digits_are_refused(labels):
+    """Of B and A, an answer B would mean the first option, and by its place the second."""
+    options = {"text": ["4", "5"], "label": list(labels)}
+    with pytest.raises(InputError, match="choices: expected labels A, B, .. or digits, found"):
+        choice_reward([""], ["B"], ["B"], [options])
+    options["label"] = ["a ", "B"]
+    assert choice_reward([""], ["B"], ["B"], [options]) == [1.0]
+
+
 def test_an_answer_that_is_the_text_of_two_options_is_refused():
     columns = {"prompt": [""], "answer": ["Yes"], "choices": [["yes", "no", "YES"]]}
-    with pytest.raises(InputError, match="row 0: expected an option's letter"):
+    with pytest.raises(InputError, match="row 0: expected one option's letter"):
         assert_readable(columns, choice_reward)
     assert_readable(columns | {"answer": ["C"]}, choice_reward)
 
