@@ -130,13 +130,9 @@ def beliefs(method, seed, folder):
     domains = [ids[run.domain_at] for ids in batch[PROMPT_IDS]]
     for domain in set(domains):
         rows = torch.tensor([own == domain for own in domains])
-        name = run.tokenizer.decode([domain])
-        levels = run.critic.levels
-        found[name] = {"scores": rounded(scores[rows].quantile(levels))}
-        found[name] |= {
-            "believed": rounded(last[rows].mean(dim=0)),
-            "std": scores[rows].std().item(),
-        }
+        name, own = run.tokenizer.decode([domain]), scores[rows]
+        found[name] = {"scores": rounded(own.quantile(run.critic.levels)), "std": own.std().item()}
+        found[name] |= {"believed": rounded(last[rows].mean(dim=0))}
     return found
 
 

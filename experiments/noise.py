@@ -190,7 +190,8 @@ def run_grid(name, jobs, seeds):
             todo[seed, noise, method] = flags, seed
     for key, found in pooled(run, todo, jobs, "noise.py"):
         seed, noise, method = key
-        row = {"method": method, "noise": noise, "seed": seed, "flags": todo.pop(key)[0]}
+        flags, _ = todo.pop(key)
+        row = {"method": method, "noise": noise, "seed": seed, "flags": flags}
         add_row(RESULTS / f"noise-{name}.jsonl", row | {"commit": commit} | found)
     return len(todo)
 
@@ -240,8 +241,8 @@ def summarise(found, reference, splits=COLUMNS):
             # Sampled scores before training depend on --batch-size, too.
             pairs = [(own[seed]["before"], base[seed]["before"]) for seed in seeds]
             if any(one.get(split) != two.get(split) for one, two in pairs):
-                found = f"expected the warm start of {reference}, found another"
-                raise InputError(f"results: {noise}, {method}: {found}")
+                expected = f"expected the warm start of {reference}, found another"
+                raise InputError(f"results: {noise}, {method}: {expected}")
             after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
             columns[split] = interval(after)
             columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])

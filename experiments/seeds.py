@@ -90,11 +90,14 @@ def read_rows(path, *keys):
         if not line.strip():
             continue
         try:
-            rows.append({**json.loads(line)})
-            [rows[-1][key] for key in keys]
-        except (ValueError, TypeError, KeyError) as error:
-            found = f"a JSON object{' with ' * bool(keys)}{', '.join(keys)}, found {line[:60]!r}"
-            raise InputError(f"{path}, line {number}: expected {found}") from error
+            row = {**json.loads(line)}
+            if not row.keys() >= {*keys}:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, TypeError) as error:
+            expected = f"a JSON object with {', '.join(keys)}" if keys else "a JSON object"
+            found = f"expected {expected}, found {line[:60]!r}"
+            raise InputError(f"{path}, line {number}: {found}") from error
     return rows
 
 

@@ -18,7 +18,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -53,12 +52,12 @@ METHODS = {
 }
 # The first is for the rule of admission: does plain PPO learn here?
 KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
-HELD, OTHER = "held out, greedy", "out of domain, greedy"
+# As evaluate.py has them, in fp32; train.py evaluates in the precision that it trains in.
+TRUE = {"held": "held out, greedy, fp32", "other": "out of domain, greedy"}
 KEYS = ("method", "noise", "seed", "flags", "after")  # of a row
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
 OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token user"
-OURS = {f"--{name}" for name in OURS.split()}
 
 
 def flags_of(args, method, kind):
@@ -74,9 +73,9 @@ def check(args):
     if not (args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
     for word in args.flags:
-        if word.split("=")[0].replace("_", "-") in OURS:
+        if word.split("=")[0].replace("_", "-").removeprefix("--") in OURS.split():
             raise InputError(f"{word}: expected another flag behind --, found one that is set here")
-    for kind in args.kinds:
+    for kind in ["none", *args.kinds]:
         for method in METHODS:
             flags = parse_args(flags_of(args, method, kind))
         files = [flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"]
@@ -86,20 +85,19 @@ def check(args):
                 raise InputError(f"DATA: expected a file {file} for --kinds {kind}, found none")
 
 
-def true_scores(name, args):
-    """Greedy mean --reward of a model, or of a run's policy, in domain and out of it."""
+def true_scores(name, args, parts):
+    """Greedy mean --reward of a model, or of a run's policy, on files of DATA."""
     flags = parse_args(flags_of(args, "ppo", "none"))
     own = argparse.Namespace(rows=flags.eval_samples, response_length=flags.response_length)
-    own.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in ("held", "other")]
+    own.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in parts]
     rewards = {flags.reward: load_reward(flags.reward, DEVICE)}
     scores = [row["score"] for row in evaluate.evaluate(name, rewards, own)]
-    return dict(zip((HELD, OTHER), scores))
+    return dict(zip([TRUE[part] for part in parts], scores))
 
 
 def run(args, method, kind, seed):
     """One run of train.py, evaluated -> its results, and what it was made with."""
     torch.set_num_threads(1)
-    begin = time.time()
     with naming(f"{method}, {kind}, seed {seed}"), tempfile.TemporaryDirectory() as folder:
         flags = flags_of(args, method, kind)
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
@@ -107,17 +105,17 @@ def run(args, method, kind, seed):
         found = json.loads((Path(folder) / "results.json").read_text())
         gc.collect()
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-            scores = true_scores(folder, args)
+            scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
         rows = read_rows(Path(folder) / "metrics.jsonl")
-    if kind == "judge":
-        found["judged"] = found.pop("before"), found.pop("after")
-    found["after"] = scores | found.get("after", {})
+    for when in ("before", "after") if kind == "judge" else ():
+        found[when] = {f"judge, {name}": score for name, score in found[when].items()}
+    found["after"] |= scores
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         found["device"] = torch.cuda.get_device_name()
     curves = {name: [row.get(key) for row in rows] for name, key in CURVES.items()}
-    return {**found, **curves, "flags": flags, "with evaluation": round(time.time() - begin, 1)}
+    return {**found, **curves, "flags": flags}
 
 
 def run_grid(args, target):
@@ -134,10 +132,10 @@ def run_grid(args, target):
     if ("start", "none", 0) not in finished:
         row = {"method": "start", "noise": "none", "seed": 0, **about}
         row["flags"] = flags_of(args, "ppo", "none")
-        row["after"] = true_scores(args.model, args)
+        row["after"] = true_scores(args.model, args, TRUE)
         add_row(target, row)
     todo = {}
-    for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, METHODS):
+    for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, args.methods):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
             todo[method, kind, seed] = args, method, kind, seed
     # A fork could not use the GPU, which its parent has looked at.
@@ -149,14 +147,15 @@ def run_grid(args, target):
 
 def print_table(rows):
     """A row per noise and method: seeds, each score, and how far it is from PPO's, paired."""
-    found = {}
+    found, starts = {}, {}
     for row in rows:
         found.setdefault((row["noise"], row["method"]), {})[row["seed"]] = row["after"]
-    before = [row["before"] for row in rows if "before" in row]
-    if not before:
-        raise InputError("expected finished runs, found none")
-    starts = {name: statistics.fmean(scores[name] for scores in before) for name in before[0]}
-    starts |= found["none", "start"][0] | starts
+        for name, score in row.get("before", {}).items():
+            starts.setdefault(name, []).append(score)
+    if not starts or ("none", "start") not in found:
+        raise InputError("expected a start and finished runs, found others")
+    starts = {name: statistics.fmean(scores) for name, scores in starts.items()}
+    starts |= found["none", "start"][0]
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
     print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))
     for kind, method in itertools.product(KINDS, METHODS):
@@ -167,7 +166,7 @@ def print_table(rows):
         cells = ""
         for name in starts:
             if name not in own[seeds[0]]:
-                cells += " " * 34  # the judge's runs are not sampled from again
+                cells += " " * 34
                 continue
             values = [own[seed][name] for seed in seeds]
             pairs = [own[seed][name] - base[seed][name] for seed in seeds]
@@ -191,6 +190,7 @@ def main():
     parser.add_argument("data", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["none", "verifier"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), default=[*range(5)])
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")

@@ -448,56 +448,65 @@ def test_the_average_over_noises_is_of_the_seeds_that_all_have():
 
 # ---- settings.py
 
+OTHER = settings.TRUE["other"]
+
 
 @pytest.mark.slow
-def test_a_setting_is_run_skipped_when_finished_and_printed(
-    model_folder, tmp_path, monkeypatch, capsys
-):
+def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_path, capsys):
     rows = [{"prompt": f"area {value}", "answer": value} for value in SLOTS["area"]]
     for name in ("train", "held", "other"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     own = argparse.Namespace(data=tmp_path, model=model_folder, kinds=["none"], seeds=[0], jobs=1)
-    own.flags = [*MODEL, "--reward", "exact"]
+    own.flags, own.methods = [*MODEL, "--reward", "exact"], ["ppo"]
     target = tmp_path / "setting.jsonl"
+    names = ["held out, greedy", "held out, sampled"]
     for _ in range(2):
         assert settings.run_grid(own, target) == 0
         start, ppo = read_rows(target)
-        assert start["method"] == "start" and start["after"].keys() == {
-            settings.HELD,
-            settings.OTHER,
-        }
-        names = {settings.HELD, "held out, sampled", settings.OTHER}
-        assert ppo["after"].keys() == names and ppo["before"].keys() == names - {settings.OTHER}
+        assert start["method"] == "start" and [*start["after"]] == [*settings.TRUE.values()]
+        assert [*ppo["before"]] == names and [*ppo["after"]] == [*names, OTHER]
         assert len(ppo["true"]) == 1 and ppo["commit"]
     config = AutoConfig.from_pretrained(model_folder, num_labels=2, pad_token_id=0)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "judge")
     AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path / "judge")
     own.kinds = ["judge"]
-    monkeypatch.setattr(settings, "METHODS", {"ppo": "--algo ppo"})
     assert settings.run_grid(own, target) == 0
     judged = read_rows(target)[-1]
-    # Paid by the judge, a probability; measured by the reward of the flags, 0 or 1.
-    assert judged["flags"][-1] == f"model:{tmp_path / 'judge'}" and "before" not in judged
-    assert all(0 < score < 1 for found in judged["judged"] for score in found.values())
-    assert judged["after"].keys() == start["after"].keys()
-    assert all(score * 4 % 1 == 0 for score in judged["after"].values())
-    settings.print_table([start, ppo, judged, judged | {"seed": 1}])
-    table = capsys.readouterr().out.splitlines()
-    assert table[-1].startswith("judge     ppo           2 ") and len(table) == 3
+    # Paid by the judge, a probability; measured by the reward of the flags.
+    names = [f"judge, {name}" for name in names]
+    assert judged["flags"][-1] == f"model:{tmp_path / 'judge'}"
+    assert [*judged["before"]] == names and [*judged["after"]] == [*names, *start["after"]]
+    assert all(0 < judged["after"][name] < 1 for name in names)
+    for rows in ([start, ppo, judged, judged | {"seed": 1}], [start, judged, judged | {"seed": 1}]):
+        settings.print_table(rows)
+        table = capsys.readouterr().out.splitlines()
+        assert table[-1].startswith("judge     ppo           2 ") and len(table) == 3
     own.flags += ["--gamma", "0.5"]
     with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --mod"):
         settings.run_grid(own, target)
-    with pytest.raises(InputError, match="expected finished runs, found none"):
+    with pytest.raises(InputError, match="expected a start and finished runs, found others"):
         settings.print_table([start])
+
+
+def test_true_scores_are_of_the_files_that_they_are_named_after(monkeypatch):
+    def scored(name, rewards, args):
+        return [{"score": len(file)} for file, _ in args.set]
+
+    monkeypatch.setattr(settings.evaluate, "evaluate", scored)
+    flags = ["--reward", "exact", "--eval-samples", "8"]
+    own = argparse.Namespace(data=Path("d"), model="m", flags=flags)
+    both = {"held out, greedy, fp32": len("d/held.jsonl"), OTHER: len("d/other.jsonl")}
+    assert settings.true_scores("m", own, settings.TRUE) == both
+    assert settings.true_scores("m", own, ["other"]) == {OTHER: len("d/other.jsonl")}
 
 
 def test_a_settings_table_pairs_seeds_with_ppos(capsys):
     before = {"greedy": 0.25}
-    rows = [{"noise": "none", "method": "start", "seed": 0, "after": {settings.OTHER: 0.125}}]
+    rows = [{"noise": "none", "method": "start", "seed": 0, "after": {OTHER: 0.125}}]
     for method, scores in {"ppo": (0.5, 0.6, 0.9), "grpo": (0.5, 0.8)}.items():
         for seed, score in enumerate(scores):
             row = {"noise": "verifier", "method": method, "seed": seed, "before": before}
-            rows.append({**row, "after": {"greedy": score, settings.OTHER: 0.0}})
+            rows.append({**row, "after": {"greedy": score, OTHER: 0.0}})
     settings.print_table(rows)
     head, start, ppo, grpo = (line.split() for line in capsys.readouterr().out.splitlines())
     assert start == ["start", "0.250", "0.125"]
@@ -513,6 +522,8 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
         ([], "expected --model and train.py's flags behind --, or --table"),
         (["--model", "nowhere", "--", "--reward", "exact"], "expected a file"),
         (["--model", "m", "--kinds", "judge", "--", "--reward", "exact"], "expected a file"),
+        (["--model", "m", "--kinds", "judge", "--", "--lam", "0.5"], "--reward: expected one with"),
+        (["--methods", "a2c"], "argument --methods: invalid choice: 'a2c'"),
         (["--model", "nowhere", "--", "--algo=grpo"], "--algo=grpo: expected another flag"),
         (["--model", "nowhere", "--", "--lerning-rate", "1"], "--lerning-rate"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2e9], found '-1'"),
