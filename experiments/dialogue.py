@@ -4,7 +4,7 @@
 
 Rows are turns of Schema-Guided Dialogue: prompt (the messages so far), reference (what the system
 said), acts, values (what the reference conveys), dialogue_id. FOLDER/policy.jsonl, judge.jsonl (for
-the reward model that trains the policy) and strict.jsonl (for an evaluating one) share no dialogue.
+the reward model that trains the policy) and strict.jsonl (to teach the policy) share no dialogue.
 """
 
 import argparse
