@@ -58,6 +58,23 @@ def test_attention_is_never_cudnn():
     assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
+@pytest.mark.parametrize("length", [63, 64, 128, 192])
+def test_gradients_of_attention_under_a_mask_are_finite(length):
+    """On an H200 cuDNN's are NaN at 64 and 192 (pytorch/pytorch issue 196678), if it is on."""
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16
+    torch.manual_seed(0)
+    shape = (3, 16, 9, length, 64)
+    query, key, value = (torch.randn(shape, device=device, dtype=dtype) * 8).unbind()
+    inputs = [part.requires_grad_() for part in (query, key, value)]
+    at = torch.arange(length, device=device)
+    starts = torch.randint(0, length // 2, (16, 1, 1), device=device)
+    seen = (at >= starts) & (at <= at[:, None])
+    mask = torch.zeros(seen.shape, device=device, dtype=dtype)
+    mask = mask.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
+    torch.nn.functional.scaled_dot_product_attention(*inputs, attn_mask=mask).sum().backward()
+    assert all(part.grad.isfinite().all() for part in inputs)
+
+
 def test_scores_stay_fp32_in_half_precision():
     """Rounded to bf16 before the softmax, scores of this size would be off three times as far."""
     torch.manual_seed(0)
