@@ -108,7 +108,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, ("flips 0.3", "reward model"), range(20, 25)),
     "choice": (CHOICE, ("none", "flips 0.3", "reward model", "outliers"), range(100, 104)),
-    "long": (LONGER, ("flips 0.3", "reward model"), range(20, 25)),
+    "long": (LONGER, ("flips 0.3", "reward model"), range(20, 30)),
 }
 
 
