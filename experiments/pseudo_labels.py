@@ -89,7 +89,7 @@ def label(args):
             texts = rollout.completion_texts(sampled, tokenizer, stop_ids)
             if found := labelled(data[row], texts, row):
                 done.append(found)
-                out.write(json.dumps(found) + "\n")
+                out.write(json.dumps(found, default=str) + "\n")
                 out.flush()
     report(done, len(data))
 

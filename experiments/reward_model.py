@@ -22,7 +22,8 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments.seeds import DEVICE, read_rows, run_script
+from experiments.seeds import COUNT, DEVICE, read_rows, run_script
+from harness.flags import number_in
 from harness.setup import load
 from tasks import InputError, one_line
 from tasks.rewards import judged_text
@@ -34,7 +35,7 @@ def read(name):
     rows, judged, rng = read_rows(name), [], random.Random(0)
     for number, row in enumerate(rows, 1):
         is_judged = row.keys() >= {"prompt", "completion", "reward"} and row["reward"] in (0, 1)
-        if not is_judged and not row.keys() >= {"prompt", "reference"}:
+        if not is_judged and ("reward" in row or not row.keys() >= {"prompt", "reference"}):
             expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
             raise InputError(f"data: {name}, line {number}: {expected}")
         row["dialogue_id"] = f"{name} {row.get('dialogue_id', number)}"
@@ -56,7 +57,7 @@ def read(name):
 def split(judged, share):
     """Whole dialogues held out: about `share` of them."""
     names = sorted({row[3] for row in judged})
-    out = random.Random(0).sample(names, max(1, round(share * len(names))))
+    out = random.Random(0).sample(names, min(len(names), max(1, round(share * len(names)))))
     return [row for row in judged if row[3] not in out], [row for row in judged if row[3] in out]
 
 
@@ -110,7 +111,7 @@ def train_judge(args):
     (model, tokenizer), files = load_both(args.encoder, args.max_length), args.data.split(",")
     train, held_out = split([row for name in files for row in read(name)], 0.1)
     if not train:
-        raise InputError("data: expected rows of at least two dialogues, found one")
+        raise InputError("data: expected rows of at least two dialogues, found fewer")
     orders = [torch.randperm(len(train)) for _ in range(args.epochs)]
     batches = [rows.tolist() for order in orders for rows in order.split(16)]
     loss = functools.partial(loss_of, tokenizer)
@@ -132,9 +133,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("encoder", "data", "output"):
         parser.add_argument(name)
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, default=5e-5)
-    parser.add_argument("--max-length", type=int, default=192, help="tokens; the last are kept")
+    parser.add_argument("--epochs", type=COUNT, default=2)
+    parser.add_argument("--learning-rate", type=number_in("(0, 1)", float), default=5e-5)
+    parser.add_argument("--max-length", type=COUNT, default=192, help="tokens; the last are kept")
     run_script(parser, train_judge)
 
 

@@ -57,7 +57,7 @@ TRUE = {"held": "held out, greedy, fp32", "other": "out of domain, greedy"}
 KEYS = ("method", "noise", "seed", "flags", "after")  # of a row
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
-OURS += "reward-noise-fp reward-noise-fn reward-noise-seed chat-template stop-token user"
+OURS += "chat-template stop-token user pseudo-label-noise"
 
 
 def flags_of(args, method, kind):
@@ -73,7 +73,8 @@ def check(args):
     if not (args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
     for word in args.flags:
-        if word.split("=")[0].replace("_", "-").removeprefix("--") in OURS.split():
+        name = word.split("=")[0].replace("_", "-")
+        if name.removeprefix("--") in OURS.split() or name.startswith("--reward-noise"):
             raise InputError(f"{word}: expected another flag behind --, found one that is set here")
     for kind in ["none", *args.kinds]:
         for method in METHODS:
@@ -103,7 +104,6 @@ def run(args, method, kind, seed):
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
         train_quietly([*flags, *own])
         found = json.loads((Path(folder) / "results.json").read_text())
-        gc.collect()
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
             scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
         rows = read_rows(Path(folder) / "metrics.jsonl")
@@ -131,9 +131,8 @@ def run_grid(args, target):
     about = {"commit": current_commit(), "torch": torch.__version__}
     if ("start", "none", 0) not in finished:
         row = {"method": "start", "noise": "none", "seed": 0, **about}
-        row["flags"] = flags_of(args, "ppo", "none")
         row["after"] = true_scores(args.model, args, TRUE)
-        add_row(target, row)
+        add_row(target, row | {"flags": flags_of(args, "ppo", "none")})
     todo = {}
     for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, args.methods):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):

@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 from string import ascii_uppercase, digits
 
-from tasks import InputError
+from tasks import InputError, naming
 
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
 PART = rf" ?(?:\{{ ?([-+]?{DECIMAL}) ?\}}|([0-9]))"  # of a fraction
@@ -120,14 +120,13 @@ def options_of(choices):
     """Choices, texts or the hub's {text, label} -> texts, {label: letter} if labels are digits."""
     options = choices if isinstance(choices, dict) else {"text": choices}
     texts = options.get("text", options) or []
-    if not isinstance(texts, list | tuple) or dict in map(type, texts):
+    if not isinstance(texts, list | tuple) or {*map(type, texts)} - {str, int, float, type(None)}:
         raise InputError(f"choices: expected texts or {{text, label}}, found {choices!r:.60}")
     labels = [str(label).strip().upper() for label in options.get("label") or []]
-    if labels == [*ascii_uppercase[: len(labels)]]:
-        return texts, {}
-    if len({*labels}) < len(labels) or not all(map(str.isdecimal, labels)):
-        raise InputError(f"choices: expected labels A, B, .. or digits, found {labels!r:.60}")
-    return texts, dict(zip(labels, ascii_uppercase))
+    in_order = labels == [*ascii_uppercase[: len(labels)]]
+    if labels and len({*labels}) != len(texts) or not (in_order or {*labels} <= {*digits}):
+        raise InputError(f"choices: expected a label A, B.. or a digit each, found {labels!r:.60}")
+    return texts, {} if in_order else dict(zip(labels, ascii_uppercase))
 
 
 def right_letter(answer, texts, letters):
@@ -140,7 +139,7 @@ def right_letter(answer, texts, letters):
         return letters.get(given, given)
     if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
         return dict(enumerate(known)).get(answer)
-    return known[upper.index(given)] if given and upper.count(given) == 1 else None
+    return dict(zip(upper, known)).get(given) if upper.count(given) == 1 and given else None
 
 
 def choice_reward(prompts, completions, answer, choices=None, **columns):
@@ -167,14 +166,15 @@ def assert_readable(columns, reward):
     answers = columns.get("answer", [None]) if reward in VERIFIERS.values() else []
     choices = columns.get("choices") or [None] * len(answers)
     for row, (answer, own) in enumerate(zip(answers, choices)):
-        is_usable = answer == answer and not hasattr(answer, "isoformat")  # no NaN, date or time
-        expected, read = "an 'answer'", answer if is_usable else None
+        is_text = isinstance(answer, str | int | float) and answer == answer  # neither date nor NaN
+        expected, read = "an 'answer'", answer if is_text else None
         if reward is math_reward:
             expected = "a number as 'answer'"
             read = as_number(str(answer).split("####")[-1])
         elif reward is choice_reward:
             expected = "one option's letter, label, text or place from 0 as 'answer'"
-            read = right_letter(answer, *options_of(own))
+            with naming(f"row {row}"):
+                read = right_letter(answer, *options_of(own))
         if read is None:
             where = f"row {row}: expected {expected} for --reward (docs/your-own.md)"
             raise InputError(f"{where}, found {answer!r:.60} in the columns {', '.join(columns)}")

@@ -525,6 +525,14 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
         (["--model", "m", "--kinds", "judge", "--", "--lam", "0.5"], "--reward: expected one with"),
         (["--methods", "a2c"], "argument --methods: invalid choice: 'a2c'"),
         (["--model", "nowhere", "--", "--algo=grpo"], "--algo=grpo: expected another flag"),
+        (
+            ["--model", "m", "--", "--reward_noise-outlier", "1", "3"],
+            "noise-outlier: expected anot",
+        ),
+        (
+            ["--model", "m", "--", "--pseudo-label-noise=1"],
+            "--pseudo-label-noise=1: expected anoth",
+        ),
         (["--model", "nowhere", "--", "--lerning-rate", "1"], "--lerning-rate"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2e9], found '-1'"),
         (["--table"], "No such file"),
@@ -613,6 +621,8 @@ def test_auc_by_hand():
         ("nonsense", "line 2: expected a JSON object"),
         ('{"prompt": "a"}', "line 2: expected prompt"),
         ('{"prompt": "a", "completion": "b", "reward": 2}', "line 2: expected prompt"),
+        ('{"prompt": "a", "reference": "b", "completion": "c", "reward": 0.7}', "line 2: expected"),
+        ('{"prompt": "a", "reference": "b", "reward": null}', "line 2: expected prompt"),
     ],
 )
 def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):

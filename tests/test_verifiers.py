@@ -3,6 +3,7 @@
 import re
 import signal
 import time
+from datetime import date, datetime
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -618,21 +619,26 @@ def test_choices_as_the_hub_has_them_and_numbers():
         {"text": "45"},
         4,
         True,
+        [["4"], ["5"]],
+        # As datasets reads ISO dates, which nobody can say.
+        [datetime(2020, 1, 1), datetime(2021, 1, 1)],
     ],
 )
 def test_choices_of_another_shape_are_refused(choices):
     with pytest.raises(InputError, match="choices: expected texts or {text, label}, found"):
         choice_reward([""], ["B"], ["B"], [choices])
     columns = {"prompt": [""] * 2, "answer": ["B"] * 2, "choices": [["4", "5"], choices]}
-    with pytest.raises(InputError, match="choices: expected texts"):
+    with pytest.raises(InputError, match="row 1: choices: expected texts"):
         assert_readable(columns, choice_reward)
 
 
-@pytest.mark.parametrize("labels", ["BA", ["i", "ii"], ["", ""], "11", "A1", ["1.", "2."]])
+@pytest.mark.parametrize(
+    "labels", ["BA", ["i", "ii"], ["", ""], "11", "A1", ["1.", "2."], "A", "123", ["9", "10"]]
+)
 def test_labels_that_are_neither_letters_in_order_nor_digits_are_refused(labels):
     """Of B and A, an answer B would mean the first option, and by its place the second."""
     options = {"text": ["4", "5"], "label": list(labels)}
-    with pytest.raises(InputError, match="choices: expected labels A, B, .. or digits, found"):
+    with pytest.raises(InputError, match="choices: expected a label A, B.. or a digit each, found"):
         choice_reward([""], ["B"], ["B"], [options])
     options["label"] = ["a ", "B"]
     assert choice_reward([""], ["B"], ["B"], [options]) == [1.0]
@@ -643,6 +649,18 @@ def test_an_answer_that_is_the_text_of_two_options_is_refused():
     with pytest.raises(InputError, match="row 0: expected one option's letter"):
         assert_readable(columns, choice_reward)
     assert_readable(columns | {"answer": ["C"]}, choice_reward)
+    # Of more options than letters, the last ones have none.
+    many = {"prompt": [""], "answer": ["27"], "choices": [[f"{own}" for own in range(1, 28)]]}
+    with pytest.raises(InputError, match="row 0: expected one option's letter"):
+        assert_readable(many, choice_reward)
+    assert_readable(many | {"answer": ["26"]}, choice_reward)
+
+
+@pytest.mark.parametrize("answer", [["ok"], {"text": "ok"}, b"ok", date(2020, 1, 1), None])
+def test_answers_that_no_text_is_are_refused_by_exact(answer):
+    assert_readable({"answer": ["ok", 5, 2.5, True]}, exact_reward)
+    with pytest.raises(InputError, match="row 1: expected an 'answer' for --reward"):
+        assert_readable({"answer": ["ok", answer]}, exact_reward)
 
 
 def test_choice_without_a_choices_column_and_exact():
