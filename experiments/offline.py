@@ -162,7 +162,6 @@ def run_all(kind, keys):
             row = dict(zip(KEYS, key)) | about | evaluated(after, args, "after")
             row["after"] |= foresight(after, args, critic)
             add_row(FOUND, row | {"seconds": time.process_time() - begin})
-    return len(keys)
 
 
 def settings_of(args):

@@ -15,6 +15,7 @@ import gc
 import io
 import itertools
 import json
+import re
 import statistics
 import sys
 import tempfile
@@ -56,8 +57,8 @@ KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
 TRUE = {"held": "held out, greedy, fp32", "other": "out of domain, greedy"}
 KEYS = ("method", "noise", "seed", "flags", "after")  # of a row
 # Behind --, these would make a run another than its row says, or than the start's scores.
-OURS = "algo readout model-name-or-path dataset-name eval-dataset-name seed output-dir resume "
-OURS += "chat-template stop-token user pseudo-label-noise"
+OURS = "algo|readout|model-name-or-path|dataset-name|eval-dataset-name|seed|output-dir|resume|user"
+OURS += "|chat-template|stop-token|pseudo-label-noise|reward-noise-.*"
 
 
 def flags_of(args, method, kind):
@@ -73,10 +74,9 @@ def check(args):
     if not (args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
     for word in args.flags:
-        name = word.split("=")[0].replace("_", "-")
-        if name.removeprefix("--") in OURS.split() or name.startswith("--reward-noise"):
+        if re.fullmatch(f"--({OURS})", word.split("=")[0].replace("_", "-")):
             raise InputError(f"{word}: expected another flag behind --, found one that is set here")
-    for kind in ["none", *args.kinds]:
+    for kind in dict.fromkeys(["none", *args.kinds]):
         for method in METHODS:
             flags = parse_args(flags_of(args, method, kind))
         files = [flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"]
@@ -104,6 +104,7 @@ def run(args, method, kind, seed):
         own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
         train_quietly([*flags, *own])
         found = json.loads((Path(folder) / "results.json").read_text())
+        gc.collect()
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
             scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
         rows = read_rows(Path(folder) / "metrics.jsonl")

@@ -523,6 +523,8 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
         (["--model", "nowhere", "--", "--reward", "exact"], "expected a file"),
         (["--model", "m", "--kinds", "judge", "--", "--reward", "exact"], "expected a file"),
         (["--model", "m", "--kinds", "judge", "--", "--lam", "0.5"], "--reward: expected one with"),
+        # A value may be called as a flag is.
+        (["--model", "m", "--", "--reward", "exact", "--prompt-column", "user"], "expected a file"),
         (["--methods", "a2c"], "argument --methods: invalid choice: 'a2c'"),
         (["--model", "nowhere", "--", "--algo=grpo"], "--algo=grpo: expected another flag"),
         (
