@@ -132,7 +132,8 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     certain state would blow a small error up. M = 1, the control: the batch's median |x|.
     """
     assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"mask {tuple(mask.shape)}"
-    if readout not in ("mean", "spread"):
+    forms = ("spread-clip", "spread-lower", "spread-gini", "spread-quartiles")
+    if readout not in ("mean", "spread", *forms):
         raise ValueError(f"readout: expected 'mean' or 'spread', found {readout!r}")
     quantiles, targets = quantiles.double(), targets.double()
     x = torch.where(mask, targets.mean(dim=-1) - quantiles.mean(dim=-1), 0)
@@ -142,8 +143,22 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
         spread = torch.where(mask, x.abs(), torch.nan).nanmedian()
     else:
         least = 0.1 * masked_variance(targets.mean(dim=-1), mask).sqrt()
-        spread = torch.maximum(quantiles.std(dim=-1, correction=0), least)
-    return torch.where(mask, x / (width * spread).clamp(min=1e-300), 0).tanh().float()
+        spread, q = quantiles.std(dim=-1, correction=0), quantiles.sort(dim=-1).values
+        m = q.shape[-1]
+        if readout == "spread-gini":
+            # The mean |q_i - q_j| over all pairs.
+            ranks = 2 * torch.arange(1, m + 1, device=q.device) - m - 1
+            spread = 2 * (q * ranks).sum(dim=-1) / m**2
+        if readout == "spread-quartiles":
+            spread = (q[..., 3 * m // 4] - q[..., m // 4]) / 2
+        spread = torch.maximum(spread, least)
+    z = torch.where(mask, x / (width * spread).clamp(min=1e-300), 0)
+    if readout == "spread-clip":
+        return z.clamp(-1, 1).float()
+    if readout == "spread-lower":
+        # One-sided: good surprises count in full.
+        return torch.where(z < 0, z.tanh(), z).float()
+    return z.tanh().float()
 
 
 def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num_tokens=None):

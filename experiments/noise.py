@@ -92,6 +92,9 @@ for steps, name in itertools.product((0, 3), ("ppo", "dvpo, spread")):
     CHOICE[f"{name}, {steps} first"] = f"{ALL[name]} --critic-warmup-steps {steps}"
 for width in (0.5, 2):
     CHOICE[f"dvpo, spread, width {width}"] = f"{ALL['dvpo, spread']} --readout-width {width}"
+FORMS = {"dvpo, spread": ALL["dvpo, spread"]}
+for form in ("clip", "lower", "gini", "quartiles"):
+    FORMS[form] = tuned("dvpo", f"--readout spread-{form}")
 TRIED = {}
 for rate in LEARNING_RATES:
     TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
@@ -108,6 +111,7 @@ GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "quick": ({name: ALL[name] for name in ("ppo", "dvpo")}, ("none",), range(2)),
     "ladder": (LADDER, ("flips 0.3", "reward model"), range(20, 25)),
     "choice": (CHOICE, ("none", "flips 0.3", "reward model", "outliers"), range(100, 104)),
+    "forms": (FORMS, ("none", "flips 0.3", "reward model", "outliers"), range(100, 104)),
     "long": (LONGER, ("flips 0.3", "reward model"), range(20, 30)),
 }
 

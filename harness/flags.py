@@ -31,6 +31,8 @@ RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 
 # group: (name, default, allowed, help). A default in a tuple is (built-in model, pretrained
 # model). allowed: an interval, a list of choices, or None for text and switches.
+FORMS = ["spread-clip", "spread-lower", "spread-gini", "spread-quartiles"]
+
 FLAGS = {
     "model and data": [
         ("task", "dialogue", ["sums", "dialogue", "booking"], "built-in, without --dataset-name"),
@@ -74,7 +76,7 @@ FLAGS = {
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
     "distributional critic (readouts and heads: of other critics, too)": [
-        ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
+        ("readout", "mean", ["mean", "spread", *FORMS], "the mean, or surprises in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
         ("num-quantiles", 200, "[1, 10000]", "M"),
         ("num-heads", 4, "[1, 1000]", "N"),
