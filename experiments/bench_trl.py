@@ -51,7 +51,7 @@ class Turn(TrainerCallback):
             self.on_train_begin()
 
 
-def options_of(args, folder):
+def options_of(folder):
     """What the configs of both trainers say."""
     gpu = torch.cuda.is_available()
     options = {"output_dir": folder, "temperature": 1.0, "learning_rate": 1e-6}
@@ -81,7 +81,7 @@ def ppo_trainer(args, folder, callback):
     own |= {"per_device_train_batch_size": args.batch, "num_sample_generations": 0}
     own |= {"stop_token": "eos" if args.ragged else None}
     models = (policy, reference, kind.from_config(no_size))
-    config = PPOConfig(**options_of(args, folder), **own)
+    config = PPOConfig(**options_of(folder), **own)
     return PPOTrainer(config, tokenizer, *models, rows, value_model, callbacks=[callback])
 
 
@@ -95,7 +95,7 @@ def grpo_trainer(args, folder, callback):
     own = {"num_iterations": 2, "steps_per_generation": 2, "num_generations": 8, "max_steps": 4000}
     own |= {"per_device_train_batch_size": args.batch // 2, "max_completion_length": args.response}
     own |= {"loss_type": "grpo", "beta": 0.0 if "--kl-coef" in args.flags else 0.05}
-    config, reward = GRPOConfig(**options_of(args, folder), **own), bench.lengths_reward
+    config, reward = GRPOConfig(**options_of(folder), **own), bench.lengths_reward
     tokenizer = AutoTokenizer.from_pretrained(folder)
     parts = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [callback]}
     return GRPOTrainer(policy, reward, config, **parts)

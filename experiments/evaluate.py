@@ -7,7 +7,6 @@ and --chat-template. Prints a row per policy and --set FILE REWARD (--output: al
 and then means, with Student's 95 % interval over policies that differ in -seedN alone.
 """
 
-import argparse
 import json
 import re
 import statistics
@@ -20,7 +19,8 @@ if __name__ == "__main__":
 from tqdm import trange
 
 import rollout
-from experiments.seeds import COUNT, DEVICE, add_row, interval, load_policy, read_rows, run_script
+from experiments.seeds import COUNT, DEVICE, load_policy, new_parser, run_script
+from experiments.tables import add_row, interval, read_rows
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming
@@ -38,7 +38,7 @@ def policy_of(name):
     if flags.get("user") or (flags.get("task") == "booking" and not flags.get("dataset_name")):
         expected = "expected a policy of single turns, found one of conversations"
         raise InputError(f"policy: {name}: {expected}")
-    return str(newest_checkpoint(Path(name)) / "policy"), flags
+    return str(newest_checkpoint(Path(name), "policy") / "policy"), flags
 
 
 def respond(model, tokenizer, stop_ids, prompt_ids, response_length):
@@ -91,9 +91,8 @@ def print_means(results):
 def compare(args):
     args.set = [*dict.fromkeys(map(tuple, args.set))]
     rewards, results = {name: load_reward(name, DEVICE) for _, name in args.set}, []
-    written = read_rows(args.output) if args.output and args.output.exists() else []
-    if not all("policy" in row for row in written):
-        raise InputError(f"--output: expected earlier results, found others in {args.output}")
+    if args.output and args.output.exists():
+        read_rows(args.output, "policy")  # earlier results; no other file is added to
     for policy in dict.fromkeys(args.policies):
         for result in evaluate(policy, rewards, args):
             what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
@@ -106,7 +105,7 @@ def compare(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("policies", nargs="+", help="folders, hub names or run folders")
     sets = {"nargs": 2, "action": "append", "required": True, "metavar": ("FILE", "REWARD")}
     parser.add_argument("--set", **sets)

@@ -7,7 +7,6 @@
 Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME.png (figure.png).
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -24,16 +23,17 @@ import train
 from critic import quantile_levels
 from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
-from experiments.seeds import RESULTS, current_commit, interval, load_run, run_script
+from experiments.inspect_tokens import forward
+from experiments.seeds import current_commit, load_run, new_parser, run_script
+from experiments.tables import RESULTS, interval
 from harness.setup import judge, respond
 from risk import RiskConfig
-from rollout import in_micro_batches, response_quantiles
+from rollout import response_quantiles
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
 RED, BLUE = "#D55E00", "#0072B2"
-MEASURES = ("in domain, greedy", "out of domain, greedy")
 CURVES = (  # method, legend, colour, line
     ("dvpo, spread", "DVPO, spread", RED, "-"),
     ("ppo", "PPO", BLUE, "--"),
@@ -97,7 +97,7 @@ def draw_terms(figure, data):
 def bands_of(runs):
     """{measure: iterations, means and half-widths over seeds}; iteration 0: before training."""
     bands = {}
-    for measure in MEASURES:
+    for measure in noise.SPLITS:
         key = "eval/" + measure.replace(", ", "/").replace(" ", "_")
         curve = {0: [run["before"][measure] for run in runs.values()]}
         for row in itertools.chain(*(run["curve"] for run in runs.values())):
@@ -123,9 +123,7 @@ def beliefs(method, seed, folder):
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)
     scores, _ = judge(run, args, batch, rollout)
-    limits = (args.micro_batch_size, args.micro_batch_tokens)
-    with torch.no_grad():
-        quantiles = in_micro_batches(response_quantiles, run.critic, rollout, *limits)
+    quantiles = forward(run, args, rollout, response_quantiles, run.critic)
     last, found = quantiles[:, -1].mean(dim=1).sort(dim=-1).values, {}
     domains = [ids[run.domain_at] for ids in batch[PROMPT_IDS]]
     for domain in set(domains):
@@ -154,7 +152,7 @@ def first_data():
 def draw_first(figure, data):
     *axes, last = figure.subplots(1, 3)
     titles = (f"a reward model's noise, {data['seeds']} seeds", "the same models, longer dialogues")
-    for ax, measure, title in zip(axes, MEASURES, titles):
+    for ax, measure, title in zip(axes, noise.SPLITS, titles):
         for method, text, colour, style in CURVES:
             draw_band(ax, data["bands"][method][measure], colour, text, style)
         words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, greedy"}
@@ -196,7 +194,7 @@ def draw_one(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("name", choices=FIGURES)
     parser.add_argument("--redraw", action="store_true", help="from the stored data")
     run_script(parser, draw_one)

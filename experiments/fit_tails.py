@@ -12,11 +12,12 @@ if __name__ == "__main__":
 import torch
 
 from critic import head_consistency, quantile_huber_loss, quantile_levels
+from harness.flags import RISK_TERMS
 from risk import RiskConfig, lower_tail_mean, risk_regularizer, upper_tail_mean
 
 RETURNS = ("gaussian", "heavy lower tail", "coin")
 RUNGS = ("consistency", "calibration", "shift", "shape curvature")
-OFF = dict.fromkeys(("calibration", "shift", "shape", "curvature", "consistency"), 0.0)
+OFF = dict.fromkeys(RISK_TERMS, 0.0)
 LADDER = {"core": OFF}  # each rung adds terms at their default weights; the last is DVPO
 for terms in map(str.split, RUNGS):
     below = list(LADDER.values())[-1]

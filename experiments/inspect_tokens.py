@@ -43,7 +43,7 @@ SAME = "task dataset_name model_name_or_path reward user max_turns seed gamma kl
 
 def flags_of(folder, flag, algo):
     """The flags of a run whose critic can be looked at; raises InputError."""
-    newest_checkpoint(Path(folder))
+    newest_checkpoint(Path(folder), flag)
     args = parse_args([f"--resume={folder}"])
     if args.algo != algo or args.whiten_rewards:
         found = args.algo + " --whiten-rewards" * args.whiten_rewards
@@ -184,9 +184,8 @@ def section(index, row, scale):
         buttons += f'<button type="button" class="token" {place}>'
         for value in (token["advantage"], token["scalar_advantage"]):
             kind, text = "up" if value >= 0 else "down", html.escape(token["text"]) or "&nbsp;"
-            buttons += (
-                f'<span class="{kind}" style="--share:{abs(value) / scale:.3f}">{text}</span>'
-            )
+            share = f"--share:{abs(value) / scale:.3f}"
+            buttons += f'<span class="{kind}" style="{share}">{text}</span>'
         buttons += "</button>"
     return f"""<section><h2>{index + 1}. {html.escape(scored(row))}</h2>
 <p class="prompt">{html.escape(row["prompt"])}</p>

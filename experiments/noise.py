@@ -9,7 +9,6 @@ a grid may be stopped and gone on with, and grids share what they have in common
 methods get the same warm start, number of completions, and order of prompts and noise.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import io
@@ -29,18 +28,10 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-from experiments.seeds import (
-    COUNT,
-    RESULTS,
-    add_row,
-    current_commit,
-    interval,
-    load_run,
-    read_rows,
-    run_script,
-    train_quietly,
-)
+from experiments import fit_tails
+from experiments.seeds import COUNT, current_commit, load_run, new_parser, run_script, train_quietly
 from experiments.strata import evaluated
+from experiments.tables import RESULTS, add_row, compared, read_results, read_rows
 from tasks import InputError
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn.
@@ -65,8 +56,6 @@ LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 # The best for each method by in-domain accuracy, greedy and sampled, in --grid tuning.
 TUNED = dict(zip(METHODS, ("2e-4", "2e-4", "4e-4", "2e-4", "1e-4", "2e-4")))
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
-RUNGS = {"core": 0, "+ consistency": 1, "+ calibration": 2, "+ shift": 3, "+ shape, curvature": 5}
-TERMS = ("consistency", "calibration", "shift", "shape", "curvature")
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 COLUMNS = (*SPLITS, "all four")  # their mean, the sampled ones included
 CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "objective/kl"}
@@ -84,8 +73,8 @@ BOUND = "--readout spread"
 ALL |= {"dvpo, spread": tuned("dvpo", BOUND), "control": tuned("ppo", BOUND, "4e-4")}
 # Term by term; all of them, without a flag, are the main grid's runs.
 LADDER = {}
-for name, count in RUNGS.items():
-    off = (f"--{term}-weight 0" for term in TERMS[count:])
+for name, weights in fit_tails.LADDER.items():
+    off = (f"--{term}-weight 0" for term in " ".join(fit_tails.RUNGS).split() if not weights[term])
     LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
 CHOICE = {name: ALL[name] for name in ("ppo", "dvpo, spread", "reinforce++")}
 for steps, name in itertools.product((0, 3), ("ppo", "dvpo, spread")):
@@ -146,8 +135,8 @@ def run(flags, seed):
     """One run of train.py -> its results, and what it was made with."""
     torch.set_num_threads(1)
     with run_folder(seed) as folder:
-        flags = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-        train_quietly(flags.split())
+        own = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
+        train_quietly(own.split())
         rows = read_rows(folder / "metrics.jsonl")
         curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
         versions = json.loads((folder / "args.json").read_text())["versions"]
@@ -158,10 +147,10 @@ def run(flags, seed):
     curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
     curves["curve"] = [row for row in curve if len(row) > 1]
     results["after"] = found.pop("after") | results["after"]
-    return {**versions, **results, **found, **curves}
+    return {"flags": flags, **versions, **results, **found, **curves}
 
 
-def pooled(function, todo, jobs, title, method="fork"):
+def pooled(function, todo, jobs, method="fork"):
     """function(*arguments) for {key: arguments}: yields (key, result) of each that did not fail.
 
     Forks share what is imported; a GPU takes the method spawn. A process has one call at a time.
@@ -173,6 +162,7 @@ def pooled(function, todo, jobs, title, method="fork"):
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
                 if future.exception():
+                    title = Path(sys.argv[0]).name
                     tqdm.write(f"{title}: {future.exception()}", file=sys.stderr)
                 else:
                     yield futures[future], future.result()
@@ -180,36 +170,40 @@ def pooled(function, todo, jobs, title, method="fork"):
             pool.shutdown(cancel_futures=True)  # Ctrl-C
 
 
+def add_all(run, todo, jobs, target, about, method="fork"):
+    """run(*arguments) for {(method, noise, seed): arguments}, a row of target each -> failures."""
+    for key, found in pooled(run, todo, jobs, method):
+        todo.pop(key)
+        add_row(target, dict(zip(("method", "noise", "seed"), key)) | about | found)
+    return len(todo)
+
+
 def run_grid(name, jobs, seeds):
     """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    (methods, noises, _), commit, todo = GRIDS[name], current_commit(), {}
+    (methods, noises, _), todo = GRIDS[name], {}
     finished = {(row["flags"], row["seed"]) for row in finished_runs()}
     for seed, noise, method in itertools.product(seeds, noises, methods):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
-            todo[seed, noise, method] = flags, seed
-    for key, found in pooled(run, todo, jobs, "noise.py"):
-        seed, noise, method = key
-        flags, _ = todo.pop(key)
-        row = {"method": method, "noise": noise, "seed": seed, "flags": flags}
-        add_row(RESULTS / f"noise-{name}.jsonl", row | {"commit": commit} | found)
-    return len(todo)
+            todo[method, noise, seed] = flags, seed
+    return add_all(run, todo, jobs, RESULTS / f"noise-{name}.jsonl", {"commit": current_commit()})
 
 
 def finished_runs():
     """All of them, whichever grid made them."""
     files = sorted(RESULTS.glob("noise-*.jsonl"))
-    return [row for file in files for row in read_rows(file, "flags", "seed", "before", "after")]
+    return [row for file in files for row in read_results(file, "flags", "seed", "before", "after")]
 
 
-def current(name):
+def current(name, seeds=None):
     """{(noise, method): {seed: run}} of just the grid's flags now: never two budgets in one row."""
     methods, noises, own = GRIDS[name]
+    seeds = seeds or (own if own[0] >= TRIAL_SEEDS else range(TRIAL_SEEDS))
     runs, keys = {}, itertools.product(noises, methods)
     for row in finished_runs():
-        after = row["after"]
-        after["all four"] = statistics.fmean(v for k, v in after.items() if "domain" in k)
-        if row["seed"] in own or max(own[0], row["seed"]) < TRIAL_SEEDS:
+        if row["seed"] in seeds:
+            domains = [score for split, score in row["after"].items() if "domain" in split]
+            row["after"] |= {"all four": statistics.fmean(domains)} if domains else {}
             runs.setdefault(row["flags"], {})[row["seed"]] = row
     return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
 
@@ -229,26 +223,22 @@ def averaged(found):
 
 
 def summarise(found, reference, splits=COLUMNS):
-    """Rows (noise, method, seeds, {column: (mean, half-width)}, explained variance at the end)."""
+    """Rows (noise, method, seeds, {split: as compared has it}, explained variance at the end)."""
     table = []
-    for (noise, method), own in found.items():
-        base = found[noise, reference]
-        seeds = sorted(own.keys() & base.keys())
-        if len(seeds) < 2:
-            continue
-        columns = {}
-        for split in splits:
+    for (noise, method), runs in found.items():
+        base, what = found[noise, reference], f"{noise}, {method}"
+        for seed in runs.keys() & base.keys():
             # Sampled scores before training depend on --batch-size, too.
-            pairs = [(own[seed]["before"], base[seed]["before"]) for seed in seeds]
-            if any(one.get(split) != two.get(split) for one, two in pairs):
+            one, two = runs[seed]["before"], base[seed]["before"]
+            if any(one.get(split) != two.get(split) for split in splits):
                 expected = f"expected the warm start of {reference}, found another"
-                raise InputError(f"results: {noise}, {method}: {expected}")
-            after, other = ([runs[seed]["after"][split] for seed in seeds] for runs in (own, base))
-            columns[split] = interval(after)
-            columns[f"{split}, difference"] = interval([a - b for a, b in zip(after, other)])
-        explained = [own[seed]["ev"][-1] for seed in seeds if "ev" in own[seed]]
-        explained = round(statistics.fmean(explained), 2) if explained else ""
-        table.append((noise, method, seeds, columns, explained))
+                raise InputError(f"results: {what}: {expected}")
+        own, other = ({seed: run["after"] for seed, run in part.items()} for part in (runs, base))
+        seeds, columns = compared(what, own, other, splits)
+        ends = [value for seed in seeds for value in runs[seed].get("ev", [])[-1:]]
+        known = [value for value in ends if value is not None]
+        explained = round(statistics.fmean(known), 2) if known else ""
+        table += [(noise, method, seeds, columns, explained)] if columns else []
     return table
 
 
@@ -256,7 +246,7 @@ def print_table(table, reference, splits=COLUMNS):
     heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in splits)
     print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
     for noise, method, seeds, columns, explained in table:
-        cells = "".join("{:6.3f} ±{:<15.3f}".format(*column) for column in columns.values())
+        cells = "".join((2 * "{:6.3f} ±{:<15.3f}").format(*column) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
     print("mean ± half of Student's 95 % interval, paired by seed; ev: explained variance at last")
 
@@ -272,14 +262,18 @@ def run_and_print(args):
         expected = f"expected one of {', '.join(map(repr, methods))}"
         raise InputError(f"--reference: {expected}, found {reference!r}")
     failed = 0 if args.table else run_grid(args.grid, args.jobs, seeds[: args.seeds])
-    found = current(args.grid)
-    print_table(summarise(found | averaged(found), reference), reference)
+    found = current(args.grid, args.seeds and seeds[: args.seeds])
+    table = summarise(found | averaged(found), reference)
+    if args.table and not table:
+        expected = f"expected runs of two seeds and {reference} in {RESULTS / 'noise-*.jsonl'}"
+        raise InputError(f"--grid {args.grid}: {expected}, found fewer")
+    print_table(table, reference)
     if failed:
         sys.exit(f"noise.py: {failed} runs failed")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--grid", choices=GRIDS, default="main")
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--seeds", type=COUNT, help="only so many of the grid's")

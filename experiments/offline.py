@@ -10,7 +10,6 @@ minus V(s) = E_b Q(s, b); or with --advantage q Q(s, a) - V(s). cql and rfqi wit
 are awr, bit for bit. Rows that are there are kept.
 """
 
-import argparse
 import copy
 import dataclasses
 import functools
@@ -28,8 +27,9 @@ from torch.nn.utils import clip_grad_norm_
 from critic import QuantileCritic
 from dvpo import masked_mean
 from experiments import noise
-from experiments.seeds import COUNT, RESULTS, add_row, current_commit, read_rows, run_script
+from experiments.seeds import COUNT, current_commit, new_parser, run_script
 from experiments.strata import evaluated
+from experiments.tables import RESULTS, add_row, read_results
 from experiments.worst_case import cql_loss, of_tokens, robust_returns
 from harness.flags import number_in, parse_args
 from harness.setup import build, judge, respond
@@ -188,7 +188,7 @@ def print_tables(rows):
 
 def found_rows():
     """{its KEYS: row} of the file."""
-    rows = read_rows(FOUND, *KEYS, "noise", "after") if FOUND.exists() else []
+    rows = read_results(FOUND, *KEYS, "noise", "before", "after") if FOUND.exists() else []
     return {tuple(row[key] for key in KEYS): row for row in rows}
 
 
@@ -201,7 +201,7 @@ def run_and_print(args):
         asked.update(keys)
         lacks = [key for key in keys if key not in found and not args.table]
         todo |= {(kind, seed): (kind, lacks)} if lacks else {}
-    failed = todo.keys() - dict(noise.pooled(run_all, todo, args.jobs, "offline.py"))
+    failed = todo.keys() - dict(noise.pooled(run_all, todo, args.jobs))
     if rows := [row for key, row in found_rows().items() if key in asked]:
         print_tables(rows)
     if failed:
@@ -211,7 +211,7 @@ def run_and_print(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     add, kinds = functools.partial(parser.add_argument, nargs="+"), [*noise.NOISES]
     add("--method", choices=METHODS, default=METHODS)
     add("--noise", choices=kinds, default=kinds)

@@ -10,12 +10,9 @@ against PPO; the built-in task; and with --model a real one, trained with train.
 --. Each adds a line to --output as it ends; one that lacks memory or time is skipped, and says so.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import functools
 import gc
-import importlib.util
 import itertools
 import json
 import math
@@ -28,20 +25,18 @@ from unittest.mock import patch
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
-    wanted = ("torch", "transformers", "datasets", "tqdm")
-    if missing := [name for name in wanted if importlib.util.find_spec(name) is None]:
-        bring = "without a network: pip download -r requirements.txt, and pip install --no-index"
-        sys.exit(f"on_gpu.py: expected {', '.join(missing)} to be installed, found none; {bring}")
 
 import torch
 
 import train
 from experiments import bench, memory
-from experiments.seeds import DEVICE, RESULTS, add_row, current_commit, run_script
+from experiments.inspect_tokens import forward
+from experiments.seeds import DEVICE, current_commit, new_parser, run_script
+from experiments.tables import RESULTS, add_row
 from harness.flags import number_in, parse_args
 from harness.gpu import COMPILED
 from harness.setup import autocast, respond
-from rollout import generate, in_micro_batches, response_logprobs
+from rollout import generate, response_logprobs
 from tasks import one_line
 from tasks.prompts import PROMPT_IDS
 
@@ -82,28 +77,18 @@ def on_device(rollout):
     return dataclasses.replace(rollout, **tensors)
 
 
-def next_of(rollouts, *rest, **kwargs):
-    """What takes the place of respond, and samples nothing."""
-    return next(rollouts)
-
-
 def agreement(args):
     """Three iterations on the CPU, and on the GPU from what the CPU sampled, in fp32."""
-    rollouts, metrics = [], {}
+    rollouts = []
 
     def recorded(*rest, **kwargs):
         rollouts.append(respond(*rest, **kwargs))
         return rollouts[-1]
 
-    for name, device in {"cpu": "cpu", "gpu": DEVICE}.items():
-        source = recorded
-        if name == "gpu":
-            source = functools.partial(next_of, iter([on_device(rollout) for rollout in rollouts]))
-        with random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own):
-            with patch.object(train, "respond", source):
-                metrics[name] = [iteration(run, own) for _ in range(3)]
+    cpu = three_iterations(args, "cpu", recorded)
+    gpu = three_iterations(args, DEVICE, map(on_device, rollouts))
     found = {}
-    for when, a, b in zip(("first", "second", "third"), *metrics.values()):
+    for when, a, b in zip(("first", "second", "third"), cpu, gpu):
         pairs = {key: (float(a[key]), float(b[key])) for key in a}
         off = {key: abs(x - y) / (1 + abs(x)) for key, (x, y) in pairs.items() if x == x}
         worst = max(off, key=off.get)
@@ -111,13 +96,19 @@ def agreement(args):
     return found
 
 
-def iteration(run, own):
-    """-> metrics."""
-    experience, metrics = train.collect(run, own)
-    torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
-    metrics |= train.update(run, own, experience)
-    run.iteration += 1
-    return metrics
+def three_iterations(args, device, responses):
+    """-> [metrics]; responses: what stands in for respond, or what it gives, one by one."""
+    found = []
+    with (
+        random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own),
+        patch.object(train, "respond", side_effect=responses),
+    ):
+        for _ in range(3):
+            experience, metrics = train.collect(run, own)
+            torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
+            found.append(metrics | train.update(run, own, experience))
+            run.iteration += 1
+    return found
 
 
 def half_precision(args):
@@ -128,9 +119,7 @@ def half_precision(args):
         ratio = train.minibatch_backward(run, own, first, True)["val/ratio"]
         batch = run.data[: own.batch_size]
         rollout = respond(run, own, batch, own.temperature, record_logprobs=True)
-        limits = (own.micro_batch_size, own.micro_batch_tokens, own.temperature)
-        with torch.no_grad(), autocast(run):
-            scored = in_micro_batches(response_logprobs, run.policy, rollout, *limits)
+        scored = forward(run, own, rollout, response_logprobs, run.policy, own.temperature)
         off = (rollout.logprobs - scored)[rollout.mask].abs()
     found = {"|ratio - 1|": abs(ratio.item() - 1), "sampling off by, mean": off.mean().item()}
     return found | {"sampling off by, most": off.max().item()}
@@ -145,20 +134,6 @@ def rates(args):
     seconds_of(torch.mm, a, a, times=3)
     matrix = 2 * n**3 / seconds_of(torch.mm, a, a, times=9)[0]
     return matrix, 8 * numbers / seconds_of(target.copy_, source, times=9)[0]
-
-
-class Clock:
-    """A logits processor for generate that keeps the times between steps."""
-
-    def __init__(self):
-        self.times = []
-
-    def __call__(self, input_ids, logits):
-        self.times.append(bench.now())
-        return logits
-
-    def step(self):
-        return statistics.median(b - a for a, b in zip(self.times, self.times[1:]))
 
 
 def decode_shares(run, own, bandwidth, found):
@@ -176,13 +151,15 @@ def decode_shares(run, own, bandwidth, found):
     bytes_a_step = size * (run.policy.num_parameters() + 2 * cached * memory.widths(config)[2])
     limits = {"max_new_tokens": steps, "eos_token_id": 1, "pad_token_id": 0}
     for name, settings in DECODINGS.items():
-        clock = Clock()
+        times = []
+        clock = lambda ids, logits, times=times: times.append(bench.now()) or logits
         try:
             with torch.no_grad(), autocast(run):
                 inputs = (run.sampler, prompts, attention_mask, 1.0, clock)
                 generate(*inputs, **limits, **settings)
-            found |= {f"decoding, {name}": bytes_a_step / clock.step() / bandwidth}
-            found |= {f"decoding, {name}, ms": 1000 * clock.step()}
+            step = statistics.median(b - a for a, b in itertools.pairwise(times))
+            found |= {f"decoding, {name}": bytes_a_step / step / bandwidth}
+            found |= {f"decoding, {name}, ms": 1000 * step}
         except Exception as error:  # a compiler that is not there, each in its own words
             found |= {f"decoding, {name}": f"failed: {one_line(error)[:60]}"}
 
@@ -238,10 +215,8 @@ def one_size(args, shape, found):
 
 def one_algorithm(run, own, rollouts, measured, args, found):
     """Adds times and shares of one run to found; samples rollouts, or takes what is there."""
-    algo, source = own.algo, respond
-    if rollouts:
-        source = functools.partial(next_of, itertools.repeat(rollouts[0]))
-    with patch.object(train, "respond", source):
+    algo, source = own.algo, itertools.repeat(rollouts[0]) if rollouts else respond
+    with patch.object(train, "respond", side_effect=source):
         of_start, (experience, _) = seconds_of(train.collect, run, own)  # much compiles or loads
         if not rollouts:
             of_collect, (experience, _) = seconds_of(train.collect, run, own)
@@ -278,9 +253,8 @@ def trained(folder, flags, found):
 
 def parts_of(args):
     """{name: (least seconds that it takes, function)}."""
-    task = "--total-episodes 6400"
-    if args.small:
-        task = "--total-episodes 16 --batch-size 8 --eval-samples 8"
+    small = "--total-episodes 16 --batch-size 8 --eval-samples 8"
+    task = (small if args.small else "--total-episodes 6400").split()
     shapes = ("tiny",) if args.small else ("small", "qwen3-0.6b", "qwen3-1.7b")
     parts = {
         "CPU and GPU": (20, lambda found: found.update(agreement(args))),
@@ -289,7 +263,7 @@ def parts_of(args):
     for shape, least in zip(shapes, (30, 90, 150)):
         parts[shape] = (least, lambda found, shape=shape: one_size(args, shape, found))
     folder = args.output.with_suffix("")
-    parts["built-in task"] = (60, lambda found: trained(folder / "task", task.split(), found))
+    parts["built-in task"] = (60, lambda found: trained(folder / "task", task, found))
     if args.model:
         own = ["--model-name-or-path", args.model, *args.flags]
         parts["real model"] = (120, lambda found: trained(folder / "model", own, found))
@@ -304,8 +278,6 @@ def run_parts(args):
     args.output.parent.mkdir(parents=True, exist_ok=True)
     start, table, failed = time.time(), [], False
     for name, (least, part) in parts_of(args).items():
-        if args.parts and name not in args.parts:
-            continue
         begin, found = time.time(), {}
         left = 60 * args.minutes - (begin - start)
         try:
@@ -328,10 +300,9 @@ def run_parts(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
     parser.add_argument("--minutes", type=number_in("(0, 600]", float), default=8.0)
-    parser.add_argument("--parts", nargs="+", help="only these, as the table names them")
     parser.add_argument("--output", type=Path, default=RESULTS / "on-gpu.jsonl")
     parser.add_argument("--model", help="folder of a real model")
     parser.add_argument("flags", nargs="*", help="of train.py for --model, behind --")

@@ -15,7 +15,6 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -28,24 +27,22 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from harness.checkpoints import resume
+from experiments.tables import RESULTS, interval, read_rows
+from harness.checkpoints import newest_checkpoint, restore
 from harness.flags import ALGORITHMS, number_in, parse_args
 from harness.reports import quiet
 from harness.setup import build, load
 from tasks import InputError, naming
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COUNT = number_in("[1, inf)", int)
-STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t at 97.5 % of 2, 3, ... values
 KEPT = ("iteration", "objective/", "val/explained_var", "quantile/", "eval/")  # of metrics.jsonl
 
 
-def interval(values):
-    """Mean and half-width of Student's 95 % interval."""
-    half = STUDENT[min(len(values), 10) - 2] * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values), half
+def new_parser(doc):
+    """A parser of flags whose --help begins with a script's first line."""
+    return argparse.ArgumentParser(description=doc.split("\n")[0])
 
 
 def run_script(parser, function):
@@ -76,36 +73,9 @@ def load_policy(name, flag):
 def load_run(folder):
     """A finished run's Run and flags, as its newest checkpoint has it."""
     args = parse_args(["--resume", str(folder)])
-    with contextlib.redirect_stdout(None):  # what it goes on from
-        run = build(args)
-        resume(run, args)
+    run = build(args)
+    restore(run, newest_checkpoint(Path(folder)))
     return run, args
-
-
-def read_rows(path, *keys):
-    """The objects of a jsonl file, a line each, with keys; raises InputError naming the line."""
-    rows = []
-    # Only what JSON writes as the end of a line is one.
-    for number, line in enumerate(Path(path).read_text(errors="replace").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = {**json.loads(line)}
-            if not row.keys() >= {*keys}:
-                raise ValueError
-            rows.append(row)
-        except (ValueError, TypeError) as error:
-            expected = f"a JSON object with {', '.join(keys)}" if keys else "a JSON object"
-            found = f"expected {expected}, found {line[:60]!r}"
-            raise InputError(f"{path}, line {number}: {found}") from error
-    return rows
-
-
-def add_row(path, row):
-    """Adds a row to a jsonl file, on a line of its own: an edited file may lack its last end."""
-    text = path.read_text(errors="replace") if path.exists() else ""
-    with open(path, "a") as file:
-        file.write("\n" * (text[-1:] not in ("", "\n")) + json.dumps(row) + "\n")
 
 
 def current_commit():
@@ -126,6 +96,13 @@ def machine():
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
     about = {"commit": current_commit(), "python": platform.python_version()}
     return about | {"cores": os.cpu_count(), "cpu": cpu[1] if cpu else platform.machine()}
+
+
+def refuse(flags, own):
+    """Raises InputError where flags behind -- are among a script's own: a pattern of names."""
+    for word in flags:
+        if re.fullmatch(f"--({own})", word.split("=")[0].replace("_", "-")):
+            raise InputError(f"{word}: expected another flag behind --, found one that is set here")
 
 
 def train_quietly(flags):
@@ -179,6 +156,7 @@ def run_and_print(args):
         raise InputError("expected at least 2 --seeds, and a --name for a run with further flags")
     if not re.fullmatch(r"(?!noise-|setting-)\w[\w.-]*", args.name):
         raise InputError(f"--name: no path, noise-* or setting-* expected, found {args.name!r}")
+    refuse(args.flags, "algo|seed|reward-noise-seed|output-dir|resume")
     torch.set_num_threads(1)
     about, algos, todo, runs = machine(), [*dict.fromkeys(args.algos)], {}, []
     for seed, algo in itertools.product(range(args.seeds), algos):
@@ -186,8 +164,6 @@ def run_and_print(args):
         flags = f"--algo {algo} --seed {seed} --reward-noise-seed {seed} --eval-steps 15".split()
         flags += [*args.flags, "--output-dir", f"{ROOT}/runs/{args.name}-{algo}-seed{seed}"]
         asked = vars(parse_args(flags))  # it ends here what cannot work, before the first run
-        if [asked[key] for key in ("algo", "seed", "reward_noise_seed")] != [algo, seed, seed]:
-            raise InputError("expected other flags behind --, found one that is set here")
         todo[algo, seed] = flags, asked
     target = RESULTS / f"{args.name}.jsonl"
     for row in read_rows(target) if target.exists() else []:
@@ -203,7 +179,7 @@ def run_and_print(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--seeds", type=COUNT, default=5, help="how many, from 0 on; at least 2")
     parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["dvpo", "ppo"])
     parser.add_argument("--name", default="default", help="of the results and the runs' folders")

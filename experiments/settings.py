@@ -15,7 +15,6 @@ import gc
 import io
 import itertools
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -27,18 +26,9 @@ if __name__ == "__main__":
 import torch
 
 from experiments import evaluate
-from experiments.noise import CURVES, NOISES, pooled
-from experiments.seeds import (
-    COUNT,
-    DEVICE,
-    RESULTS,
-    add_row,
-    current_commit,
-    interval,
-    read_rows,
-    run_script,
-    train_quietly,
-)
+from experiments.noise import CURVES, NOISES, add_all
+from experiments.seeds import COUNT, DEVICE, current_commit, refuse, run_script, train_quietly
+from experiments.tables import RESULTS, add_row, compared, is_text, read_results, read_rows
 from harness.flags import number_in, parse_args
 from tasks import InputError, naming
 from tasks.rewards import load_reward
@@ -53,9 +43,9 @@ METHODS = {
 }
 # The first is for the rule of admission: does plain PPO learn here?
 KINDS = {"none": "", "verifier": NOISES["verifier"], "votes": "", "judge": ""}
+USUAL = ("none", "verifier")
 # As evaluate.py has them, in fp32; train.py evaluates in the precision that it trains in.
 TRUE = {"held": "held out, greedy, fp32", "other": "out of domain, greedy"}
-KEYS = ("method", "noise", "seed", "flags", "after")  # of a row
 # Behind --, these would make a run another than its row says, or than the start's scores.
 OURS = "algo|readout|model-name-or-path|dataset-name|eval-dataset-name|seed|output-dir|resume|user"
 OURS += "|chat-template|stop-token|pseudo-label-noise|reward-noise-.*"
@@ -73,10 +63,8 @@ def check(args):
     """Ends the program where a run could not begin, or would not be what the table says."""
     if not (args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
-    for word in args.flags:
-        if re.fullmatch(f"--({OURS})", word.split("=")[0].replace("_", "-")):
-            raise InputError(f"{word}: expected another flag behind --, found one that is set here")
-    for kind in dict.fromkeys(["none", *args.kinds]):
+    refuse(args.flags, OURS)
+    for kind in dict.fromkeys(["none", *(args.kinds or USUAL)]):
         for method in METHODS:
             flags = parse_args(flags_of(args, method, kind))
         files = [flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"]
@@ -119,10 +107,16 @@ def run(args, method, kind, seed):
     return {**found, **curves, "flags": flags}
 
 
+def finished_rows(target):
+    known = {"method": lambda name: name == "start" or name in METHODS}
+    known |= {"noise": lambda name: name in KINDS, "flags": lambda words: all(map(is_text, words))}
+    return read_results(target, "method", "noise", "seed", "flags", "after", **known)
+
+
 def run_grid(args, target):
     """Runs what the results lack, seed by seed, and adds it line by line -> number of failures."""
     finished = set()
-    for row in read_rows(target, *KEYS) if target.exists() else []:
+    for row in finished_rows(target) if target.exists() else []:
         method, kind, seed = key = (row["method"], row["noise"], row["seed"])
         wanted = flags_of(args, "ppo" if method == "start" else method, kind)
         if row["flags"] != wanted:
@@ -135,17 +129,15 @@ def run_grid(args, target):
         row["after"] = true_scores(args.model, args, TRUE)
         add_row(target, row | {"flags": flags_of(args, "ppo", "none")})
     todo = {}
-    for seed, kind, method in itertools.product(sorted({*args.seeds}), args.kinds, args.methods):
+    seeds, kinds = sorted({*(args.seeds or range(5))}), args.kinds or USUAL
+    for seed, kind, method in itertools.product(seeds, kinds, args.methods):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
             todo[method, kind, seed] = args, method, kind, seed
     # A fork could not use the GPU, which its parent has looked at.
-    for key, found in pooled(run, todo, args.jobs, "settings.py", "spawn"):
-        _, method, kind, seed = todo.pop(key)
-        add_row(target, {"method": method, "noise": kind, "seed": seed, **about, **found})
-    return len(todo)
+    return add_all(run, todo, args.jobs, target, about, "spawn")
 
 
-def print_table(rows):
+def print_table(rows, kinds=KINDS, methods=METHODS):
     """A row per noise and method: seeds, each score, and how far it is from PPO's, paired."""
     found, starts = {}, {}
     for row in rows:
@@ -155,24 +147,18 @@ def print_table(rows):
     if not starts or ("none", "start") not in found:
         raise InputError("expected a start and finished runs, found others")
     starts = {name: statistics.fmean(scores) for name, scores in starts.items()}
-    starts |= found["none", "start"][0]
+    starts |= [*found["none", "start"].values()][0]
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
     print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))
-    for kind, method in itertools.product(KINDS, METHODS):
+    for kind, method in itertools.product(kinds, methods):
         own, base = found.get((kind, method), {}), found.get((kind, "ppo"), {})
-        seeds = sorted(own.keys() & base.keys())
-        if len(seeds) < 2:
-            continue
-        cells = ""
-        for name in starts:
-            if name not in own[seeds[0]]:
-                cells += " " * 34
-                continue
-            values = [own[seed][name] for seed in seeds]
-            pairs = [own[seed][name] - base[seed][name] for seed in seeds]
-            columns = (*interval(values), *interval(pairs))
-            cells += f"{'{:.3f} ±{:.3f}  {:+.3f} ±{:.3f}'.format(*columns):34}"
-        print(f"{kind:10}{method:14}{len(seeds):<6}{cells}")
+        # A judge's scores are its own kind's.
+        names = [name for name in starts if any(name in scores for scores in own.values())]
+        seeds, columns = compared(f"{kind}, {method}", own, base, names)
+        texts = {k: "{:.3f} ±{:.3f}  {:+.3f} ±{:.3f}".format(*v) for k, v in columns.items()}
+        cells = "".join(f"{texts.get(name, ''):34}" for name in starts)
+        if columns:
+            print(f"{kind:10}{method:14}{len(seeds):<6}{cells}")
 
 
 def run_and_print(args):
@@ -180,7 +166,10 @@ def run_and_print(args):
     if not args.table:
         check(args)
         failed = run_grid(args, target)
-    print_table(read_rows(target, *KEYS))
+    rows = finished_rows(target)
+    if args.seeds:
+        rows = [row for row in rows if row["method"] == "start" or row["seed"] in args.seeds]
+    print_table(rows, args.kinds or KINDS, args.methods)
     if failed:
         sys.exit(f"settings.py: {failed} runs failed")
 
@@ -189,9 +178,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--model")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["none", "verifier"])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="to run: else none, verifier")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), default=[*range(5)])
+    parser.add_argument(
+        "--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="to run: else 0 to 4"
+    )
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")

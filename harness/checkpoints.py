@@ -46,12 +46,12 @@ def checkpoints(output_dir):
     return dict(sorted((int(path.name[11:]), path) for path in paths))
 
 
-def newest_checkpoint(output_dir):
+def newest_checkpoint(output_dir, flag="--resume"):
     """The folder of the newest checkpoint; raises InputError where there is none."""
     for folder in reversed(checkpoints(output_dir).values()):
         return folder
     found = "none" if output_dir.is_dir() else "no such folder"
-    raise InputError(f"--resume: expected a checkpoint in {str(output_dir)!r}, found {found}")
+    raise InputError(f"{flag}: expected a checkpoint in {str(output_dir)!r}, found {found}")
 
 
 def write_checkpoint(run, folder):

@@ -31,8 +31,9 @@ from experiments import (
     reward_model,
     seeds,
     settings,
+    tables,
 )
-from experiments.seeds import read_rows
+from experiments.tables import read_rows
 from harness.flags import RISK_TERMS, parse_args
 from tasks import InputError
 from tasks.booking import SLOTS
@@ -281,9 +282,10 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(noise, "QUICK", small)
     grid = ({"ppo": "--algo ppo"}, ("odd", "none"), range(1))
     monkeypatch.setitem(noise.GRIDS, "quick", grid)
+    monkeypatch.setattr(sys, "argv", ["experiments/noise.py"])
     assert noise.run_grid("quick", 1, [0]) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if "noise.py:" in line]
-    assert len(said) == 1 and "--reward-noise-fp" in said[0]
+    said = [line for line in capsys.readouterr().err.splitlines() if "expected" in line]
+    assert len(said) == 1 and "noise.py: --reward-noise-fp" in said[0]
     assert "expected a number in [0, 1], found '7'" in said[0]
     (row,) = read_rows(tmp_path / "noise-quick.jsonl")
     assert row["noise"] == "none" and row["seed"] == 0
@@ -310,9 +312,9 @@ def test_rows_are_read_past_blank_lines_and_end_where_json_ends_them(tmp_path):
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_row_is_added_on_a_line_of_its_own(tmp_path, end):
     path = tmp_path / "rows.jsonl"
-    seeds.add_row(path, {"a": 1})
+    tables.add_row(path, {"a": 1})
     path.write_text(path.read_text().rstrip() + end)
-    seeds.add_row(path, {"b": 2})
+    tables.add_row(path, {"b": 2})
     assert path.read_text() == '{"a": 1}\n{"b": 2}\n'
 
 
@@ -338,7 +340,7 @@ def test_windows_by_hand():
 
 def test_the_interval_is_students():
     """1, 2, 3: standard error 1 / sqrt(3), t(2) = 4.30."""
-    assert noise.interval([1.0, 2.0, 3.0]) == (2, pytest.approx(4.30 / 3**0.5))
+    assert tables.interval([1.0, 2.0, 3.0]) == (2, pytest.approx(4.30 / 3**0.5))
 
 
 def table_rows():
@@ -373,14 +375,14 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     ppo, dvpo = noise.summarise(noise.current("main"), "ppo")
     assert (ppo[:3], dvpo[:3]) == (("none", "ppo", [0, 1]), ("none", "dvpo", [0, 1]))
     assert dvpo[3]["in domain, greedy"][0] == 0.625
-    assert ppo[3]["in domain, greedy, difference"] == (0, 0)
-    assert dvpo[3]["in domain, greedy, difference"] == pytest.approx((0.125, 12.71 / 8))
-    assert dvpo[3]["out of domain, greedy, difference"] == pytest.approx((0.1, 0), abs=1e-9)
+    assert ppo[3]["in domain, greedy"][2:] == (0, 0)
+    assert dvpo[3]["in domain, greedy"][2:] == pytest.approx((0.125, 12.71 / 8))
+    assert dvpo[3]["out of domain, greedy"][2:] == pytest.approx((0.1, 0), abs=1e-9)
     assert dvpo[3]["all four"][0] == pytest.approx((0.625 + 0.4) / 2)
     assert ppo[4] == dvpo[4] == 0.25
     # Minus DVPO, and over its seeds.
     turned, _ = noise.summarise(noise.current("main"), "dvpo")
-    assert turned[3]["in domain, greedy, difference"][0] == pytest.approx(-0.125)
+    assert turned[3]["in domain, greedy"][2] == pytest.approx(-0.125)
     rows[0]["before"]["out of domain, greedy"] = 7
     write_rows(tmp_path / "noise-0.jsonl", rows[:3])
     with pytest.raises(InputError, match="results: none, ppo: expected the warm start of dvpo"):
@@ -392,6 +394,89 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     (tmp_path / "noise-1.jsonl").write_text('{"torn": ')
     with pytest.raises(InputError, match="noise-1.jsonl, line 1: expected a JSON object"):
         noise.current("main")
+
+
+def refused(script, capsys, monkeypatch, *words):
+    """The line with which a script ends, status 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__.split('.')[-1]}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2, said
+    return said[-1]
+
+
+DAMAGED = [
+    *({when: value} for when in ("before", "after") for value in (None, 3, [1], {"a": "x"})),
+    *({"after": {"in domain, greedy": value}} for value in (None, True, [0.5])),
+    {"seed": "0"},
+    {"seed": None},
+    {"flags": 7},
+    {"method": 7},
+    {"noise": ["none"]},
+    {"ev": ["x"]},
+    {"ev": 7},
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=str)
+def test_a_damaged_run_ends_its_table_in_one_line(damage, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.setattr(settings, "RESULTS", tmp_path)
+    rows = table_rows()
+    write_rows(tmp_path / "noise-a.jsonl", [*rows[:3], rows[3] | damage])
+    (key,) = damage
+    expected = f"noise.py: error: {tmp_path / 'noise-a.jsonl'}, row 4: expected another {key}, foun"
+    assert refused(noise, capsys, monkeypatch, "--table").startswith(expected)
+    start, *rows = setting_rows()
+    write_rows(tmp_path / "setting-a.jsonl", [start, *rows, rows[0] | damage])
+    expected = f"setting-a.jsonl, row {len(rows) + 2}: expected another {key}, found {damage[key]}"
+    assert expected in refused(settings, capsys, monkeypatch, "a", "--table")
+
+
+def test_a_run_that_lacks_a_score_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.setattr(settings, "RESULTS", tmp_path)
+    for gone in ("in domain, greedy", "out of domain, greedy"):
+        rows = table_rows()
+        del rows[3]["after"][gone]
+        write_rows(tmp_path / "noise-a.jsonl", rows)
+        found = refused(noise, capsys, monkeypatch, "--table")
+        assert f"none, dvpo, seed 1: expected '{gone}', found none" in found
+    rows = setting_rows()
+    rows[-1]["after"] = {}
+    write_rows(tmp_path / "setting-a.jsonl", rows)
+    found = refused(settings, capsys, monkeypatch, "a", "--table")
+    assert "verifier, grpo, seed 1: expected 'greedy', found none" in found
+    for damage in ({"method": "a2c"}, {"noise": "rain"}):
+        write_rows(tmp_path / "setting-a.jsonl", [*setting_rows(), rows[1] | damage])
+        found = refused(settings, capsys, monkeypatch, "a", "--table")
+        assert f"row 7: expected another {[*damage][0]}, found {[*damage.values()][0]}" in found
+
+
+def test_a_table_says_where_it_looked_and_takes_the_seeds_that_it_is_given(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.setattr(settings, "RESULTS", tmp_path)
+    assert str(tmp_path / "noise-*.jsonl") in refused(noise, capsys, monkeypatch, "--table")
+    rows = table_rows()
+    for row in rows:
+        row["seed"] += 20
+    rows += [rows[0] | {"seed": 22, "before": rows[4]["before"]}]
+    write_rows(tmp_path / "noise-a.jsonl", rows)
+    write_rows(tmp_path / "setting-a.jsonl", setting_rows())
+    for words, counts in (([], ["3", "3"]), (["--seeds", "2"], ["2", "2"])):
+        monkeypatch.setattr(sys, "argv", ["noise.py", "--table", *words])
+        noise.main()
+        table = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [row[2] for row in table if row[:1] == ["none"]] == counts
+    assert "found fewer" in refused(noise, capsys, monkeypatch, "--table", "--seeds", "1")
+    words = ["settings.py", "a", "--table", "--seeds", "1", "2", "--methods", "ppo"]
+    monkeypatch.setattr(sys, "argv", words)
+    settings.main()
+    *_, ppo = capsys.readouterr().out.splitlines()
+    assert ppo.split()[:4] == ["verifier", "ppo", "2", "0.750"]
 
 
 @pytest.mark.parametrize("grid", noise.GRIDS)
@@ -500,14 +585,18 @@ def test_true_scores_are_of_the_files_that_they_are_named_after(monkeypatch):
     assert settings.true_scores("m", own, ["other"]) == {OTHER: len("d/other.jsonl")}
 
 
-def test_a_settings_table_pairs_seeds_with_ppos(capsys):
+def setting_rows():
     before = {"greedy": 0.25}
-    rows = [{"noise": "none", "method": "start", "seed": 0, "after": {OTHER: 0.125}}]
+    rows = [{"noise": "none", "method": "start", "seed": 0, "after": {OTHER: 0.125}, "flags": []}]
     for method, scores in {"ppo": (0.5, 0.6, 0.9), "grpo": (0.5, 0.8)}.items():
         for seed, score in enumerate(scores):
             row = {"noise": "verifier", "method": method, "seed": seed, "before": before}
-            rows.append({**row, "after": {"greedy": score, OTHER: 0.0}})
-    settings.print_table(rows)
+            rows.append({**row, "after": {"greedy": score, OTHER: 0.0}, "flags": ["--lam", "1"]})
+    return rows
+
+
+def test_a_settings_table_pairs_seeds_with_ppos(capsys):
+    settings.print_table(setting_rows())
     head, start, ppo, grpo = (line.split() for line in capsys.readouterr().out.splitlines())
     assert start == ["start", "0.250", "0.125"]
     assert ppo[:6] == ["verifier", "ppo", "3", "0.667", "±0.517", "+0.000"]
@@ -745,6 +834,11 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
         evaluate.main()
     assert "cannot load 'nowhere'" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *sets])
+    shutil.rmtree(run)
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == "evaluate.py: error: policy: expected a checkpoint in 'run', found none"
     for damaged in ("{", "[]", '{"flags": 1}', "{}", '"'):
         (tmp_path / "run" / "args.json").write_text(damaged)
         with pytest.raises(SystemExit) as ended:
@@ -774,7 +868,8 @@ def test_what_is_evaluated_twice_counts_once_and_no_data_is_added_to(tmp_path, m
     with pytest.raises(SystemExit) as ended:
         evaluate.main()
     assert ended.value.code == 2 and data.read_text() == written and len(asked) == 2
-    assert "--output: expected earlier results" in capsys.readouterr().err.splitlines()[-1]
+    found = f"{data}, line 1: expected a JSON object with policy, found"
+    assert found in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_evaluations_of_seeds_are_one_mean(capsys):

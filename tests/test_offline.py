@@ -6,9 +6,10 @@ import sys
 
 import pytest
 import torch
+from common import write_rows
 
 from experiments import noise, offline
-from experiments.seeds import read_rows
+from experiments.tables import read_rows
 from harness.setup import build
 
 
@@ -101,6 +102,40 @@ def test_a_grid_goes_on_where_it_stopped_and_one_method_alone_is_the_same(
         run_offline(monkeypatch, *GRID[:4], "--method", "rfqi")
     assert ended.value.code == "offline.py: 1 tasks failed"
     assert len(read_rows(small)) == 2
+
+
+ROW = {"method": "awr", "advantage": "return", "temperature": 0.3, "alpha": 0.0, "radius": 0.0}
+ROW |= {"flags": noise.flags_of("main", "ppo", "none"), "noise": "none", "before": {}}
+
+
+def offline_rows():
+    names = [name for columns in offline.COLUMNS for name in columns]
+    return [{**ROW, "seed": seed, "after": dict.fromkeys(names, 0.5)} for seed in (20, 21)]
+
+
+@pytest.mark.parametrize(
+    "damage", [{"after": None}, {"after": {"a": "x"}}, {"noise": []}, {"alpha": [0]}, {"seed": {}}]
+)
+def test_a_damaged_row_is_one_line(monkeypatch, capsys, tmp_path, damage):
+    monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
+    first, second = offline_rows()
+    write_rows(offline.FOUND, [first, second | damage])
+    with pytest.raises(SystemExit) as ended:
+        run_offline(monkeypatch, "--table")
+    said = capsys.readouterr().err.splitlines()[-1]
+    expected = f"offline.py: error: {offline.FOUND}, row 2: expected another {[*damage][0]}, found"
+    assert ended.value.code == 2 and said.startswith(expected)
+
+
+def test_a_row_that_lacks_a_score_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
+    first, second = offline_rows()
+    del second["after"]["foreseen"]
+    write_rows(offline.FOUND, [first, second])
+    with pytest.raises(SystemExit) as ended:
+        run_offline(monkeypatch, "--table")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2 and "seed 21: expected 'foreseen', found none" in said
 
 
 @pytest.mark.parametrize("flags", [("--radius", "1.5"), ("--alpha", "-1"), ("--method", "bcq")])
