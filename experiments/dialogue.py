@@ -7,7 +7,6 @@ said), acts, values (what the reference conveys), dialogue_id. FOLDER/policy.jso
 the reward model that trains the policy) and strict.jsonl (to teach the policy) share no dialogue.
 """
 
-import argparse
 import hashlib
 import json
 import re
@@ -19,7 +18,7 @@ if __name__ == "__main__":
 
 from transformers import AutoTokenizer
 
-from experiments.seeds import run_script
+from experiments.seeds import new_parser, run_script
 from harness.setup import load
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, as_messages, load_prompts
@@ -73,7 +72,7 @@ def write_parts(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("model", help="whose tokens are counted: a folder or a hub name")
     parser.add_argument("data")
     parser.add_argument("output", type=Path)

@@ -18,7 +18,6 @@ sampler, and the other 2s and 4s of update and rollout double, but for hidden. A
 counts as --max-turns responses without its user's turns.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -28,7 +27,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from experiments.seeds import COUNT, run_script
+from experiments.seeds import COUNT, new_parser, run_script
 from harness.flags import ALGORITHMS, parse_args
 from tasks import naming
 
@@ -98,7 +97,7 @@ def show(own):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("model")
     parser.add_argument("--prompt", type=COUNT, default=256, help="tokens")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")

@@ -8,7 +8,6 @@ one, moves to `true_answer`), with its share of the votes in `agreement`. Proble
 any sample are left out. Rows are written as they are made; a second call goes on behind the last.
 """
 
-import argparse
 import collections
 import json
 import statistics
@@ -22,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 import rollout
-from experiments.seeds import COUNT, load_policy, run_script
+from experiments.seeds import COUNT, load_policy, new_parser, run_script
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
@@ -95,7 +94,7 @@ def label(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("model", help="the one that will be trained: a folder or a hub name")
     parser.add_argument("data", help="rows with prompt, and choices if the answer is a letter")
     parser.add_argument("output", type=Path, help="a jsonl file")

@@ -8,8 +8,6 @@ reward (0 or 1) make two each: the reference is good, one of another dialogue is
 out by `dialogue_id`. The reward is the probability of "good".
 """
 
-import argparse
-import functools
 import json
 import random
 import statistics
@@ -22,10 +20,11 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments.seeds import COUNT, DEVICE, read_rows, run_script
+from experiments.seeds import COUNT, DEVICE, new_parser, run_script
+from experiments.tables import read_rows
 from harness.flags import number_in
 from harness.setup import load
-from tasks import InputError, one_line
+from tasks import InputError, naming
 from tasks.rewards import judged_text
 from tasks.warm_start import fine_tune
 
@@ -77,11 +76,6 @@ def logits_of(model, tokenizer, rows):
     return model(**inputs.to(model.device)).logits.float()
 
 
-def loss_of(tokenizer, model, rows):
-    labels = torch.tensor([row[2] for row in rows], device=model.device)
-    return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
-
-
 @torch.no_grad()
 def judge(model, tokenizer, rows):
     """The probability of "good" for each row."""
@@ -97,10 +91,8 @@ def load_both(name, max_length):
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.model_max_length = max_length
-    try:
+    with naming(f"encoder: cannot load {name!r}"):
         model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
-    except Exception as error:  # each library in its own words
-        raise InputError(f"encoder: cannot load {name!r}: {one_line(error)}") from error
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
     return model.to(DEVICE).train(), tokenizer
@@ -114,7 +106,11 @@ def train_judge(args):
         raise InputError("data: expected rows of at least two dialogues, found fewer")
     orders = [torch.randperm(len(train)) for _ in range(args.epochs)]
     batches = [rows.tolist() for order in orders for rows in order.split(16)]
-    loss = functools.partial(loss_of, tokenizer)
+
+    def loss(model, rows):
+        labels = torch.tensor([row[2] for row in rows], device=model.device)
+        return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
+
     fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
     scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
     right = statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth))
@@ -130,7 +126,7 @@ def train_judge(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     for name in ("encoder", "data", "output"):
         parser.add_argument(name)
     parser.add_argument("--epochs", type=COUNT, default=2)

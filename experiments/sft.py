@@ -7,7 +7,7 @@ MODEL: a folder or a hub name. The loss counts the policy's tokens only; prompts
 train.py does it. Rows beyond --max-length tokens are left out.
 """
 
-import argparse
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 import rollout
 from dvpo import masked_mean
-from experiments.seeds import COUNT, load_policy, run_script
+from experiments.seeds import COUNT, load_policy, new_parser, run_script
 from harness.flags import number_in
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError
@@ -93,11 +93,8 @@ def tune(args):
         expected = f"expected rows of at most {longest} tokens, found {len(found)} longer ones"
         raise InputError(f"--max-length: {expected}")
     num_steps = max(1, round(args.epochs * len(examples) / args.batch_size))
-    batches = []
-    while len(batches) < num_steps:
-        order = torch.randperm(len(examples)).tolist()
-        starts = range(0, len(order), args.batch_size)
-        batches += [order[start : start + args.batch_size] for start in starts]
+    orders = [torch.randperm(len(examples)) for _ in range(math.ceil(args.epochs))]
+    batches = [rows.tolist() for order in orders for rows in order.split(args.batch_size)]
     fit = (response_loss, batches[:num_steps], num_steps, args.learning_rate, args.bf16)
     losses = fine_tune(model.train(), examples, *fit)
     model.save_pretrained(args.output)
@@ -108,7 +105,7 @@ def tune(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     positive = number_in("(0, inf)", float)
     parser.add_argument("model")
     parser.add_argument("data", help="hub names, json, jsonl or parquet files, commas between")
