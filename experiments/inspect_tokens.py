@@ -26,10 +26,10 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
-from experiments.seeds import COUNT, run_script
-from harness.checkpoints import newest_checkpoint, restore
+from experiments.seeds import COUNT, load_run, run_script
+from harness.checkpoints import newest_checkpoint
 from harness.flags import parse_args
-from harness.setup import autocast, build, build_critic, judge, respond, to_train
+from harness.setup import autocast, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS
@@ -210,9 +210,8 @@ def page(shown, said):
 
 
 def inspect(args):
-    flags = flags_of(args.run, "run", "dvpo")
-    run = build(flags)
-    restore(run, newest_checkpoint(Path(args.run)))
+    flags_of(args.run, "run", "dvpo")
+    run, flags = load_run(args.run)
     torch.manual_seed(args.seed)
     batch = next(iter(run.evals.values()))[: args.rows]
     scalar, which = scalar_critic(run, flags, args.scalar, args.samples)

@@ -162,8 +162,7 @@ def pooled(function, todo, jobs, method="fork"):
             done = concurrent.futures.as_completed(futures)
             for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
                 if future.exception():
-                    title = Path(sys.argv[0]).name
-                    tqdm.write(f"{title}: {future.exception()}", file=sys.stderr)
+                    tqdm.write(f"{Path(sys.argv[0]).name}: {future.exception()}", file=sys.stderr)
                 else:
                     yield futures[future], future.result()
         finally:

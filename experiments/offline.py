@@ -188,7 +188,9 @@ def print_tables(rows):
 
 def found_rows():
     """{its KEYS: row} of the file."""
-    rows = read_results(FOUND, *KEYS, "noise", "before", "after") if FOUND.exists() else []
+    known = {"method": lambda name: name in METHODS, "noise": lambda name: name in noise.NOISES}
+    keys = (*KEYS, "noise", "before", "after")
+    rows = read_results(FOUND, *keys, **known) if FOUND.exists() else []
     return {tuple(row[key] for key in KEYS): row for row in rows}
 
 

@@ -72,7 +72,7 @@ def load_policy(name, flag):
 
 def load_run(folder):
     """A finished run's Run and flags, as its newest checkpoint has it."""
-    args = parse_args(["--resume", str(folder)])
+    args = parse_args([f"--resume={folder}"])
     run = build(args)
     restore(run, newest_checkpoint(Path(folder)))
     return run, args

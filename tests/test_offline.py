@@ -113,9 +113,11 @@ def offline_rows():
     return [{**ROW, "seed": seed, "after": dict.fromkeys(names, 0.5)} for seed in (20, 21)]
 
 
-@pytest.mark.parametrize(
-    "damage", [{"after": None}, {"after": {"a": "x"}}, {"noise": []}, {"alpha": [0]}, {"seed": {}}]
-)
+DAMAGED = [{"after": None}, {"after": {"a": "x"}}, {"noise": []}, {"alpha": [0]}, {"seed": {}}]
+DAMAGED += [{"noise": "rain"}, {"method": "bcq"}]
+
+
+@pytest.mark.parametrize("damage", DAMAGED, ids=str)
 def test_a_damaged_row_is_one_line(monkeypatch, capsys, tmp_path, damage):
     monkeypatch.setattr(offline, "FOUND", tmp_path / "offline.jsonl")
     first, second = offline_rows()
