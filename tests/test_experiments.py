@@ -285,7 +285,7 @@ def test_a_failing_run_is_one_line_and_the_others_go_on(tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["experiments/noise.py"])
     assert noise.run_grid("quick", 1, [0]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if "expected" in line]
-    assert len(said) == 1 and "noise.py: --reward-noise-fp" in said[0]
+    assert len(said) == 1 and said[0].startswith("noise.py: ") and "--reward-noise-fp" in said[0]
     assert "expected a number in [0, 1], found '7'" in said[0]
     (row,) = read_rows(tmp_path / "noise-quick.jsonl")
     assert row["noise"] == "none" and row["seed"] == 0
