@@ -14,14 +14,10 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far insid
 
 
 def masked_mean(values, mask, num_tokens=None):
-    """The mean of values (B, T) over the True slots of mask, as a scalar; 0 where there are none.
-
-    num_tokens: divide by this count instead, so that micro-batches add up to the minibatch's mean.
-    """
+    """The mean of values (B, T) where mask is True, 0 if nowhere; or their sum over num_tokens."""
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
     count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=values.device)
-    # where, not *: 0 * NaN is NaN
-    return torch.where(mask, values, 0).sum() / count.clamp(min=1)
+    return torch.where(mask, values, 0).sum() / count.clamp(min=1)  # not *: 0 * NaN is NaN
 
 
 def masked_whiten(values, mask, shift_mean=True):
@@ -30,14 +26,15 @@ def masked_whiten(values, mask, shift_mean=True):
     shift_mean=False adds the mean again, as TRL does to rewards. A single valid token: 0. [ours]:
     std is at least 1e-6 of the largest |value|: relative, so that rewards have no unit.
     """
+    assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
     valid = torch.where(mask, values, 0).double()
     largest = valid.abs().amax()
     valid = valid / torch.where(largest > 0, largest, 1)
     mean = masked_mean(valid, mask)
     centred = torch.where(mask, valid - mean, 0)
     std = (centred.square().sum() / (mask.sum() - 1).clamp(min=1)).sqrt()
-    scaled = (centred / std.clamp(min=1e-6)).to(values.dtype)
-    return scaled if shift_mean else torch.where(mask, scaled + mean * largest, 0).to(values.dtype)
+    scaled = (centred / std.clamp(min=1e-6)).to(torch.result_type(values, 1.0))
+    return scaled if shift_mean else torch.where(mask, scaled + mean * largest, 0)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
@@ -47,6 +44,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     k3 = exp(-k1) - 1 + k1 (unbiased, never negative), k1 clamped to +-20 in it.
     Raises ValueError for another kind. (Schulman, "Approximating KL divergence".)
     """
+    assert logprobs.shape == ref_logprobs.shape, f"ref_logprobs {tuple(ref_logprobs.shape)}"
     k1 = logprobs - ref_logprobs
     if kind == "k1":
         return k1
@@ -72,10 +70,10 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """
     assert scores.shape == mask.shape[:1], f"scores {tuple(scores.shape)}"
     assert logprobs.shape == mask.shape, f"logprobs {tuple(logprobs.shape)}"
-    rewards = torch.zeros_like(logprobs)
+    kl = torch.zeros_like(logprobs)
     if kl_coef != 0:
         kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
-        rewards = torch.where(mask, -kl_coef * kl, 0)
+    rewards = torch.where(mask, -kl_coef * kl, 0.0)
     scores = scores.detach().to(rewards.dtype).unsqueeze(1)
     return rewards + torch.where(last_token(mask), scores, 0)
 
@@ -97,13 +95,15 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
     across, undiscounted. The mean over j is scalar GAE on the mean value, exactly.
     """
     shapes = f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
-    assert rewards.shape == mask.shape == quantiles.shape[:2], shapes
-    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
+    assert rewards.shape == mask.shape == quantiles.shape[:-1], shapes
+    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0.0).sort(dim=-1).values  # as floats
     successors = quantiles if successors is None else successors.sort(dim=-1).values
+    assert successors.shape == quantiles.shape, f"successors {tuple(successors.shape)}, {shapes}"
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
     advantages = torch.zeros_like(quantiles)
     next_advantage = torch.zeros_like(quantiles[:, 0])
     next_quantiles = next_advantage if bootstrap is None else bootstrap.sort(dim=-1).values
+    assert next_quantiles.shape == next_advantage.shape, f"bootstrap {tuple(bootstrap.shape)}"
     for t in reversed(range(mask.shape[1])):
         valid = mask[:, t, None]
         delta = rewards[:, t] + gamma * next_quantiles - quantiles[:, t]
@@ -131,7 +131,7 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     s: q's standard deviation, at least a tenth of that of the batch's mean targets, as a nearly
     certain state would blow a small error up. M = 1, the control: the batch's median |x|.
     """
-    assert quantiles.shape[:2] == targets.shape[:2] == mask.shape, f"mask {tuple(mask.shape)}"
+    assert quantiles.shape[:-1] == targets.shape[:-1] == mask.shape, f"mask {tuple(mask.shape)}"
     if readout not in ("mean", "spread"):
         raise ValueError(f"readout: expected 'mean' or 'spread', found {readout!r}")
     quantiles, targets = quantiles.double(), targets.double()
@@ -163,7 +163,7 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
     per_token = {
         "clipfrac": (clipped > unclipped).float(),
-        "approx_kl": kl_estimate(log_ratio, 0.0, "k2"),
+        "approx_kl": log_ratio.square() / 2,
         "ratio": ratio,
     }
     return loss, {k: masked_mean(v.detach(), mask, num_tokens) for k, v in per_token.items()}
@@ -177,16 +177,14 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     consistency}, scalars that add up like the loss. kappa=None is the scalar critic of PPO and
     robust PPO (M = K = 1): half the squared error of each head, no terms, no value clipping.
     """
-    shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
-    assert head_quantiles.shape[:2] == targets.shape[:2] == mask.shape, shapes
+    assert head_quantiles.shape[:-2] == targets.shape[:-1] == mask.shape, f"mask {mask.shape}"
     # (tokens, N, M), (tokens, K): no work on padding, and no NaN of it in the gradient.
     q, y = head_quantiles[mask], targets.detach()[mask]
     count = torch.as_tensor(len(y) if num_tokens is None else num_tokens).clamp(min=1)
     if kappa is None:
         error = q.mean(dim=-1) - y.mean(dim=-1, keepdim=True)
         return (error.square().mean(dim=-1) / 2).sum() / count, {}
-    # All heads meet the same targets: as one row of N * M quantiles they share one sort, and the
-    # mean over it is over heads too.
+    # As one row of N * M quantiles, all heads share one sort of the targets, and one mean.
     token_loss = quantile_huber_loss(q.flatten(1), y, levels.repeat(q.shape[1]), kappa)
     terms = {"quantile": token_loss}
     if risk is not None:
@@ -209,6 +207,7 @@ def explained_variance(values, targets, mask):
 
     1 perfect, 0 no better than a constant; NaN where the targets do not vary. Of a whole batch.
     """
+    assert values.shape == targets.shape, f"{tuple(values.shape)}, {tuple(targets.shape)}"
     spread = masked_variance(targets, mask)
     return torch.where(spread > 0, 1 - masked_variance(targets - values, mask) / spread, torch.nan)
 
@@ -222,6 +221,7 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     S_up; coverage: share of returns within [Q(alpha), Q(1 - beta)], ties inside; head_spread: root
     mean square distance of a head from the heads' mean.
     """
+    assert head_quantiles.shape[:-2] == returns.shape == mask.shape, f"mask {tuple(mask.shape)}"
     head_quantiles, returns = head_quantiles[mask], returns[mask]
     unsorted = head_quantiles.mean(dim=1)
     q = unsorted.sort(dim=-1).values
@@ -251,15 +251,13 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
+    assert bootstrap is None or bootstrap.shape == head_values[:, 0].shape, "bootstrap: not (B, N)"
     bootstrap = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
     return distributional_gae(rewards, mean, mask, gamma, lam, bootstrap, worst)
 
 
 def discounted_returns(rewards, mask, gamma):
-    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T), masked.
-
-    Whitened over the batch, Reinforce++'s advantage.
-    """
+    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T)."""
     no_values = torch.zeros_like(rewards).unsqueeze(-1)
     return distributional_gae(rewards, no_values, mask, gamma, 1.0)[0].squeeze(-1)
 
@@ -287,9 +285,11 @@ def group_advantages(scores, group_size, divide_by_std):
 def token_weights(kind, mask, most_tokens):
     """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
 
-    kind token: 1. response: mean_length / length (GRPO), so that the loss is the mean over
-    responses of their means. constant: the loss is a sum over B * most_tokens (Dr. GRPO).
+    kind token: 1. response: mean_length / length (GRPO), so that each response counts the same.
+    constant: the loss is a sum over B * most_tokens (Dr. GRPO). ValueError for another kind.
     """
+    if kind not in ("token", "response", "constant"):
+        raise ValueError(f"kind: expected 'token', 'response' or 'constant', found {kind!r}")
     weights = torch.ones(mask.shape, device=mask.device)
     if kind == "response":
         lengths = mask.sum(dim=1, keepdim=True)

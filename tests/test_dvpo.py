@@ -31,6 +31,7 @@ from dvpo import (
 from risk import RiskConfig, lower_tail_mean, risk_regularizer, upper_tail_mean
 
 NAN = float("nan")
+FIVE = torch.zeros(2, 4, 5)
 
 
 def scalar_gae(rewards, values, gamma, lam, last_value=0.0, successors=None):
@@ -740,6 +741,8 @@ def test_dr_grpos_weight_of_a_token_does_not_depend_on_lengths():
     assert masked_mean(weights * losses, mask).item() == pytest.approx(20 / 16)
     assert (token_weights("constant", ragged_mask([4, 4], 4), 4) == 1).all()
     assert (token_weights("token", mask, 8) == 1).all()
+    with pytest.raises(ValueError, match="found 'tokens'"):
+        token_weights("tokens", mask, 8)
 
 
 def test_a_weight_on_the_advantage_is_a_weight_on_the_clipped_loss():
@@ -1028,6 +1031,63 @@ def test_quantile_metrics_are_those_of_a_loop_over_tokens(
 def test_shapes_are_asserted(call):
     with pytest.raises(AssertionError):
         call()
+
+
+@pytest.mark.parametrize(
+    "function,shapes",
+    [
+        (
+            lambda b, mask: distributional_gae(mask * 1.0, FIVE, mask, 1, 1, b),
+            [(2, 1), (1, 5), (5,)],
+        ),
+        (
+            lambda s, mask: distributional_gae(mask * 1.0, FIVE, mask, 1, 1, None, s),
+            [(2, 4, 1), (2, 5, 5), (4, 5)],
+        ),
+        (lambda q, mask: distributional_gae(mask * 1.0, q, mask, 1, 1), [(2, 4), (2, 4, 3, 5)]),
+        (lambda b, mask: robust_gae(mask * 1.0, FIVE, mask, 1, 1, b), [(2, 1), (1, 5), (2,)]),
+        (masked_whiten, [(2, 1), (1, 4), (4,)]),
+        (lambda ref, mask: kl_estimate(mask * 1.0, ref, "k1"), [(2, 1), (4,), ()]),
+        (lambda v, mask: explained_variance(v, mask * 1.0, mask), [(2, 1), (1, 4), (4,)]),
+        (
+            lambda q, mask: quantile_metrics(q, mask * 1.0, mask, 0.1, 0.1),
+            [(2, 4, 5), (2, 3, 1, 5)],
+        ),
+        (
+            lambda r, mask: quantile_metrics(FIVE.unsqueeze(2), r, mask, 0.1, 0.1),
+            [(2, 4, 1), (2, 1)],
+        ),
+        (
+            lambda q, mask: critic_loss(q, FIVE, mask, quantile_levels(5), None, None),
+            [(2, 4, 5), (2, 4, 1, 1, 5)],
+        ),
+        (lambda y, mask: critic_loss(FIVE.unsqueeze(2), y, mask, None, None, None), [(2, 4)]),
+        (lambda q, mask: advantage_readout(q, FIVE, mask, "mean"), [(2, 4), (2, 4, 1, 5)]),
+    ],
+)
+def test_shapes_that_broadcast_are_asserted(function, shapes):
+    """FIVE: as many quantiles for each of the mask's slots."""
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    for shape in shapes:
+        with pytest.raises(AssertionError):
+            function(torch.zeros(shape), mask)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, mask: distributional_gae(x, x.unsqueeze(-1), mask, 0.9, 0.9)[0],
+        lambda x, mask: discounted_returns(x, mask, 0.9),
+        masked_whiten,
+        lambda x, mask: masked_whiten(x, mask, shift_mean=False),
+        lambda x, mask: token_rewards(torch.tensor([0.5, 0.7]), x, None, mask, 0),
+    ],
+)
+def test_whole_numbers_are_read_as_floats(function):
+    x, mask = torch.tensor([[3, 0, 7], [1, 2, 2]]), ragged_mask([3, 2], 3)
+    found = function(x, mask)
+    assert found.dtype == torch.float32 and torch.equal(found, function(x.float(), mask))
+    assert not torch.equal(found, found.round())
 
 
 # ---- the readout
