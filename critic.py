@@ -38,6 +38,7 @@ def pairwise_quantile_huber_loss(quantiles, targets, levels, kappa):
     H_kappa(u) is u^2 / 2 within kappa, and further out the straight line that goes on from it.
     Builds M x K numbers per token: training uses quantile_huber_loss, which says the rest.
     """
+    assert levels.shape == quantiles.shape[-1:] and quantiles.shape[:-1] == targets.shape[:-1]
     u = targets.detach().unsqueeze(-2) - quantiles.unsqueeze(-1)
     distance = u.abs()
     if kappa > 0:
@@ -145,9 +146,9 @@ def count_below(targets, edges):
 
 def near_sums(q, sum_y, sum_yy, start, end, kappa):
     """Over the targets of ranks start to end (R, M): the sums of (q - y) / kappa and of
-    (q - y)^2 / (2 kappa), from prefix sums (R, K + 1) of y and y^2. kappa = 0: none is near.
+    (q - y)^2 / (2 kappa), from prefix sums (R, K + 1) of y and y^2. kappa (R, 1); 0: none is near.
     """
-    corner = 1 / kappa if kappa > 0 else 0.0
+    corner = torch.where(kappa > 0, 1 / kappa, 0)
     count = end - start
     total = sum_y.gather(-1, end) - sum_y.gather(-1, start)
     squares = sum_yy.gather(-1, end) - sum_yy.gather(-1, start)
@@ -156,19 +157,17 @@ def near_sums(q, sum_y, sum_yy, start, end, kappa):
 
 
 def loss_and_slope(quantiles, targets, levels, kappa):
-    """Each row's quantile Huber loss and its derivative by each quantile, in fp64.
-
-    quantiles (R, M), targets (R, K), levels (M,) -> (R,), (R, M).
-    """
+    """quantiles (R, M), targets (R, K), levels (M,) -> losses (R,) and their slopes (R, M)."""
     y = targets.double().sort(dim=-1).values
-    # Centred: differences of large sums lose digits.
-    centre = y.mean(dim=-1, keepdim=True)
+    centre = y.mean(dim=-1, keepdim=True)  # differences of large sums lose digits
     y = y - centre
     q = quantiles.double() - centre
     levels = levels.double()
     # [i]: the sum over the i smallest targets
     sum_y = nn.functional.pad(y.cumsum(dim=-1), (1, 0))
     sum_yy = nn.functional.pad(y.square().cumsum(dim=-1), (1, 0))
+    # A corner that is smaller than what the sums round off is none.
+    kappa = kappa * (kappa > 1e-10 * sum_yy[:, -1:].sqrt() + 1e-300).double()
     # Targets before `low` lie more than kappa below q, those from `high` on more than that above.
     low = count_below(y, q - kappa)
     mid = count_below(y, q)
@@ -188,23 +187,24 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
     """Quantile regression with a Huber corner of half-width kappa: O(M + K) memory per token.
 
     quantiles (..., M), targets (..., K), levels (M,) -> (...), their unit; targets get no gradient.
-    Raises AssertionError for other shapes, ValueError for kappa < 0. Equation:
+    Raises AssertionError for other shapes, ValueError for another kappa. Equation:
     pairwise_quantile_huber_loss. [reported] quantile regression; [ours] mean over M and K, so that
     no weight depends on M; kappa = 0 is the plain quantile (pinball) loss.
     """
     shapes = f"quantiles {tuple(quantiles.shape)}, targets {tuple(targets.shape)}"
     assert levels.shape == quantiles.shape[-1:], f"levels {tuple(levels.shape)}, {shapes}"
     assert quantiles.shape[:-1] == targets.shape[:-1], shapes
-    if kappa < 0:
-        raise ValueError(f"kappa: expected >= 0, found {kappa}")
+    if not 0 <= kappa < torch.inf:
+        raise ValueError(f"kappa: expected a finite number >= 0, found {kappa}")
     q = quantiles.detach().reshape(-1, quantiles.shape[-1])
     y = targets.detach().reshape(-1, targets.shape[-1])
     chunk_size = CHUNK_SIZE["cpu" if quantiles.device.type == "cpu" else "gpu"]
     num_rows = max(1, chunk_size // (q.shape[-1] + y.shape[-1]))
     parts = zip(q.split(num_rows), y.split(num_rows))
     losses, slopes = zip(*(loss_and_slope(*part, levels, kappa) for part in parts))
-    loss = torch.cat(losses).to(quantiles.dtype).view(quantiles.shape[:-1])
-    slope = torch.cat(slopes).to(quantiles.dtype).view(quantiles.shape)
+    dtype = torch.result_type(quantiles, 1.0)
+    loss = torch.cat(losses).to(dtype).view(quantiles.shape[:-1])
+    slope = torch.cat(slopes).to(dtype).view(quantiles.shape)
     # The value is `loss`, the gradient exactly `slope`, and autograd keeps one tensor only.
     tangent = (slope * quantiles).sum(dim=-1)
     return loss + (tangent - tangent.detach())

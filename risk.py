@@ -23,6 +23,7 @@ def first_share(values, share):
     length = values.shape[-1]
     index = torch.arange(length, dtype=torch.float64, device=values.device)
     weights = (share * length - index).clamp(0, 1) / (share * length)
+    values = values.to(torch.result_type(values, 1.0))
     return values @ weights.to(values.dtype)
 
 
@@ -36,10 +37,7 @@ def lower_tail_mean(quantiles, alpha):
 
 
 def upper_tail_mean(quantiles, beta):
-    """gain_beta = 1 / beta * integral of Q(t) over t in [1 - beta, 1]: the mean of the best beta.
-
-    quantiles (..., M) -> (...), their unit. Raises ValueError for beta outside (0, 1]. [reported]
-    """
+    """gain_beta, the mean of the best beta: as lower_tail_mean, over t in [1 - beta, 1]."""
     return first_share(quantiles.sort(dim=-1, descending=True).values, beta)
 
 
@@ -54,6 +52,7 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
         t_low = v - mean_j (v - y_j)_+ / alpha,  v = stop_grad Q(alpha)
         t_up  = w + mean_j (y_j - w)_+ / beta,   w = stop_grad Q(1 - beta)
     """
+    assert quantiles.shape[:-1] == targets.shape[:-1], f"{quantiles.shape}, {targets.shape}"
     q, targets = quantiles.sort(dim=-1).values, targets.detach()
     low, high = first_share(q, alpha), first_share(q.flip(-1), beta)
     # The boundary quantile of each tail.
@@ -69,6 +68,7 @@ def mean_shift_loss(quantiles, targets):
 
     quantiles (..., M), targets (..., K) -> (...), their unit squared. [reported]; [ours] in form.
     """
+    assert quantiles.shape[:-1] == targets.shape[:-1], f"{quantiles.shape}, {targets.shape}"
     return (quantiles.mean(dim=-1) - targets.detach().mean(dim=-1)).square()
 
 
@@ -136,7 +136,6 @@ def risk_regularizer(quantiles, targets, config):
     quantiles (..., M), targets (..., K) -> (loss (...), {name: (...)}), the values detached.
     AssertionError for other shapes. [reported]; [ours] in form.
     """
-    assert quantiles.shape[:-1] == targets.shape[:-1], f"{quantiles.shape}, {targets.shape}"
     q, alpha, beta = quantiles.sort(dim=-1).values, config.alpha, config.beta
     terms = {
         "calibration": tail_calibration_loss(q, targets, alpha, beta),

@@ -325,18 +325,51 @@ def test_no_tensor_of_m_times_k_is_built():
     assert largest.numel == 4 * 200 * 200  # the measuring mode does see it
 
 
-@pytest.mark.parametrize("shapes", [((3, 5), (3, 7), 4), ((3, 5), (7,), 5), ((3, 5), (1, 7), 5)])
-def test_shapes_are_asserted(shapes):
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "shapes", [((3, 5), (3, 7), 4), ((3, 5), (3, 7), 1), ((3, 5), (7,), 5), ((3, 5), (1, 7), 5)]
+)
+def test_shapes_are_asserted(loss, shapes):
     quantiles, targets, levels = shapes
     with pytest.raises(AssertionError):
-        quantile_huber_loss(
-            torch.zeros(quantiles), torch.zeros(targets), quantile_levels(levels), 0.01
-        )
+        loss(torch.zeros(quantiles), torch.zeros(targets), quantile_levels(levels), 0.01)
 
 
-def test_negative_kappa_is_refused():
-    with pytest.raises(ValueError, match="kappa"):
-        quantile_huber_loss(QUANTILES, TARGETS, LEVELS, -0.1)
+@pytest.mark.parametrize("kappa", [-0.1, math.inf, math.nan])
+def test_other_kappas_are_refused(kappa):
+    with pytest.raises(ValueError, match="kappa: expected a finite number >= 0"):
+        quantile_huber_loss(QUANTILES, TARGETS, LEVELS, kappa)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_whole_numbers_are_read_as_floats(loss):
+    """The first distance is 1 or 3, at the levels 1/4 and 3/4: not whole."""
+    quantiles, targets = torch.tensor([[0, 1]]), torch.tensor([[-1, 3, 3]])
+    expected = loss(quantiles.float(), targets.float(), LEVELS, 0.5)
+    for y in (targets, targets.float()):
+        assert torch.equal(loss(quantiles, y, LEVELS, 0.5), expected)
+    assert torch.equal(loss(quantiles.float(), targets, LEVELS, 0.5), expected)
+    assert expected.dtype == torch.float32 and expected.item() % 1
+
+
+@pytest.mark.parametrize("kappa", [5e-324, 1e-300, 1e-100, 1e-30, 1e-15, 1e-12, 1e-9])
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_a_kappa_below_rounding_is_none(kappa, scale):
+    """Half of the targets are quantiles: at a tie, sums of large numbers leave no digit of it."""
+    rng = torch.Generator().manual_seed(0)
+    quantiles = scale * torch.randn(16, 9, generator=rng, dtype=torch.float64)
+    targets = scale * torch.randn(16, 12, generator=rng, dtype=torch.float64)
+    targets[:, :6] = quantiles[:, :6]
+    arguments = (quantiles, targets, quantile_levels(9).double())
+    loss, slope = value_and_gradient(quantile_huber_loss, *arguments, scale * kappa)
+    expected = value_and_gradient(pairwise_quantile_huber_loss, *arguments, 0.0)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-8, atol=0)
+    torch.testing.assert_close(slope, expected[1], rtol=0, atol=1e-8)
+    # A target alone is centred to 0: there is nothing to round.
+    one = torch.zeros(1, dtype=torch.float64)
+    assert quantile_huber_loss(one, one, one + 0.5, kappa) == 0
+    near = value_and_gradient(quantile_huber_loss, one + kappa / 2, one, one + 0.5, kappa)[1]
+    assert kappa <= 1e-300 or near.item() == pytest.approx(0.25)
 
 
 # ---- mutants: wrong losses seen in the wild. Each must fail the check named beside it; the real

@@ -326,8 +326,24 @@ def test_config_takes_its_limits_stays_as_made_and_starts_at_the_documented_weig
     "quantiles,targets", [((3, 8), (8,)), ((3, 3, 8), (3, 8)), ((3, 8), (3, 3, 8))]
 )
 def test_regularizer_asserts_shapes(quantiles, targets):
-    with pytest.raises(AssertionError):
-        risk_regularizer(torch.zeros(quantiles), torch.zeros(targets), RiskConfig())
+    q, y = torch.zeros(quantiles), torch.zeros(targets)
+    for call in (
+        lambda: risk_regularizer(q, y, RiskConfig()),
+        lambda: tail_calibration_loss(q, y, 0.1, 0.1),
+        lambda: mean_shift_loss(q, y),
+    ):
+        with pytest.raises(AssertionError):
+            call()
+
+
+def test_tails_of_whole_numbers_are_not_rounded():
+    """A tail of 3/8 of four: 0 and half of 1, over one and a half."""
+    whole = torch.tensor([3, 0, 1, 7])
+    assert lower_tail_mean(whole, 0.375).item() == pytest.approx(1 / 3)
+    assert upper_tail_mean(whole, 0.375).item() == pytest.approx(8.5 / 1.5)
+    calibration = lambda q: tail_calibration_loss(q, whole.float(), 0.375, 0.375)
+    assert calibration(whole) == calibration(whole.float())
+    assert tail_curvature_loss(whole, 0.8, 0.8) == tail_curvature_loss(whole.float(), 0.8, 0.8)
 
 
 # ---- the property: against plain quantile regression the lower tail contracts, the upper one
