@@ -114,8 +114,7 @@ def log_iteration(log, run, args, metrics):
             metrics[f"eval/{name.replace(', ', '/').replace(' ', '_')}"] = scores.mean()
     metrics = {"iteration": run.iteration} | {name: float(v) for name, v in metrics.items()}
     known = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    # JSON has no NaN.
-    numbers = dict.fromkeys(metrics) | known
+    numbers = dict.fromkeys(metrics) | known  # JSON has no NaN
     file.write(json.dumps(numbers) + "\n")
     with users_code("--report-to"):
         for name, value in known.items() if args.report_to == "tensorboard" else ():
@@ -127,8 +126,7 @@ def log_iteration(log, run, args, metrics):
     shown = [f"{name}={v:.{0 if abs(v) >= 10 else 2}f}" for name, v in values.items()]
     bar.set_postfix_str(" ".join(shown), refresh=False)
     bar.update()
-    # Every tenth of the run, a line that stays.
-    if 10 * run.iteration % bar.total < 10:
+    if 10 * run.iteration % bar.total < 10:  # every tenth of the run, a line that stays
         with bar.external_write_mode():
             try:
                 print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
@@ -171,11 +169,13 @@ def report(run, args, folder):
     table = [f"\n{'mean score, 95 % interval':27}before          after           change"]
     for name, new in after.items():
         old = run.before[name]
-        # The change, prompt by prompt.
-        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, new - old))
-        table.append(f"{name:24}{a:9.3f} ±{of_a:.3f}{b:9.3f} ±{of_b:.3f}{c:+9.3f} ±{of_c:.3f}")
+        (a, of_a), (b, of_b), (c, of_c) = map(interval, (old, new, new - old))  # paired by prompt
+        row = f"{name:24}{a:9.3f} ±{of_a:.3f}{b:9.3f} ±{of_b:.3f}{c:+9.3f} ±{of_c:.3f}"
+        table.append(row.replace("±nan", " " * 6).rstrip())
         results["before"][name], results["after"][name] = a, b
         results["interval"][name] = [None if math.isnan(x) else x for x in (of_a, of_b, of_c)]
+    if not after:
+        table = ["\nno prompts are held out, and so there are no scores: --eval-dataset-name"]
     for old, new in zip(run.examples, examples):
         pair = {"prompt": old["prompt"], "before": old["completion"], "after": new["completion"]}
         pairs.append(pair | {"scores": [old["score"], new["score"]]})

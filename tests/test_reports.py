@@ -166,11 +166,19 @@ def test_intervals_by_hand_the_change_is_paired_by_prompt(tmp_path, monkeypatch)
     assert results["interval"]["held out, greedy"] == pytest.approx(expected)
 
 
-def test_a_single_score_has_no_interval(tmp_path, monkeypatch):
+def test_a_single_score_has_no_interval(tmp_path, monkeypatch, capsys):
     one = [("p", "said", 1.0)]
     results = results_of(tmp_path, evaluation_of(one), evaluation_of(one), monkeypatch)
     assert results["interval"] == {"held out, greedy": [None] * 3}
     assert results["after"] == {"held out, greedy": 1.0}
+    (row,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("held out")]
+    assert row.split() == ["held", "out,", "greedy", "1.000", "1.000", "+0.000"]
+
+
+def test_without_held_out_prompts_the_end_says_so(tmp_path, monkeypatch, capsys):
+    results = results_of(tmp_path, ({}, []), ({}, []), monkeypatch)
+    out = capsys.readouterr().out
+    assert results["after"] == {} and "no prompts are held out" in out and "before" not in out
 
 
 def test_responses_that_changed_are_shown_first_and_empty_ones_too(tmp_path, monkeypatch, capsys):
