@@ -101,7 +101,7 @@ FLAGS = {
     ],
     "run": [
         ("seed", 0, "[0, 2147483647]", "of everything else"),
-        ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED"),
+        ("output-dir", None, None, "default runs/TASK-ALGO-seedSEED, of spread ALGO-spread"),
         ("save-steps", (0, 50), "[0, inf)", "iterations between checkpoints; 0: at the end only"),
         ("eval-steps", 0, "[0, inf)", "iterations between evaluations; 0: before and after only"),
         ("eval-samples", (512, 128), "[1, inf)", "held-out prompts per evaluation"),
@@ -213,8 +213,7 @@ def check(args):
     for flag in ("num_mini_batches", "group_size"):
         divides = args.batch_size % getattr(args, flag) == 0
         require(divides, args, flag, f"a divisor of --batch-size {args.batch_size}")
-    # Alone, a response has nothing to be compared with.
-    compared = algorithm.kl == "reward" or args.group_size > 1
+    compared = algorithm.kl == "reward" or args.group_size > 1  # with others to its prompt
     require(compared, args, "group_size", f"at least 2 for {args.algo}")
     for flag in ("model_name_or_path", "reward"):
         require(getattr(args, flag) or not has_data, args, flag, "one with --dataset-name")
@@ -261,7 +260,8 @@ def parse_args(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
-    default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{args.algo}-seed{args.seed}"
+    algo = args.algo if args.readout == "mean" else f"{args.algo}-{args.readout}"
+    default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{algo}-seed{args.seed}"
     if args.resume is not None:
         args.resume = args.resume or args.output_dir or default_dir
         args = resumed(argv, parser, args)

@@ -306,3 +306,27 @@ def test_a_run_of_a_version_with_other_flags_goes_on(finished, tmp_path):
     args = parse_args(["--resume", str(tmp_path)])
     assert args.micro_batch_tokens == 4096 and args.save_steps == 0 and args.num_quantiles == 16
     assert not hasattr(args, "kv_cache")
+
+
+@pytest.mark.parametrize(
+    "flags, name",
+    [
+        ("", "dialogue-dvpo-seed0"),
+        ("--algo ppo --readout-width 2 --task sums --seed 3", "sums-ppo-seed3"),
+        ("--algo ppo --readout spread", "dialogue-ppo-spread-seed0"),
+        ("--readout spread --output-dir runs/own", "own"),
+    ],
+)
+def test_methods_have_default_folders_of_their_own(flags, name):
+    assert parse_args(flags.split()).output_dir == f"runs/{name}"
+
+
+def test_a_resumed_run_is_compiled_as_before_or_from_now_on(tmp_path):
+    for words, more, expected in (
+        ("--compile", "", True),
+        ("", "--compile", True),
+        ("", "", False),
+    ):
+        args = parse_args([*words.split(), "--output-dir", str(tmp_path)])
+        (tmp_path / "args.json").write_text(json.dumps({"flags": vars(args)}))
+        assert parse_args(["--resume", str(tmp_path), *more.split()]).compile == expected
