@@ -138,7 +138,7 @@ def right_letter(answer, texts, letters):
     if given in letters or (len(given) == 1 and given in known):
         return letters.get(given, given)
     if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
-        return dict(enumerate(known)).get(answer)
+        return dict(enumerate(known[: len(texts)])).get(answer)
     return dict(zip(upper, known)).get(given) if upper.count(given) == 1 and given else None
 
 
@@ -172,7 +172,7 @@ def assert_readable(columns, reward):
             expected = "a number as 'answer'"
             read = as_number(str(answer).split("####")[-1])
         elif reward is choice_reward:
-            expected = "one option's letter, label, text or place from 0 as 'answer'"
+            expected = "one option's letter, label, text or place from 0 in 'choices' as 'answer'"
             with naming(f"row {row}"):
                 read = right_letter(answer, *options_of(own))
         if read is None:

@@ -693,6 +693,11 @@ def test_a_data_set_whose_answers_are_no_options_is_refused_with_its_row(answer)
 def test_answers_without_options_are_letters():
     texts = {"text": CHOICES, "label": None}
     assert choice_reward([""] * 2, ["D", "B"], [3, "b"], [texts, {"text": CHOICES}]) == [1.0, 1.0]
+    # A place among options that nobody knows: they may be numbered from 1.
+    assert choice_reward([""] * 2, ["C", "2"], [2, 2], None) == [0.0, 0.0]
+    for columns in ({}, {"choices": [None]}, {"choices": [[]]}):
+        with pytest.raises(InputError, match="row 0: .* place from 0 in 'choices' .* found 2 "):
+            assert_readable({"answer": [2], **columns}, choice_reward)
     assert choice_reward([""] * 3, ["C"] * 3, ["C"] * 3, [{}, None, {"text": None}]) == [1.0] * 3
     assert_readable({"answer": ["A", "z"]}, choice_reward)
     with pytest.raises(InputError, match="row 0: .* found 'slot'"):
