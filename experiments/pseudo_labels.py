@@ -59,18 +59,19 @@ def report(done, total):
     print(f"{len(done)} of {total} problems have a label; mean agreement {agreement:.3f}")
     known = [row for row in done if "true_answer" in row]
     if known:
-        choice = known[0].get("choices")
-        reward = verifiers.choice_reward if choice else verifiers.math_reward
-        columns = {"answer": [row["true_answer"] for row in known]}
-        columns |= {"choices": [row["choices"] for row in known]} if choice else {}
-        prompts, labels = ([row[name] for row in known] for name in ("prompt", "answer"))
-        print(f"right: {statistics.fmean(reward(prompts, labels, **columns)):.3f} of the labels")
+        reward = verifiers.choice_reward if known[0].get("choices") else verifiers.math_reward
+        names = ("prompt", "answer", "true_answer", "choices")
+        prompts, labels, truth, choices = ([row.get(name) for row in known] for name in names)
+        right = reward(prompts, labels, truth, choices=choices)
+        print(f"right: {statistics.fmean(right):.3f} of the labels")
 
 
 def label(args):
     model, tokenizer = load_policy(args.model, "model")
     stop_ids, room = stop_token_ids(model, tokenizer), context_of(model) - args.response_length
     data = load_prompts("data", args.data, "train", tokenizer, room)
+    for name in {"row", "agreement", "true_answer"} & {*data.column_names}:
+        raise InputError(f"data: expected no column {name!r}, which is written here, found one")
     lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
     # A run that was killed may have torn its last line.
     with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
@@ -80,7 +81,7 @@ def label(args):
         if lines and not (done and same and all("agreement" in row for row in done)):
             raise InputError(f"found others, or of another data set: {lines[0][:60]!r}")
     args.output.write_text("".join(lines[: len(done)]))
-    with open(args.output, "a") as out:
+    with open(args.output, "a", buffering=1) as out:
         for row in tqdm(range(first, len(data)), desc="problems"):
             torch.manual_seed(row)
             prompts, limits = [data[row][PROMPT_IDS]] * args.samples, (args.response_length, 1.0)
@@ -89,7 +90,6 @@ def label(args):
             if found := labelled(data[row], texts, row):
                 done.append(found)
                 out.write(json.dumps(found, default=str) + "\n")
-                out.flush()
     report(done, len(data))
 
 

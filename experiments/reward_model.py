@@ -24,7 +24,7 @@ from experiments.seeds import COUNT, DEVICE, new_parser, run_script
 from experiments.tables import read_rows
 from harness.flags import number_in
 from harness.setup import load
-from tasks import InputError, naming
+from tasks import InputError, as_messages, naming
 from tasks.rewards import judged_text
 from tasks.warm_start import fine_tune
 
@@ -37,6 +37,9 @@ def read(name):
         if not is_judged and ("reward" in row or not row.keys() >= {"prompt", "reference"}):
             expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
             raise InputError(f"data: {name}, line {number}: {expected}")
+        with naming(f"data: {name}, line {number}: expected texts or [{{role, content}}]"):
+            for key in row.keys() & {"prompt", "completion", "reference"}:
+                "".join(turn["role"] + turn["content"] for turn in [] + as_messages(row[key]))
         row["dialogue_id"] = f"{name} {row.get('dialogue_id', number)}"
     for row in rows:
         prompt, dialogue = row["prompt"], row["dialogue_id"]
@@ -47,8 +50,7 @@ def read(name):
         said = [other.get("reference", row["reference"]) for other in others]
         foreign = [text for text in said if text != row["reference"]]
         if not foreign:
-            expected = "expected different references in different dialogues, found hardly any"
-            raise InputError(f"data: {name}: {expected}")
+            raise InputError(f"data: {name}: expected references that differ, found hardly any")
         judged += [(prompt, row["reference"], 1, dialogue), (prompt, foreign[0], 0, dialogue)]
     return judged
 

@@ -684,6 +684,18 @@ def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(
         assert "expected rows of an earlier call" in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.parametrize("name", ["row", "agreement", "true_answer"])
+def test_pseudo_labels_take_the_place_of_no_column(
+    name, model_folder, tmp_path, monkeypatch, capsys
+):
+    data, out = write_rows(tmp_path / "in.jsonl", [{"prompt": "a", name: 1}]), tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["", model_folder, data, str(out), "--response-length", "2"])
+    with pytest.raises(SystemExit) as ended:
+        pseudo_labels.main()
+    assert ended.value.code == 2 and not out.exists()
+    assert f"data: expected no column {name!r}" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_reward_models_data_pairs_references_and_holds_out_dialogues(tmp_path):
     """Each reference is good once; once one of another dialogue stands in its place."""
     rows = []
@@ -714,6 +726,13 @@ def test_auc_by_hand():
         ('{"prompt": "a", "completion": "b", "reward": 2}', "line 2: expected prompt"),
         ('{"prompt": "a", "reference": "b", "completion": "c", "reward": 0.7}', "line 2: expected"),
         ('{"prompt": "a", "reference": "b", "reward": null}', "line 2: expected prompt"),
+        ('{"prompt": 3, "completion": "b", "reward": 1}', "line 2: expected texts or"),
+        ('{"prompt": "a", "completion": null, "reward": 1}', "line 2: expected texts or"),
+        ('{"prompt": "a", "completion": {}, "reward": 1}', "line 2: expected texts or"),
+        ('{"prompt": [{"role": "user"}], "reference": "b"}', "line 2: expected texts or"),
+        ('{"prompt": ["a"], "reference": "b"}', "line 2: expected texts or"),
+        ('{"prompt": "a", "reference": [{"role": "user", "content": null}]}', "line 2: expected t"),
+        ('{"prompt": "a", "completion": "b", "reward": 1, "reference": null}', "line 2: expected"),
     ],
 )
 def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):
