@@ -257,7 +257,7 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
 
 
 def discounted_returns(rewards, mask, gamma):
-    """What was sampled from every token on, sum_k gamma^k r_{t+k}: (B, T) each -> (B, T)."""
+    """Reinforce++'s: the return sampled from every token on, sum_k gamma^k r_{t+k}, (B, T) each."""
     no_values = torch.zeros_like(rewards).unsqueeze(-1)
     return distributional_gae(rewards, no_values, mask, gamma, 1.0)[0].squeeze(-1)
 

@@ -37,7 +37,7 @@ def lower_tail_mean(quantiles, alpha):
 
 
 def upper_tail_mean(quantiles, beta):
-    """gain_beta, the mean of the best beta: as lower_tail_mean, over t in [1 - beta, 1]."""
+    """gain_beta, the best beta's mean: as lower_tail_mean, over t in [1 - beta, 1]. [reported]"""
     return first_share(quantiles.sort(dim=-1, descending=True).values, beta)
 
 
