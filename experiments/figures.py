@@ -35,10 +35,12 @@ from tasks.prompts import PROMPT_IDS
 # Of Okabe and Ito: told apart by the colour-blind, too.
 RED, BLUE = "#D55E00", "#0072B2"
 CURVES = (  # method, legend, colour, line
-    ("dvpo, spread", "DVPO, spread", RED, "-"),
-    ("ppo", "PPO", BLUE, "--"),
-    ("grpo", "GRPO", "#009E73", "-."),
-    ("robust", "robust PPO", "0.4", ":"),
+    ("dvpo, spread, lr 2e-4", "DVPO, spread", RED, "-"),
+    ("control, lr 2e-4", "its control: PPO, bounded", "#CC79A7", (0, (4, 1, 1, 1, 1, 1))),
+    ("ppo, lr 2e-4", "PPO", BLUE, "--"),
+    ("grpo, lr 2e-4", "GRPO", "#009E73", "-."),
+    ("reinforce++, lr 2e-4", "Reinforce++", "#E69F00", (0, (1, 1))),
+    ("robust, lr 2e-4", "robust PPO", "0.4", ":"),
 )
 NUM_BELIEFS = 1024  # responses
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
@@ -115,7 +117,7 @@ def draw_band(ax, band, colour, text, style="-"):
 
 def beliefs(method, seed, folder):
     """{domain: its scores and the critic's quantiles at the last token}, once a run has ended."""
-    flags = noise.flags_of("main", method, "reward model").split()
+    flags = noise.flags_of("long", method, "reward model").split()
     flags += ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", str(folder)]
     with contextlib.redirect_stdout(None):
         train.main(flags)
@@ -136,14 +138,14 @@ def beliefs(method, seed, folder):
 
 def first_data():
     """Training under a reward model's noise, over seeds, and what the critic believes of it."""
-    runs, bands = noise.current("main"), {}
+    runs, bands = noise.current("long"), {}
     for method, *_ in CURVES:
         own = runs["reward model", method]
         if len(own) < 2:
-            raise InputError(f"expected runs of {method}, found {len(own)}: noise.py --jobs 2")
+            raise InputError(f"expected runs of {method}, found {len(own)}: noise.py --grid long")
         bands[method] = bands_of(own)
     seeds = len(runs["reward model", CURVES[0][0]])
-    found = beliefs(CURVES[0][0], min(noise.GRIDS["main"][2]), Path("runs/figure-first"))
+    found = beliefs(CURVES[0][0], min(noise.GRIDS["long"][2]), Path("runs/figure-first"))
     ends = sorted(found, key=lambda name: found[name]["std"])
     shown = {name: found[name] for name in (ends[0], ends[-1])}
     return {"seeds": seeds, "bands": bands, "levels": rounded(quantile_levels(200)), "fits": shown}
