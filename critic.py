@@ -157,17 +157,17 @@ def near_sums(q, sum_y, sum_yy, start, end, kappa):
 
 
 def loss_and_slope(quantiles, targets, levels, kappa):
-    """quantiles (R, M), targets (R, K), levels (M,) -> losses (R,) and their slopes (R, M)."""
+    """Rows of quantiles (R, M), targets (R, K) -> losses (R,) and their slopes (R, M), in fp64."""
     y = targets.double().sort(dim=-1).values
-    centre = y.mean(dim=-1, keepdim=True)  # differences of large sums lose digits
-    y = y - centre
-    q = quantiles.double() - centre
-    levels = levels.double()
+    # Centred: differences of large sums lose digits.
+    centre = y.mean(dim=-1, keepdim=True)
+    y, q, levels = y - centre, quantiles.double() - centre, levels.double()
     # [i]: the sum over the i smallest targets
     sum_y = nn.functional.pad(y.cumsum(dim=-1), (1, 0))
     sum_yy = nn.functional.pad(y.square().cumsum(dim=-1), (1, 0))
-    # A corner that is smaller than what the sums round off is none.
-    kappa = kappa * (kappa > 1e-10 * sum_yy[:, -1:].sqrt() + 1e-300).double()
+    # A corner (R, 1) not far above what the sums round off is none; 1 / 1e-300 is finite.
+    least = 1e-10 * sum_yy[:, -1:].sqrt() + 1e-300
+    kappa = kappa * (kappa > least).double()
     # Targets before `low` lie more than kappa below q, those from `high` on more than that above.
     low = count_below(y, q - kappa)
     mid = count_below(y, q)
@@ -187,7 +187,7 @@ def quantile_huber_loss(quantiles, targets, levels, kappa):
     """Quantile regression with a Huber corner of half-width kappa: O(M + K) memory per token.
 
     quantiles (..., M), targets (..., K), levels (M,) -> (...), their unit; targets get no gradient.
-    Raises AssertionError for other shapes, ValueError for another kappa. Equation:
+    Raises AssertionError for other shapes, ValueError unless 0 <= kappa < inf. Equation:
     pairwise_quantile_huber_loss. [reported] quantile regression; [ours] mean over M and K, so that
     no weight depends on M; kappa = 0 is the plain quantile (pinball) loss.
     """

@@ -1,8 +1,8 @@
 """The objective, as the numbers flow: token rewards, advantages and targets, the two losses.
 
-All functions are pure. Response tensors are (B, T); `mask` (B, T) bool is True on the tokens that
-the policy chose, and whatever stands where it is False (NaN included) changes nothing. Losses are
-sums over tokens divided by `num_tokens`: with the minibatch's count, micro-batches add up to it.
+All functions are pure; shapes that do not fit raise AssertionError. Response tensors are (B, T);
+`mask` (B, T) bool is True on the policy's tokens, and what stands elsewhere (NaN, too) changes
+nothing. Losses are sums over tokens / `num_tokens`: micro-batches add up to a minibatch's.
 """
 
 import torch
@@ -14,10 +14,11 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far insid
 
 
 def masked_mean(values, mask, num_tokens=None):
-    """The mean of values (B, T) where mask is True, 0 if nowhere; or their sum over num_tokens."""
+    """The mean of values (B, T) where mask is True (or 0), or their sum / num_tokens: a scalar."""
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
     count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=values.device)
-    return torch.where(mask, values, 0).sum() / count.clamp(min=1)  # not *: 0 * NaN is NaN
+    # where, not *: 0 * NaN is NaN
+    return torch.where(mask, values, 0).sum() / count.clamp(min=1)
 
 
 def masked_whiten(values, mask, shift_mean=True):
@@ -96,7 +97,8 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
     """
     shapes = f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
     assert rewards.shape == mask.shape == quantiles.shape[:-1], shapes
-    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0.0).sort(dim=-1).values  # as floats
+    # 0.0, not 0: whole numbers become floats.
+    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0.0).sort(dim=-1).values
     successors = quantiles if successors is None else successors.sort(dim=-1).values
     assert successors.shape == quantiles.shape, f"successors {tuple(successors.shape)}, {shapes}"
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
@@ -161,11 +163,8 @@ def clipped_policy_loss(logprobs, old_logprobs, advantages, mask, cliprange, num
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - cliprange, 1 + cliprange)
     loss = masked_mean(torch.maximum(unclipped, clipped), mask, num_tokens)
-    per_token = {
-        "clipfrac": (clipped > unclipped).float(),
-        "approx_kl": log_ratio.square() / 2,
-        "ratio": ratio,
-    }
+    binds = (clipped > unclipped).float()
+    per_token = {"clipfrac": binds, "approx_kl": log_ratio.square() / 2, "ratio": ratio}
     return loss, {k: masked_mean(v.detach(), mask, num_tokens) for k, v in per_token.items()}
 
 
@@ -177,7 +176,8 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     consistency}, scalars that add up like the loss. kappa=None is the scalar critic of PPO and
     robust PPO (M = K = 1): half the squared error of each head, no terms, no value clipping.
     """
-    assert head_quantiles.shape[:-2] == targets.shape[:-1] == mask.shape, f"mask {mask.shape}"
+    shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
+    assert head_quantiles.shape[:-2] == targets.shape[:-1] == mask.shape, shapes
     # (tokens, N, M), (tokens, K): no work on padding, and no NaN of it in the gradient.
     q, y = head_quantiles[mask], targets.detach()[mask]
     count = torch.as_tensor(len(y) if num_tokens is None else num_tokens).clamp(min=1)
@@ -226,8 +226,7 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     unsorted = head_quantiles.mean(dim=1)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]
-    low = q[..., tail_size(num_quantiles, alpha) - 1]
-    high = q[..., num_quantiles - tail_size(num_quantiles, beta)]
+    low, high = q[..., tail_size(num_quantiles, alpha) - 1], q[..., -tail_size(num_quantiles, beta)]
     per_token = {
         "crossing_frac": (unsorted.diff(dim=-1) < 0).sum(dim=-1) / max(num_quantiles - 1, 1),
         "std": q.std(dim=-1, unbiased=False),
@@ -251,13 +250,14 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
-    assert bootstrap is None or bootstrap.shape == head_values[:, 0].shape, "bootstrap: not (B, N)"
+    shape = None if bootstrap is None else bootstrap.shape
+    assert shape in (None, head_values[:, 0].shape), f"bootstrap {shape}"
     bootstrap = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
     return distributional_gae(rewards, mean, mask, gamma, lam, bootstrap, worst)
 
 
 def discounted_returns(rewards, mask, gamma):
-    """Reinforce++'s: the return sampled from every token on, sum_k gamma^k r_{t+k}, (B, T) each."""
+    """Reinforce++'s advantage before whitening: sum_k gamma^k r_{t+k}, (B, T) each -> (B, T)."""
     no_values = torch.zeros_like(rewards).unsqueeze(-1)
     return distributional_gae(rewards, no_values, mask, gamma, 1.0)[0].squeeze(-1)
 
@@ -285,8 +285,8 @@ def group_advantages(scores, group_size, divide_by_std):
 def token_weights(kind, mask, most_tokens):
     """What each token of a minibatch counts in the policy loss: mask (B, T) -> (B, T).
 
-    kind token: 1. response: mean_length / length (GRPO), so that each response counts the same.
-    constant: the loss is a sum over B * most_tokens (Dr. GRPO). ValueError for another kind.
+    kind token: 1. response: mean_length / length (GRPO), so that the loss is the mean over
+    responses of their means. constant: a sum over B * most_tokens (Dr. GRPO). Else ValueError.
     """
     if kind not in ("token", "response", "constant"):
         raise ValueError(f"kind: expected 'token', 'response' or 'constant', found {kind!r}")

@@ -1,7 +1,8 @@
 """Asymmetric tail regularisation: contract the lower tail, expand the upper one, keep the mean.
 
 The tail functions take the ensemble-mean quantiles and sort them: a tail of unsorted quantiles is
-not a tail. Tail means are exact integrals, so any M and alpha in (0, 1] will do.
+not a tail. Tail means are exact integrals, so any M and alpha in (0, 1] will do. Shapes that do not
+fit raise AssertionError.
 """
 
 import math
@@ -37,7 +38,7 @@ def lower_tail_mean(quantiles, alpha):
 
 
 def upper_tail_mean(quantiles, beta):
-    """gain_beta, the best beta's mean: as lower_tail_mean, over t in [1 - beta, 1]. [reported]"""
+    """gain_beta = 1 / beta * integral of Q(t) over [1 - beta, 1], as lower_tail_mean. [reported]"""
     return first_share(quantiles.sort(dim=-1, descending=True).values, beta)
 
 

@@ -71,7 +71,7 @@ def load_policy(name, flag):
 
 
 def load_run(folder):
-    """A finished run's Run and flags, as its newest checkpoint has it."""
+    """A finished run's Run and flags, as its newest checkpoint has it; its data are not checked."""
     args = parse_args([f"--resume={folder}"])
     run = build(args)
     restore(run, newest_checkpoint(Path(folder)))

@@ -184,7 +184,7 @@ def main():
         "--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="to run: else 0 to 4"
     )
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--table", action="store_true", help="run nothing; all, or just these")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")
     run_script(parser, run_and_print)
 
