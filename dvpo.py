@@ -205,11 +205,11 @@ def masked_variance(values, mask):
 def explained_variance(values, targets, mask):
     """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors, as a scalar.
 
-    1 perfect, 0 no better than a constant; NaN where the targets do not vary. Of a whole batch.
+    1 perfect, 0 no better than a constant; NaN where the targets do not vary (exact: in fp64).
     """
     assert values.shape == targets.shape, f"{tuple(values.shape)}, {tuple(targets.shape)}"
-    spread = masked_variance(targets, mask)
-    return torch.where(spread > 0, 1 - masked_variance(targets - values, mask) / spread, torch.nan)
+    spread, left = (masked_variance(x.double(), mask) for x in (targets, targets - values))
+    return torch.where(spread > 0, 1 - left / spread, torch.nan)
 
 
 @torch.no_grad()

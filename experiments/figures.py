@@ -111,7 +111,7 @@ def bands_of(runs):
 
 def draw_band(ax, band, colour, text, style="-"):
     low, high = ([m + sign * h for m, h in zip(band["mean"], band["half"])] for sign in (-1, 1))
-    ax.plot(band["iteration"], band["mean"], style, color=colour, label=text)
+    ax.plot(band["iteration"], band["mean"], linestyle=style, color=colour, label=text)
     ax.fill_between(band["iteration"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -159,7 +159,7 @@ def draw_first(figure, data):
             draw_band(ax, data["bands"][method][measure], colour, text, style)
         words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, greedy"}
         ax.set(title=title, **words)
-    axes[0].legend()
+    axes[0].legend(loc="lower left")
     for (name, fit), colour in zip(data["fits"].items(), (BLUE, RED)):
         last.plot(data["levels"], fit["scores"], ":", color=colour, label=f"scores, {name}")
         last.plot(data["levels"], fit["believed"], color=colour, label=f"the critic's, {name}")

@@ -28,7 +28,7 @@ import rollout as ro
 from critic import QuantileCritic
 from experiments.seeds import COUNT, load_run, run_script
 from harness.checkpoints import newest_checkpoint
-from harness.flags import parse_args
+from harness.flags import number_in, parse_args
 from harness.setup import autocast, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError
@@ -233,7 +233,7 @@ def main():
     parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
     parser.add_argument("--samples", type=COUNT, default=512, help="responses to fit it on")
     parser.add_argument("--html", type=Path, help="also write a page to this file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
     run_script(parser, inspect)
 
 

@@ -40,11 +40,8 @@ from tasks.prompts import batch_rows
 FOUND = RESULTS / "offline.jsonl"
 METHODS = ("awr", "cql", "rfqi")
 KEYS = ("method", "advantage", "temperature", "alpha", "radius", "flags", "seed")  # of a row
-COLUMNS = (  # of each table
-    noise.SPLITS,
-    ("in domain, sampled", "foreseen", "scored"),
-    ("foreseen - scored", "uneven turns", "uneven changes"),
-)
+COLUMNS = (noise.COLUMNS, ("in domain, sampled", "out of domain, sampled", "foreseen", "scored"))
+COLUMNS += (("foreseen - scored", "uneven turns", "uneven changes"),)
 MOST_WEIGHT = 20.0  # of a token, however good it looks
 CRITIC_EPOCHS, POLICY_EPOCHS, LIMITS = 2, 2, (64, 2**20)  # rows and tokens of a step
 
@@ -175,7 +172,7 @@ def settings_of(args):
 
 
 def print_tables(rows):
-    """Accuracy; what was foreseen and then scored; how uneven: and each minus awr's."""
+    """Accuracies; what was foreseen and then scored; how uneven: and each minus awr's."""
     label = "{method} {alpha:g} {radius:g} {advantage} at {temperature:g}".format_map
     kinds, names = sorted({row["noise"] for row in rows}), sorted({*map(label, rows)})
     found = {key: {} for key in itertools.product(kinds, names)}
@@ -196,15 +193,17 @@ def found_rows():
 
 def run_and_print(args):
     """Runs what the file lacks, a task for each noise and seed, and prints the tables."""
-    found, asked, todo = found_rows(), set(), {}
+    found, asked, todo = found_rows(), {}, {}
     for seed, kind in itertools.product(args.seeds, args.noise):
         flags = noise.flags_of("main", "ppo", kind)
         keys = [(*own, flags, seed) for own in settings_of(args)]
-        asked.update(keys)
+        asked |= dict.fromkeys(keys, kind)
         lacks = [key for key in keys if key not in found and not args.table]
         todo |= {(kind, seed): (kind, lacks)} if lacks else {}
     failed = todo.keys() - dict(noise.pooled(run_all, todo, args.jobs))
-    if rows := [row for key, row in found_rows().items() if key in asked]:
+    # Its flags say which noise it was.
+    rows = [row | {"noise": asked[key]} for key, row in found_rows().items() if key in asked]
+    if rows:
         print_tables(rows)
     if failed:
         sys.exit(f"offline.py: {len(failed)} tasks failed")

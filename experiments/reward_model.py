@@ -36,8 +36,8 @@ def read(name):
         is_judged = row.keys() >= {"prompt", "completion", "reward"} and row["reward"] in (0, 1)
         if not is_judged and ("reward" in row or not row.keys() >= {"prompt", "reference"}):
             expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
-            raise InputError(f"data: {name}, line {number}: {expected}")
-        with naming(f"data: {name}, line {number}: expected texts or [{{role, content}}]"):
+            raise InputError(f"data: {name}, row {number}: {expected}")
+        with naming(f"data: {name}, row {number}: expected texts or [{{role, content}}]"):
             for key in row.keys() & {"prompt", "completion", "reference"}:
                 "".join(turn["role"] + turn["content"] for turn in [] + as_messages(row[key]))
         row["dialogue_id"] = f"{name} {row.get('dialogue_id', number)}"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from experiments.tables import RESULTS, interval, read_rows
+from experiments.tables import RESULTS, interval, is_text, read_results, read_rows
 from harness.checkpoints import newest_checkpoint, restore
 from harness.flags import ALGORITHMS, number_in, parse_args
 from harness.reports import quiet
@@ -166,8 +166,9 @@ def run_and_print(args):
         asked = vars(parse_args(flags))  # it ends here what cannot work, before the first run
         todo[algo, seed] = flags, asked
     target = RESULTS / f"{args.name}.jsonl"
-    for row in read_rows(target) if target.exists() else []:
-        key = row.get("algo"), row.get("seed")
+    held = {"algo": is_text, "flags": lambda flags: isinstance(flags, dict)}
+    for row in read_results(target, "seed", *held, **held) if target.exists() else []:
+        key = row["algo"], row["seed"]
         if key not in todo:
             raise InputError(f"--name: expected a new one, found other runs in {target}")
         assert_same(target, row["flags"], todo[key][1])

@@ -180,9 +180,7 @@ def main():
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="to run: else none, verifier")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
-    parser.add_argument(
-        "--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="to run: else 0 to 4"
-    )
+    parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="else 0 to 4")
     parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
     parser.add_argument("--table", action="store_true", help="run nothing; all, or just these")
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")

@@ -10,11 +10,13 @@ from tasks import InputError
 
 RESULTS = Path(__file__).parent / "results"
 STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # t at 97.5 % of 2, 3, ... values
-is_number = lambda value: type(value) in (int, float)
+is_number = lambda value: type(value) in (int, float) and abs(value) < 1e300  # no NaN, either
 is_text = lambda value: isinstance(value, str)
 # What rows of results hold, if anything: {key: whether a value will do}.
 HELD = dict.fromkeys(("method", "noise", "flags", "advantage"), is_text)
-HELD |= dict.fromkeys(("seed", "temperature", "alpha", "radius"), is_number)
+HELD |= dict.fromkeys(("temperature", "alpha", "radius"), is_number)
+HELD |= {"seed": lambda seed: type(seed) is int and seed >= 0}
+ABOUT = tuple(HELD)  # which run it is
 HELD |= dict.fromkeys(("before", "after"), lambda scores: all(map(is_number, scores.values())))
 HELD |= {"ev": lambda curve: all(value is None or is_number(value) for value in curve)}
 
@@ -23,7 +25,7 @@ def read_rows(path, *keys):
     """The objects of a jsonl file, a line each, with keys; raises InputError naming the line."""
     rows = []
     # Only what JSON writes as the end of a line is one.
-    for number, line in enumerate(Path(path).read_text(errors="replace").split("\n"), 1):
+    for number, line in enumerate(Path(path).read_text("utf-8-sig", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -31,7 +33,7 @@ def read_rows(path, *keys):
             if not row.keys() >= {*keys}:
                 raise ValueError
             rows.append(row)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             expected = f"a JSON object with {', '.join(keys)}" if keys else "a JSON object"
             found = f"expected {expected}, found {line[:60]!r}"
             raise InputError(f"{path}, line {number}: {found}") from error
@@ -39,14 +41,20 @@ def read_rows(path, *keys):
 
 
 def read_results(path, *keys, **own):
-    """Rows of runs; raises InputError where one is not as HELD and own have it."""
-    rows = read_rows(path, *keys)
+    """Rows of runs, with "all four" accuracies' mean, each once and as HELD and own have it."""
+    rows, seen = read_rows(path, *keys), {}
     for (key, fits), (number, row) in itertools.product((HELD | own).items(), enumerate(rows, 1)):
         with contextlib.suppress(TypeError, AttributeError):
             if key not in row or fits(row[key]):
                 continue
-        found = f"expected another {key}, found {str(row[key])[:200]}"
+        found = f"expected another {key}, found {repr(row[key])[:200]}"
         raise InputError(f"{path}, row {number}: {found}")
+    for number, row in enumerate(rows, 1):
+        first = seen.setdefault(str([row.get(key) for key in ABOUT]), number)
+        if first != number:
+            raise InputError(f"{path}, row {number}: expected another run, found row {first} again")
+        if domains := [score for split, score in row.get("after", {}).items() if "domain" in split]:
+            row["after"]["all four"] = statistics.fmean(domains)
     return rows
 
 

@@ -1174,3 +1174,13 @@ def test_readout_of_tiny_and_huge_rewards_is_that_of_others(size):
         found = advantage_readout(*(size * value for value in pair), mask, "spread")
         expected = advantage_readout(*pair, mask, "spread")
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("constant", [0.3, 0.1, -0.05, 1e-30, 1e30])
+def test_targets_that_do_not_vary_explain_nothing(constant):
+    mask = torch.ones(32, 16, dtype=torch.bool)
+    values, targets = torch.rand(32, 16), torch.full((32, 16), constant)
+    assert explained_variance(values, targets, mask).isnan()
+    assert explained_variance(targets, targets, mask).isnan()
+    varied = values * constant
+    assert explained_variance(varied, varied, mask) == 1
