@@ -152,7 +152,7 @@ def test_nothing_stands_behind_two_dashes_where_no_flags_are_passed_on(monkeypat
             "flags as now or a new --name, found other lam",
         ),
         ("--name a --algos grpo", "--name: expected a new one, found other runs in"),
-        ("--name noise --algos ppo", "--name: expected a new one, found other runs in"),
+        ("--name noise --algos ppo", "noise.jsonl, line 1: expected a JSON object with seed"),
         ("--algos a2c", "invalid choice: 'a2c'"),
         ("--name new --algos ppo -- --seed 3", "found one that is set here"),
         ("--name new --algos ppo -- --algo grpo", "found one that is set here"),
@@ -309,6 +309,34 @@ def test_rows_are_read_past_blank_lines_and_end_where_json_ends_them(tmp_path):
         read_rows(path, "a", "b")
 
 
+@pytest.mark.parametrize(
+    "rows,found",
+    [
+        (['{"seed": NaN}'], "row 1: expected another seed, found nan"),
+        (['{"seed": "20"}'], "row 1: expected another seed, found '20'"),
+        (['{"seed": 20.5}'], "row 1: expected another seed, found 20.5"),
+        (['{"seed": -1}'], "row 1: expected another seed, found -1"),
+        (['{"after": {"a": NaN}}'], "row 1: expected another after, found {'a': nan}"),
+        (['{"after": {"a": 1e400}}'], "row 1: expected another after, found {'a': inf}"),
+        (['{"seed": 1, "ev": [1]}', '{"seed": 1, "ev": [2]}'], "row 2: .* found row 1 again"),
+        (["[" * 100_000], "line 1: expected a JSON object"),
+    ],
+)
+def test_a_run_that_is_damaged_or_twice_is_one_line(rows, found, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(rows))
+    with pytest.raises(InputError, match=found):
+        tables.read_results(path)
+
+
+def test_runs_get_the_mean_of_their_accuracies_and_a_byte_order_mark_is_none(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    after = '{"in domain, greedy": 1, "out of domain, greedy": 0, "foreseen": 7}'
+    path.write_text('{"seed": 1, "after": ' + after + "}", "utf-8-sig")
+    (row,) = tables.read_results(path, "seed")
+    assert row["after"]["all four"] == 0.5
+
+
 @pytest.mark.parametrize("end", ["", "\n"])
 def test_a_row_is_added_on_a_line_of_its_own(tmp_path, end):
     path = tmp_path / "rows.jsonl"
@@ -430,7 +458,9 @@ def test_a_damaged_run_ends_its_table_in_one_line(damage, tmp_path, monkeypatch,
     assert refused(noise, capsys, monkeypatch, "--table").startswith(expected)
     start, *rows = setting_rows()
     write_rows(tmp_path / "setting-a.jsonl", [start, *rows, rows[0] | damage])
-    expected = f"setting-a.jsonl, row {len(rows) + 2}: expected another {key}, found {damage[key]}"
+    expected = (
+        f"setting-a.jsonl, row {len(rows) + 2}: expected another {key}, found {damage[key]!r}"
+    )
     assert expected in refused(settings, capsys, monkeypatch, "a", "--table")
 
 
@@ -451,7 +481,7 @@ def test_a_run_that_lacks_a_score_is_named(tmp_path, monkeypatch, capsys):
     for damage in ({"method": "a2c"}, {"noise": "rain"}):
         write_rows(tmp_path / "setting-a.jsonl", [*setting_rows(), rows[1] | damage])
         found = refused(settings, capsys, monkeypatch, "a", "--table")
-        assert f"row 7: expected another {[*damage][0]}, found {[*damage.values()][0]}" in found
+        assert f"row 7: expected another {[*damage][0]}, found {[*damage.values()][0]!r}" in found
 
 
 def test_a_table_says_where_it_looked_and_takes_the_seeds_that_it_is_given(
@@ -722,17 +752,17 @@ def test_auc_by_hand():
     "line,found",
     [
         ("nonsense", "line 2: expected a JSON object"),
-        ('{"prompt": "a"}', "line 2: expected prompt"),
-        ('{"prompt": "a", "completion": "b", "reward": 2}', "line 2: expected prompt"),
-        ('{"prompt": "a", "reference": "b", "completion": "c", "reward": 0.7}', "line 2: expected"),
-        ('{"prompt": "a", "reference": "b", "reward": null}', "line 2: expected prompt"),
-        ('{"prompt": 3, "completion": "b", "reward": 1}', "line 2: expected texts or"),
-        ('{"prompt": "a", "completion": null, "reward": 1}', "line 2: expected texts or"),
-        ('{"prompt": "a", "completion": {}, "reward": 1}', "line 2: expected texts or"),
-        ('{"prompt": [{"role": "user"}], "reference": "b"}', "line 2: expected texts or"),
-        ('{"prompt": ["a"], "reference": "b"}', "line 2: expected texts or"),
-        ('{"prompt": "a", "reference": [{"role": "user", "content": null}]}', "line 2: expected t"),
-        ('{"prompt": "a", "completion": "b", "reward": 1, "reference": null}', "line 2: expected"),
+        ('{"prompt": "a"}', "row 2: expected prompt"),
+        ('{"prompt": "a", "completion": "b", "reward": 2}', "row 2: expected prompt"),
+        ('{"prompt": "a", "reference": "b", "completion": "c", "reward": 0.7}', "row 2: expected"),
+        ('{"prompt": "a", "reference": "b", "reward": null}', "row 2: expected prompt"),
+        ('{"prompt": 3, "completion": "b", "reward": 1}', "row 2: expected texts or"),
+        ('{"prompt": "a", "completion": null, "reward": 1}', "row 2: expected texts or"),
+        ('{"prompt": "a", "completion": {}, "reward": 1}', "row 2: expected texts or"),
+        ('{"prompt": [{"role": "user"}], "reference": "b"}', "row 2: expected texts or"),
+        ('{"prompt": ["a"], "reference": "b"}', "row 2: expected texts or"),
+        ('{"prompt": "a", "reference": [{"role": "user", "content": null}]}', "row 2: expected t"),
+        ('{"prompt": "a", "completion": "b", "reward": 1, "reference": null}', "row 2: expected"),
     ],
 )
 def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):
