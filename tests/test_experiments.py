@@ -1049,6 +1049,7 @@ def test_the_figures_data_are_computed(monkeypatch):
 def test_what_a_critic_believes_is_read_of_a_run_that_has_ended(tmp_path, warm_start, monkeypatch):
     small = "--total-episodes 32 --batch-size 16 --num-quantiles 8 --eval-samples 8"
     monkeypatch.setattr(noise, "BUDGET", small)
+    monkeypatch.setitem(noise.GRIDS, "long", noise.GRIDS["main"])  # which is short
     monkeypatch.setattr(figures, "NUM_BELIEFS", 64)
     shutil.copytree(warm_start, tmp_path / "warm_start")
     found = figures.beliefs("dvpo, spread", 0, tmp_path)
