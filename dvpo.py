@@ -250,9 +250,9 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
-    shape = None if bootstrap is None else bootstrap.shape
-    assert shape in (None, head_values[:, 0].shape), f"bootstrap {shape}"
-    bootstrap = None if bootstrap is None else bootstrap.amin(dim=-1, keepdim=True)
+    if bootstrap is not None:
+        assert bootstrap.shape == head_values[:, 0].shape, f"bootstrap {tuple(bootstrap.shape)}"
+        bootstrap = bootstrap.amin(dim=-1, keepdim=True)
     return distributional_gae(rewards, mean, mask, gamma, lam, bootstrap, worst)
 
 

@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
 
 import train
-from experiments.seeds import DEVICE, current_commit
+from experiments.seeds import DEVICE, current_commit, new_parser
 from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
@@ -226,7 +226,7 @@ def print_table(table):
 
 
 def make_parser():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--prompt", type=int, default=64, help="tokens; 16 if --ragged")
     parser.add_argument("--response", type=int, default=64, help="most tokens; 112 if --ragged")

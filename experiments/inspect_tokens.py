@@ -26,7 +26,7 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
-from experiments.seeds import COUNT, load_run, run_script
+from experiments.seeds import COUNT, load_run, new_parser, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.flags import number_in, parse_args
 from harness.setup import autocast, build_critic, judge, respond, to_train
@@ -227,7 +227,7 @@ def inspect(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = new_parser(__doc__)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
     parser.add_argument("--rows", type=COUNT, default=4, help="how many held-out prompts")
     parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")

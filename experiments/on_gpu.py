@@ -98,11 +98,9 @@ def agreement(args):
 
 def three_iterations(args, device, responses):
     """-> [metrics]; responses: what stands in for respond, or what it gives, one by one."""
-    found = []
-    with (
-        random_run(args, "tiny", f"--dtype float32 --device {device}") as (run, own),
-        patch.object(train, "respond", side_effect=responses),
-    ):
+    found, flags = [], f"--dtype float32 --device {device}"
+    replaced = patch.object(train, "respond", side_effect=responses)
+    with random_run(args, "tiny", flags) as (run, own), replaced:
         for _ in range(3):
             experience, metrics = train.collect(run, own)
             torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
