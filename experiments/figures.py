@@ -117,10 +117,8 @@ def draw_band(ax, band, colour, text, style="-"):
 
 def beliefs(method, seed, folder):
     """{domain: its scores and the critic's quantiles at the last token}, once a run has ended."""
-    flags = noise.flags_of("long", method, "reward model").split()
-    flags += ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", str(folder)]
     with contextlib.redirect_stdout(None):
-        train.main(flags)
+        train.main(noise.seeded(noise.flags_of("long", method, "reward model"), seed, folder))
     run, args = load_run(folder)
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)

@@ -104,6 +104,12 @@ def flags_of(grid, method, noise):
     return f"{QUICK if grid == 'quick' else BUDGET} {GRIDS[grid][0][method]} {NOISES[noise]}"
 
 
+def seeded(flags, seed, folder):
+    """All flags of a run, in a list; its critic has as many quantiles as a pretrained model's."""
+    own = f"--num-quantiles 200 --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
+    return f"{flags} {own}".split()
+
+
 def windows(values):
     """Means over every WINDOW values, None left out."""
     found = []
@@ -134,8 +140,7 @@ def run(flags, seed):
     """One run of train.py -> its results, and what it was made with."""
     torch.set_num_threads(1)
     with run_folder(seed) as folder:
-        own = f"{flags} --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-        train_quietly(own.split())
+        train_quietly(seeded(flags, seed, folder))
         rows = read_rows(folder / "metrics.jsonl")
         curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
         versions = json.loads((folder / "args.json").read_text())["versions"]

@@ -122,8 +122,7 @@ def foresight(run, args, critic):
 def start(flags, seed):
     """The starting policy, as a Run with the flags' noise, and all of its flags."""
     with noise.run_folder(seed) as folder, torch.enable_grad():  # for a new warm start
-        own = f"--seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-        args = parse_args(f"{flags} {own}".split())
+        args = parse_args(noise.seeded(flags, seed, folder))
         return build(args), args
 
 

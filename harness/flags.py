@@ -76,7 +76,7 @@ FLAGS = {
     "distributional critic (readouts and heads: of other critics, too)": [
         ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
-        ("num-quantiles", 200, "[1, 10000]", "M"),
+        ("num-quantiles", (50, 200), "[1, 10000]", "M"),
         ("num-heads", 4, "[1, 1000]", "N"),
         ("kappa", 0.01, "[0, inf)", "half-width of the Huber corner, in the critic's unit"),
         ("tau-grid", "midpoint", ["midpoint", "right"], "levels (j - 1/2)/M or j/M"),
