@@ -87,7 +87,7 @@ for rate in LEARNING_RATES:
 NAMES = ("ppo", "dvpo, spread", "control", "robust")  # is a lead the rate's, or the bound's?
 RATES = [f"{name}, lr {rate}" for rate in ("2e-4", "1e-4", "4e-4") for name in NAMES]
 LONG = [name for name in RATES if "4e-4" not in name and name != "robust, lr 1e-4"]
-LONG += ["grpo, lr 2e-4", "reinforce++, lr 2e-4"]
+LONG += [f"{name}, lr {rate}" for name in ("grpo", "reinforce++") for rate in ("2e-4", "1e-4")]
 LONGER = {name: f"{TRIED[name]} --total-episodes 19200" for name in LONG}  # 150 iterations
 GRIDS = {  # name: (methods, noises, seeds); differences are to the first method
     "main": (ALL, tuple(NOISES), range(20, 30)),
