@@ -238,7 +238,7 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     return {name: value.sum() / max(len(returns), 1) for name, value in per_token.items()}
 
 
-# ---- The baselines' advantages and weights. What a method adds to PPO is here; train.py chooses.
+# ---- The baselines' advantages, and weights. What a method adds to PPO is here; train.py chooses.
 
 
 def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
@@ -257,7 +257,7 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
 
 
 def discounted_returns(rewards, mask, gamma):
-    """Reinforce++'s advantage before whitening: sum_k gamma^k r_{t+k}, (B, T) each -> (B, T)."""
+    """The sampled returns, Reinforce++'s advantage: sum_k gamma^k r_{t+k}, (B, T) -> (B, T)."""
     no_values = torch.zeros_like(rewards).unsqueeze(-1)
     return distributional_gae(rewards, no_values, mask, gamma, 1.0)[0].squeeze(-1)
 

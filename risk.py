@@ -78,7 +78,7 @@ def tail_shape_loss(quantiles, alpha, beta, ratio, reach=math.inf):
 
     quantiles (..., M) -> (...), their unit. Raises as the tail means. [reported]; [ours] in form.
     reach [ours]: nothing is pushed further that is more than reach * mean_i |q_i - mean q| above
-    the mean. Else the topmost few go, which the data hardly hold: to 18 where returns end at 2.
+    the mean. Else the topmost few, hardly held by data, go to 18 where returns end at 2.
     """
     q = quantiles.sort(dim=-1).values
     mean = q.mean(dim=-1)

@@ -93,7 +93,7 @@ FLAGS = {
     "reward noise (training only, never evaluation)": [
         ("reward-noise-fp", (0.2, 0.0), "[0, 1]", "probability that a wrong answer is rewarded"),
         ("reward-noise-fn", (0.2, 0.0), "[0, 1]", "probability that a right answer is not"),
-        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with probability P, lose to SCALE"),
+        ("reward-noise-outlier", [0.0, 0.0], "[0, 1000000]", "with chance P, lose up to SCALE"),
         ("reward-noise-model", 0.0, "[0, 1000000]", "noise of a reward model, uneven over domains"),
         ("reward-noise-failure", [0.0, 0.0], "[0, 1000000]", "with probability P, -SCALE or SCALE"),
         ("pseudo-label-noise", 0.0, "[0, 1]", "share of prompts whose label is wrong all run long"),

@@ -29,7 +29,7 @@ from tasks.warm_start import warm_start
 
 @dataclass
 class Run:
-    """All that a run holds. What changes from iteration to iteration stands last."""
+    """All that a run holds."""
 
     policy: Any  # what is trained, in fp32
     sampler: Any  # what decodes: the policy, or its bf16 copy
