@@ -3,7 +3,6 @@
     export OMP_NUM_THREADS=1
     python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights, responses of 64
     python experiments/bench.py --vary algo=dvpo,ppo --ragged    # of 8 to 112
-    python experiments/bench.py --shape qwen3-1.7b --response 2048 --batch 64    # a GPU's
 
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind --
 goes to train.py too. Every row has a process of its own, and they take turns, iteration by

@@ -89,7 +89,8 @@ def read_config(name):
 
 
 def show(own):
-    args = parse_args(["--model-name-or-path", own.model, *own.flags])
+    # The model may be a checkpoint of the run that would go there by default.
+    args = parse_args(["--output-dir", "none", "--model-name-or-path", own.model, *own.flags])
     names = (own.model, args.critic_model_name_or_path or own.model)
     for name, size in needs(*map(read_config, names), args, own.prompt).items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")

@@ -238,16 +238,18 @@ def summarise(found, reference, splits=COLUMNS):
         seeds, columns = compared(what, own, other, splits)
         ends = [value for seed in seeds for value in runs[seed].get("ev", [])[-1:]]
         known = [value for value in ends if value is not None]
-        explained = round(statistics.fmean(known), 2) if known else ""
+        explained = round(statistics.fmean(known), 2) + 0 if known else ""
         table += [(noise, method, seeds, columns, explained)] if columns else []
     return table
 
 
 def print_table(table, reference, splits=COLUMNS):
-    heads = "".join(f"{split:23}{'minus ' + reference:23}" for split in splits)
+    width = max(23, len(f"minus {reference} "))
+    heads = "".join(f"{split:{width}}{'minus ' + reference:{width}}" for split in splits)
     print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
     for noise, method, seeds, columns, explained in table:
-        cells = "".join((2 * "{:6.3f} ±{:<15.3f}").format(*column) for column in columns.values())
+        cell = f"{{:6.3f}} ±{{:<{width - 8}.3f}}"
+        cells = "".join((2 * cell).format(*column) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
     print("mean ± half of Student's 95 % interval, paired by seed; ev: explained variance at last")
 

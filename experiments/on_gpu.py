@@ -4,10 +4,8 @@
     python experiments/on_gpu.py --model FOLDER -- --dataset-name FILE --reward math
     python experiments/on_gpu.py --small --output runs/small.jsonl    # tiny: does the script work?
 
-Parts: do CPU and GPU agree in fp32; what bf16 does to the first ratio; three sizes of random
-models: memory against memory.py's formula, decoding and update against what the card can do, DVPO
-against PPO; the built-in task; and with --model a real one, trained with train.py's flags behind
---. Each adds a line to --output as it ends; one that lacks memory or time is skipped, and says so.
+Random models of three sizes, the built-in task, with --model a real one, trained with train.py's
+flags. Each part adds a line to --output; one that lacks memory or time is skipped, and says so.
 """
 
 import contextlib

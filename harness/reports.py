@@ -189,7 +189,7 @@ def report(run, args, folder):
     print()
     for place in (folder, output_dir):
         print(f"in {place}:", *sorted(path.name for path in place.iterdir()))
-    print(f"{results['seconds']:.0f} s since the libraries were loaded")
+    print(f"{results['seconds']:.0f} s in all, without loading the libraries")
 
 
 def quiet():

@@ -122,7 +122,8 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
-    options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
+    room = max(0, context - args.response_length)
+    options = dict(tokenizer=tokenizer, max_tokens=room, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
     load = functools.partial(load_prompts, rewards=(reward,), **options)
     evals = {}
@@ -173,8 +174,7 @@ def build_critic(args, policy, context):
 def to_train(model, device, args, learning_rate):
     """A model on its device in train mode, and its optimiser -> optimiser."""
     model.to(device).train()
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    assert dtypes == {torch.float32}, "bf16 weights lose small Adam steps"
+    assert all(p.dtype == torch.float32 for p in model.parameters()), "bf16 loses small Adam steps"
     if args.gradient_checkpointing:
         getattr(model, "trunk", model).gradient_checkpointing_enable()
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)

@@ -329,12 +329,16 @@ def test_a_run_that_is_damaged_or_twice_is_one_line(rows, found, tmp_path):
         tables.read_results(path)
 
 
-def test_runs_get_the_mean_of_their_accuracies_and_a_byte_order_mark_is_none(tmp_path):
+def test_runs_get_the_mean_of_all_four_accuracies_and_a_byte_order_mark_is_none(tmp_path):
     path = tmp_path / "rows.jsonl"
-    after = '{"in domain, greedy": 1, "out of domain, greedy": 0, "foreseen": 7}'
-    path.write_text('{"seed": 1, "after": ' + after + "}", "utf-8-sig")
-    (row,) = tables.read_results(path, "seed")
-    assert row["after"]["all four"] == 0.5
+    three = {"in domain, greedy": 1, "in domain, sampled": 0, "out of domain, greedy": 0}
+    four = three | {"out of domain, sampled": 1, "foreseen": 7}
+    lines = [json.dumps({"seed": seed, "after": own}) for seed, own in enumerate((four, three))]
+    path.write_text("\n".join(lines), "utf-8-sig")
+    rows = tables.read_results(path, "seed")
+    assert rows[0]["after"]["all four"] == 0.5
+    # Fewer have no such mean, under no name.
+    assert rows[1]["after"] == three
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
@@ -386,6 +390,7 @@ def table_rows():
     for method, seed, score in runs:
         outside = 0.3 + 0.1 * (method == "dvpo")
         after = {"in domain, greedy": score, "out of domain, greedy": outside}
+        after |= {"in domain, sampled": 0.0, "out of domain, sampled": 0.1}
         before = {"in domain, greedy": seed, "out of domain, greedy": 0}
         before["in domain, sampled"] = len(rows)
         row = {"flags": noise.flags_of("main", method, "none"), "seed": seed, "before": before}
@@ -406,7 +411,7 @@ def test_tables_pair_seeds_and_leave_out_runs_of_other_flags(tmp_path, monkeypat
     assert ppo[3]["in domain, greedy"][2:] == (0, 0)
     assert dvpo[3]["in domain, greedy"][2:] == pytest.approx((0.125, 12.71 / 8))
     assert dvpo[3]["out of domain, greedy"][2:] == pytest.approx((0.1, 0), abs=1e-9)
-    assert dvpo[3]["all four"][0] == pytest.approx((0.625 + 0.4) / 2)
+    assert dvpo[3]["all four"][0] == pytest.approx((0.625 + 0.4 + 0.1) / 4)
     assert ppo[4] == dvpo[4] == 0.25
     # Minus DVPO, and over its seeds.
     turned, _ = noise.summarise(noise.current("main"), "dvpo")
@@ -995,6 +1000,11 @@ def test_memory_takes_train_pys_flags_behind_two_dashes(tmp_path, monkeypatch, c
     folder = str(tmp_path)
     assert "reference         0.00 GiB" in show(folder, "--prompt", "7", "--", "--kl-coef", "0")
     assert show(folder) != show(folder, "--", "--response-length", "20000")
+    # What a run has saved is a model, too, wherever that run would write by default.
+    monkeypatch.chdir(tmp_path)
+    saved = tmp_path / "runs" / "dialogue-dvpo-seed0" / "checkpoint-000001" / "policy"
+    llama(num_hidden_layers=3, **sizes).save_pretrained(saved)
+    assert show(str(saved)) == show(folder)
     for words, found in (
         ([str(tmp_path / "t5")], "model:"),
         ([folder, "--prompt", "0"], "--prompt"),
