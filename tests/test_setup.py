@@ -560,7 +560,7 @@ BAD_DATA = [
     (
         ONE,
         "--response-length 999",
-        ["no row fits", "at most -935 tokens, the context less --response-length"],
+        ["no row fits", "at most 0 tokens, the context less --response-length"],
     ),
     (ONE, "--reward bad:raises", ["--reward", "KeyError", "bad.py, line 3"]),
     (ONE, "--reward bad:short", ["--reward", "8 numbers", "1 values"]),
