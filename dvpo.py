@@ -179,7 +179,7 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:-2] == targets.shape[:-1] == mask.shape, shapes
     # (tokens, N, M), (tokens, K): no work on padding, and no NaN of it in the gradient.
-    q, y = head_quantiles[mask], targets.detach()[mask]
+    q, y = head_quantiles[mask.bool()], targets.detach()[mask.bool()]
     count = torch.as_tensor(len(y) if num_tokens is None else num_tokens).clamp(min=1)
     if kappa is None:
         error = q.mean(dim=-1) - y.mean(dim=-1, keepdim=True)
@@ -205,7 +205,7 @@ def masked_variance(values, mask):
 def explained_variance(values, targets, mask):
     """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors, as a scalar.
 
-    1 perfect, 0 no better than a constant; NaN where the targets do not vary (exact: in fp64).
+    1 perfect, 0 no better than a constant; NaN where (fp32) targets do not vary. Computed in fp64.
     """
     assert values.shape == targets.shape, f"{tuple(values.shape)}, {tuple(targets.shape)}"
     spread, left = (masked_variance(x.double(), mask) for x in (targets, targets - values))
@@ -222,7 +222,7 @@ def quantile_metrics(head_quantiles, returns, mask, alpha, beta):
     mean square distance of a head from the heads' mean.
     """
     assert head_quantiles.shape[:-2] == returns.shape == mask.shape, f"mask {tuple(mask.shape)}"
-    head_quantiles, returns = head_quantiles[mask], returns[mask]
+    head_quantiles, returns = head_quantiles[mask.bool()], returns[mask.bool()]
     unsorted = head_quantiles.mean(dim=1)
     q = unsorted.sort(dim=-1).values
     mean, num_quantiles = q.mean(dim=-1), q.shape[-1]

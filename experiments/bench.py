@@ -1,8 +1,7 @@
 """Where an iteration's time and memory go, on train.py's own code, for a random model.
 
     export OMP_NUM_THREADS=1
-    python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights, responses of 64
-    python experiments/bench.py --vary algo=dvpo,ppo --ragged    # of 8 to 112
+    python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights, responses of 64; or --ragged
 
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind --
 goes to train.py too. Every row has a process of its own, and they take turns, iteration by
@@ -31,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
 
 import train
-from experiments.seeds import DEVICE, current_commit, new_parser
+from experiments.seeds import COUNT, DEVICE, current_commit, new_parser
 from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
@@ -227,11 +226,11 @@ def print_table(table):
 def make_parser():
     parser = new_parser(__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens; 16 if --ragged")
-    parser.add_argument("--response", type=int, default=64, help="most tokens; 112 if --ragged")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--prompt", type=COUNT, default=64, help="tokens; 16 if --ragged")
+    parser.add_argument("--response", type=COUNT, default=64, help="most tokens; 112 if --ragged")
+    parser.add_argument("--batch", type=COUNT, default=32)
     parser.add_argument("--ragged", action="store_true", help="responses end at random, from 8 on")
-    parser.add_argument("--iterations", type=int, default=5)
+    parser.add_argument("--iterations", type=COUNT, default=5)
     parser.add_argument("--vary", default="algo=dvpo", help="NAME=VALUE,VALUE,...")
     parser.add_argument("flags", nargs="*", help="flags of train.py, behind --")
     if "--ragged" in sys.argv:

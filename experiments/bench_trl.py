@@ -1,8 +1,7 @@
 """An iteration of this repository beside one of TRL's trainers, on the same model, in turns.
 
     pip install trl==1.12.0     # the last release with a PPO trainer; no requirement of ours
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py               # and with --ragged
-    OMP_NUM_THREADS=1 python experiments/bench_trl.py -- --kl-coef 0    # without a reference
+    OMP_NUM_THREADS=1 python experiments/bench_trl.py    # with --ragged, or behind -- --kl-coef 0
     pip install trl==1.16.0
     OMP_NUM_THREADS=1 python experiments/bench_trl.py --method grpo     # groups of 8
 

@@ -1,8 +1,7 @@
 """The figures, one command each. Needs matplotlib.
 
     python experiments/figures.py first         # of noise.py's runs, and one more; two minutes
-    python experiments/figures.py terms         # what each risk term does to a fit; 2 minutes
-    python experiments/figures.py terms --redraw    # from the stored data alone
+    python experiments/figures.py terms    # what each risk term does to a fit; --redraw: as stored
 
 Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME.png (figure.png).
 """

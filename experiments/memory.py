@@ -1,7 +1,6 @@
 """How much GPU memory a run needs, by a formula: before one waits for a model to load and fail.
 
-    python experiments/memory.py Qwen/Qwen3-1.7B --prompt 256        # behind --: train.py's flags
-    python experiments/memory.py Qwen/Qwen3-1.7B -- --kl-coef 0 --gradient-checkpointing
+    python experiments/memory.py Qwen/Qwen3-1.7B --prompt 256 -- --kl-coef 0    # train.py's flags
 
 Reads the models' config only (a hub name or folder). Bytes, P a model's parameters:
 
@@ -89,8 +88,9 @@ def read_config(name):
 
 
 def show(own):
-    # The model may be a checkpoint of the run that would go there by default.
-    args = parse_args(["--output-dir", "none", "--model-name-or-path", own.model, *own.flags])
+    # Or a run that would go where the model is, by default, would be refused.
+    place = [] if "--resume" in str(own.flags) else ["--output-dir", "none"]
+    args = parse_args([*place, "--model-name-or-path", own.model, *own.flags])
     names = (own.model, args.critic_model_name_or_path or own.model)
     for name, size in needs(*map(read_config, names), args, own.prompt).items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")

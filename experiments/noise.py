@@ -106,8 +106,8 @@ def flags_of(grid, method, noise):
 
 def seeded(flags, seed, folder):
     """All flags of a run, in a list; its critic has as many quantiles as a pretrained model's."""
-    own = f"--num-quantiles 200 --seed {seed} --reward-noise-seed {seed} --output-dir {folder}"
-    return f"{flags} {own}".split()
+    own = f"{flags} --num-quantiles 200 --seed {seed} --reward-noise-seed {seed}"
+    return [*own.split(), "--output-dir", str(folder)]
 
 
 def windows(values):

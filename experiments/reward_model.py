@@ -113,6 +113,7 @@ def train_judge(args):
         labels = torch.tensor([row[2] for row in rows], device=model.device)
         return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
 
+    Path(args.output).mkdir(parents=True, exist_ok=True)  # or nothing could be saved
     fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
     scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
     right = statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth))

@@ -96,6 +96,7 @@ def tune(args):
     orders = [torch.randperm(len(examples)) for _ in range(math.ceil(args.epochs))]
     batches = [rows.tolist() for order in orders for rows in order.split(args.batch_size)]
     fit = (response_loss, batches[:num_steps], num_steps, args.learning_rate, args.bf16)
+    args.output.mkdir(parents=True, exist_ok=True)  # or nothing could be saved
     losses = fine_tune(model.train(), examples, *fit)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
@@ -116,7 +117,7 @@ def main():
     parser.add_argument("--batch-size", type=COUNT, default=16)
     parser.add_argument("--learning-rate", type=positive, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="matrix products; weights stay fp32")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
     run_script(parser, tune)
 
 

@@ -18,7 +18,7 @@ HELD |= dict.fromkeys(("temperature", "alpha", "radius"), is_number)
 HELD |= {"seed": lambda seed: type(seed) is int and seed >= 0}
 ABOUT = tuple(HELD)  # which run it is
 HELD |= dict.fromkeys(("before", "after"), lambda scores: all(map(is_number, scores.values())))
-HELD |= {"ev": lambda curve: all(value is None or is_number(value) for value in curve)}
+HELD |= {"ev": lambda ev: all(value is None or is_number(value) for value in [] + ev)}
 
 
 def read_rows(path, *keys):

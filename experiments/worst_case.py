@@ -44,7 +44,8 @@ def robust_returns(rewards, mask, gamma, radius, worst):
 
     y_t = r_t + gamma robust_value(y_{t+1}),  y_T = r_T.  radius 0: discounted returns.
     """
-    returns, after = torch.zeros_like(rewards), torch.zeros_like(rewards[:, 0])
+    assert rewards.shape == mask.shape, f"rewards {tuple(rewards.shape)}, mask {tuple(mask.shape)}"
+    returns, after = (torch.zeros_like(own * 1.0) for own in (rewards, rewards[:, 0]))
     for t in reversed(range(mask.shape[1])):
         value = rewards[:, t] + gamma * after
         returns[:, t] = torch.where(mask[:, t], value, 0)

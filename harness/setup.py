@@ -122,8 +122,7 @@ def stop_token_ids(model, tokenizer, stop_token=None):
 
 def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     """-> prompts to train on, {name: prompts to evaluate on}; none stands in both."""
-    room = max(0, context - args.response_length)
-    options = dict(tokenizer=tokenizer, max_tokens=room, limit=limit)
+    options = dict(tokenizer=tokenizer, max_tokens=context - args.response_length, limit=limit)
     options |= dict(prompt_column=args.prompt_column, template=args.chat_template == "auto")
     load = functools.partial(load_prompts, rewards=(reward,), **options)
     evals = {}

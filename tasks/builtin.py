@@ -28,8 +28,7 @@ def sums_row(length, odd, rng):
         length = rng.randint(4, 6)
     terms = [rng.randint(1, 20) for _ in range(length)]
     totals = [str(sum(terms[: i + 1])) for i in range(1, length)]
-    prompt = "+".join(map(str, terms)) + "="
-    completion = ",".join(totals) + "#" + totals[-1]
+    prompt, completion = "+".join(map(str, terms)) + "=", ",".join(totals) + "#" + totals[-1]
     return {"prompt": prompt, "answer": totals[-1], "completion": completion}
 
 
@@ -66,9 +65,8 @@ def task_rows(task, split, num_rows, seed):
 
 def task_tokenizer(task):
     """A small real tokenizer: characters for sums, words and a chat template for the others."""
-    words = list("0123456789+=,#")
-    if task != "sums":
-        words = [*SLOTS, *(value for values in SLOTS.values() for value in values), "ok", "book"]
+    words = [*sum(SLOTS.values(), [*SLOTS]), "ok", "book"]
+    words = list("0123456789+=,#") if task == "sums" else words
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     roles = ["<user>", "<assistant>"]
     vocabulary = {word: index for index, word in enumerate([*names.values(), *roles, *words])}

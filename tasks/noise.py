@@ -14,11 +14,11 @@ def noisy_scores(scores, fp, fn, outlier, generator, failure=(0.0, 0.0)):
     failure (p, scale): with probability p the judge fails, and its score is -scale or scale.
     """
     # The same numbers are drawn whatever the scores are: two algorithms meet the same noise.
-    flip, hit, size = torch.rand(3, len(scores), generator=generator)
+    flip, hit, size = torch.rand(3, *scores.shape, generator=generator)
     assert_flippable(scores, fp, fn)
     scores = torch.where(flip < torch.where(scores == 1, fn, fp), 1 - scores, scores)
     scores = scores - (hit < outlier[0]).float() * outlier[1] * size
-    fails, end = torch.rand(2, len(scores), generator=generator)
+    fails, end = torch.rand(2, *scores.shape, generator=generator)
     return torch.where(fails < failure[0], failure[1] * (2 * end.round() - 1), scores)
 
 

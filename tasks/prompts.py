@@ -61,7 +61,7 @@ def load_prompts(
     # As an arrow array: datasets hashes a list number by number.
     data = data.add_column(PROMPT_IDS, pyarrow.array(prompt_ids))
     fitting = [row for row, ids in enumerate(prompt_ids) if len(ids) <= max_tokens]
-    expected = f"expected at most {max_tokens} tokens, the context less --response-length"
+    expected = f"expected at most {max(0, max_tokens)} tokens, the context less --response-length"
     if not fitting:
         raise InputError(f"{flag}: row 0: {len(prompt_ids[0])} tokens, and no row fits: {expected}")
     if len(fitting) < len(data):

@@ -16,7 +16,8 @@ PLAIN = [
     (r"(?:[^\S\n]|\\[,;:() \[\]]|\\q?quad\b|~|\\f?box(?:ed)?\s*\{?)+", " "),
     (r"\^ ?\{ ?([-+]?[0-9]+|\\circ) ?\}", r"^\1 "),
     (r"\\(?:text|mathrm|mbox)[a-z]* ?\{(?![^{}]* or )(?:[^{}0-9]|\^-?[0-9])*\}|\^ ?\\circ|%", "°"),
-    (r"[\u2212\u2013]", "-"),
+    (r"[\u2010-\u2013\u207b\u2212\ufe63\uff0d]", "-"),
+    (r"(?<=[0-9])[\u00b9\u2044\u2070\u2074-\u2079]", "^^"),  # not read
     (r"(?<=[0-9])(?<![0-9]{4})[, ](?=[0-9]{3}(?![0-9/]))", ""),  # 2,000
     (r"\\(?:times|cdot)(?![a-z])|[×·]|(?<=[0-9]) ?x ?(?=[0-9])", "*"),
     (r"(?<![\w.])([0-9.]+) ?\* ?10 ?\^ ?([-+]?[0-9]{1,3})(?![0-9])", r"\1e\2"),  # 2 * 10^3
@@ -41,6 +42,7 @@ WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])(?:(?:not|than)[ $*-]+[0-9.
 BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
+MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! (?!is|are|or|and)[a-z])|[B-Z0-9])\b"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -107,7 +109,8 @@ def chosen_letter(text, choices, numbers=""):
     for pattern in NAMED:
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
-            return found[1].upper()
+            other = re.match(MORE, text[found.end(1) :])  # "B or C" names two
+            return None if other and other[1] in letters + numbers else found[1].upper()
     said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
     words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
     whole = [a for a in words if re.search(words[a], text.lower())]

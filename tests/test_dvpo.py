@@ -1184,3 +1184,15 @@ def test_targets_that_do_not_vary_explain_nothing(constant):
     assert explained_variance(targets, targets, mask).isnan()
     varied = values * constant
     assert explained_variance(varied, varied, mask) == 1
+
+
+def test_a_mask_of_whole_numbers_as_hubs_have_it_is_a_mask():
+    generator = torch.Generator().manual_seed(0)
+    mask = random_mask(generator, 4, 5)
+    heads, returns = torch.randn(4, 5, 2, 3, generator=generator), torch.randn(4, 5)
+    targets, levels = torch.randn(4, 5, 3, generator=generator), quantile_levels(3)
+    for kappa, risk in ((0.01, RiskConfig()), (None, None)):
+        losses = [critic_loss(heads, targets, m, levels, kappa, risk) for m in (mask, mask.long())]
+        assert torch.equal(losses[0][0], losses[1][0])
+    found = [quantile_metrics(heads, returns, m, 0.1, 0.1) for m in (mask, mask.long())]
+    assert found[0] == found[1]

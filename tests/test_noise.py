@@ -47,6 +47,15 @@ def test_a_judge_that_fails_gives_an_end_of_its_scale():
     assert (noisy == 1).float().mean().item() == pytest.approx(0.97, abs=0.005)
 
 
+def test_scores_in_a_column_meet_the_noise_of_scores_in_a_row():
+    scores, noise = torch.tensor([0.0, 1.0, 1.0, 0.0]), (0.5, 0.5, (0.5, 3.0))
+    row, column = (
+        noisy_scores(own, *noise, torch.Generator().manual_seed(3), (0.3, 3.0))
+        for own in (scores, scores.unsqueeze(1))
+    )
+    assert torch.equal(row, column.squeeze(1))
+
+
 def test_a_reward_models_level_slope_and_noise_belong_to_the_domain():
     """Within a domain scores are a + b score + s N; the same a, b, s in every batch of a seed."""
     lines = []

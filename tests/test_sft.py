@@ -140,3 +140,12 @@ def test_fine_tunings_bad_flags_are_one_line(flags, words, tune, tmp_path, capsy
         tune([{"prompt": "area", "answer": "north"}], *flags)
     assert stopped.value.code == 2 and words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file_ends_it_before_training(tune, tmp_path, capsys, monkeypatch):
+    (tmp_path / "out").write_text("kept")
+    monkeypatch.setattr(sft, "fine_tune", lambda *rest: pytest.fail("it trained"))
+    with pytest.raises(SystemExit) as stopped:
+        tune([{"prompt": "area", "answer": "north"}])
+    assert stopped.value.code == 2 and str(tmp_path / "out") in capsys.readouterr().err
+    assert (tmp_path / "out").read_text() == "kept"

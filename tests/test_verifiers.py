@@ -275,6 +275,13 @@ MATH = [  # (completion, answer column, right)
     (r"$\boxed{514}$, or maybe $\boxed{513}$", "513", False),
     (r"\boxed{41}\text{ and }\boxed{42}", "42", False),
     (r"\boxed{42} and \boxed{42.0}", "42", True),
+    # A sign is one, however it is written, and so is a power; a fraction's bar is not read.
+    ("The answer is \uff0d7", "-7", True),
+    ("The answer is \u20117", "7", False),
+    ("The answer is \u207b7", "7", False),
+    ("10\u2075", "10", False),
+    ("The answer is 1\u20442", "1", False),
+    ("2\u2075 = 32", "32", True),
 ]
 
 
@@ -572,6 +579,14 @@ CHOICE = [
     ("The answer is A because it is", "A"),
     ("Answer: D. Explanation: The answer A is wrong", "D"),
     ("The answer is **C**", "C"),
+    # Several are none.
+    ("B or C", None),
+    ("(B) or (C)", None),
+    (r"\boxed{B, C}", None),
+    ("Answer: B, C, D, A", None),
+    ("Answer: B and A are right", None),
+    ("B, A plant is green", "B"),
+    ("The answer is B, I think", "B"),
 ]
 
 

@@ -77,6 +77,15 @@ def test_robust_returns_on_a_path_by_brute_force():
     assert own[0].item() == pytest.approx(min(found)) and own[2] == 2.0
 
 
+def test_robust_returns_of_whole_numbers_are_floats_and_other_shapes_are_refused():
+    rewards, mask = torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.bool)
+    found = robust_returns(rewards, mask, 0.9, 0.0, torch.tensor(0.0))
+    torch.testing.assert_close(found, torch.tensor([[2.71, 1.9, 1.0]]))
+    for other in (mask[:, :2], mask.expand(2, 3)):
+        with pytest.raises(AssertionError, match="mask"):
+            robust_returns(rewards, other, 0.9, 0.0, torch.tensor(0.0))
+
+
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_a_ball_of_radius_0_leaves_the_discounted_return(gamma):
     generator = torch.Generator().manual_seed(1)
