@@ -53,8 +53,8 @@ def read_results(path, *keys, **own):
         first = seen.setdefault(str([row.get(key) for key in ABOUT]), number)
         if first != number:
             raise InputError(f"{path}, row {number}: expected another run, found row {first} again")
-        if len(own := [x for split, x in row.get("after", {}).items() if "domain" in split]) == 4:
-            row["after"]["all four"] = statistics.fmean(own)
+        if len(four := [x for key, x in row.get("after", {}).items() if "domain" in key]) == 4:
+            row["after"]["all four"] = statistics.fmean(four)
     return rows
 
 

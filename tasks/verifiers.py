@@ -42,7 +42,7 @@ WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])(?:(?:not|than)[ $*-]+[0-9.
 BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
-MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! (?!is|are|or|and)[a-z])|[B-Z0-9])\b"
+MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b(?! is (?:wrong|not))"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -109,8 +109,8 @@ def chosen_letter(text, choices, numbers=""):
     for pattern in NAMED:
         found = re.search(pattern, text)
         if found and found[1].upper() in letters + numbers:
-            other = re.match(MORE, text[found.end(1) :])  # "B or C" names two
-            return None if other and other[1] in letters + numbers else found[1].upper()
+            named, other = found[1].upper(), re.match(MORE, text[found.end(1) :])  # "B or C"
+            return None if other and other[1] in (letters + numbers).replace(named, "") else named
     said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
     words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
     whole = [a for a in words if re.search(words[a], text.lower())]

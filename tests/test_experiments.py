@@ -1101,3 +1101,12 @@ def test_an_unknown_figure_and_missing_data_are_one_line(tmp_path, monkeypatch, 
         figures.main()
     said = "figures.py: error: it needs matplotlib: see requirements-dev.txt\n"
     assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
+
+
+def test_a_grids_critics_have_200_quantiles_and_a_folder_may_have_a_space(tmp_path):
+    flags = noise.flags_of("main", "dvpo", "none")
+    args = parse_args(noise.seeded(flags, 7, tmp_path / "a b"))
+    assert (args.num_quantiles, args.seed, args.reward_noise_seed) == (200, 7, 7)
+    assert (
+        args.output_dir == str(tmp_path / "a b") and parse_args(flags.split()).num_quantiles == 50
+    )

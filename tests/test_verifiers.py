@@ -584,15 +584,18 @@ CHOICE = [
     ("(B) or (C)", None),
     (r"\boxed{B, C}", None),
     ("Answer: B, C, D, A", None),
-    ("Answer: B and A are right", None),
+    ("Answer: B and C are right", None),
     ("B, A plant is green", "B"),
-    ("The answer is B, I think", "B"),
+    ("The answer is B, B is right", "B"),
+    ("(B), (B)", "B"),
+    ("The answer is B, C is wrong", "B"),
 ]
 
 
 @pytest.mark.parametrize("text,letter", CHOICE)
 def test_choice_verifier(text, letter):
     assert chosen_letter(text, CHOICES) == letter
+    assert chosen_letter("The answer is B, I think", ()) == "B"
     assert choice_reward([""], [text], ["B"], [CHOICES]) == [float(letter == "B")]
 
 
