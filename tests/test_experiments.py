@@ -1058,7 +1058,7 @@ def test_the_figures_data_are_computed(monkeypatch):
 
 @pytest.mark.slow
 def test_what_a_critic_believes_is_read_of_a_run_that_has_ended(tmp_path, warm_start, monkeypatch):
-    small = "--total-episodes 32 --batch-size 16 --num-quantiles 8 --eval-samples 8"
+    small = "--total-episodes 32 --batch-size 16 --eval-samples 8"
     monkeypatch.setattr(noise, "BUDGET", small)
     monkeypatch.setitem(noise.GRIDS, "long", noise.GRIDS["main"])  # which is short
     monkeypatch.setattr(figures, "NUM_BELIEFS", 64)
@@ -1066,7 +1066,7 @@ def test_what_a_critic_believes_is_read_of_a_run_that_has_ended(tmp_path, warm_s
     found = figures.beliefs("dvpo, spread", 0, tmp_path)
     assert found.keys() == SLOTS.keys()
     for fit in found.values():
-        assert len(fit["scores"]) == len(fit["believed"]) == 8 and fit["std"] > 0
+        assert len(fit["scores"]) == len(fit["believed"]) == 200 and fit["std"] > 0
         assert fit["scores"] == sorted(fit["scores"])
         assert fit["believed"] == sorted(fit["believed"])
 
