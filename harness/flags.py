@@ -48,7 +48,7 @@ FLAGS = {
         ("stop-token", None, None, "one more token that ends a response, beside the model's own"),
     ],
     "budget": [
-        ("total-episodes", (11520, 10000), "[1, inf)", "responses to sample in all"),
+        ("total-episodes", (14080, 10000), "[1, inf)", "responses to sample in all"),
         ("batch-size", (128, 64), "[1, inf)", "responses per iteration"),
         ("num-mini-batches", (8, 2), "[1, inf)", "optimiser steps per epoch over a batch"),
         ("micro-batch-size", (128, 64), "[1, inf)", "most responses per scoring or update pass"),
