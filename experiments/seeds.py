@@ -1,6 +1,6 @@
 """Runs train.py's built-in task for several seeds and algorithms: what came out, with spread.
 
-    python experiments/seeds.py --seeds 5 --algos dvpo ppo     # 1.5 minutes a run on one core
+    python experiments/seeds.py --seeds 5 --algos dvpo ppo     # 2 minutes a run on one core
     python experiments/seeds.py --name sums -- --task sums     # behind --: flags of train.py
 
 One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.jsonl.
