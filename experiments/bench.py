@@ -1,7 +1,6 @@
 """Where an iteration's time and memory go, on train.py's own code, for a random model.
 
-    export OMP_NUM_THREADS=1
-    python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights, responses of 64; or --ragged
+    OMP_NUM_THREADS=1 python experiments/bench.py --vary algo=dvpo,ppo    # 5 M weights; or --ragged
 
 --vary NAME=A,B,...: a row per value of one of these flags or of train.py's; what stands behind --
 goes to train.py too. Every row has a process of its own, and they take turns, iteration by

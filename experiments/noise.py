@@ -236,9 +236,8 @@ def summarise(found, reference, splits=COLUMNS):
                 raise InputError(f"results: {what}: {expected}")
         own, other = ({seed: run["after"] for seed, run in part.items()} for part in (runs, base))
         seeds, columns = compared(what, own, other, splits)
-        ends = [value for seed in seeds for value in runs[seed].get("ev", [])[-1:]]
-        known = [value for value in ends if value is not None]
-        explained = round(statistics.fmean(known), 2) + 0 if known else ""
+        ends = [end for seed in seeds for end in runs[seed].get("ev", [])[-1:] if end is not None]
+        explained = round(statistics.fmean(ends), 2) + 0 if ends else ""
         table += [(noise, method, seeds, columns, explained)] if columns else []
     return table
 
@@ -247,9 +246,9 @@ def print_table(table, reference, splits=COLUMNS):
     width = max(23, len(f"minus {reference} "))
     heads = "".join(f"{split:{width}}{'minus ' + reference:{width}}" for split in splits)
     print(f"\n{'noise':20}{'method':28}{'seeds':>6}  {heads}{'ev':>6}")
+    cell = 2 * "{:6.3f} ±{:<{rest}.3f}"
     for noise, method, seeds, columns, explained in table:
-        cell = f"{{:6.3f}} ±{{:<{width - 8}.3f}}"
-        cells = "".join((2 * cell).format(*column) for column in columns.values())
+        cells = "".join(cell.format(*column, rest=width - 8) for column in columns.values())
         print(f"{noise:20}{method:28}{len(seeds):6}  {cells}{explained:>6}")
     print("mean ± half of Student's 95 % interval, paired by seed; ev: explained variance at last")
 

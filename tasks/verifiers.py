@@ -108,9 +108,9 @@ def chosen_letter(text, choices, numbers=""):
     text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
     for pattern in NAMED:
         found = re.search(pattern, text)
-        if found and found[1].upper() in letters + numbers:
-            named, other = found[1].upper(), re.match(MORE, text[found.end(1) :])  # "B or C"
-            return None if other and other[1] in (letters + numbers).replace(named, "") else named
+        if found and (letter := found[1].upper()) in letters + numbers:
+            other = re.match(MORE, text[found.end(1) :])  # "B or C" names two
+            return None if other and other[1] in (letters + numbers).replace(letter, "") else letter
     said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
     words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
     whole = [a for a in words if re.search(words[a], text.lower())]

@@ -595,7 +595,6 @@ CHOICE = [
 @pytest.mark.parametrize("text,letter", CHOICE)
 def test_choice_verifier(text, letter):
     assert chosen_letter(text, CHOICES) == letter
-    assert chosen_letter("The answer is B, I think", ()) == "B"
     assert choice_reward([""], [text], ["B"], [CHOICES]) == [float(letter == "B")]
 
 
@@ -718,6 +717,8 @@ def test_answers_without_options_are_letters():
             assert_readable({"answer": [2], **columns}, choice_reward)
     assert choice_reward([""] * 3, ["C"] * 3, ["C"] * 3, [{}, None, {"text": None}]) == [1.0] * 3
     assert_readable({"answer": ["A", "z"]}, choice_reward)
+    # I is no option that is named beside it.
+    assert chosen_letter("The answer is B, I think", ()) == "B"
     with pytest.raises(InputError, match="row 0: .* found 'slot'"):
         assert_readable({"answer": ["slot"]}, choice_reward)
 
