@@ -100,7 +100,8 @@ def test_names_stand_in_the_files_that_the_page_says(page):
 
 def test_the_copied_losses_run_alone(tmp_path):
     """Each in a clean file of its own, with nothing but what its row names."""
-    section = README.split("## Copying a piece")[1].split("\n## ")[0]
+    page = (ROOT / "docs" / "your-own.md").read_text()
+    section = page.split("## Copying a piece")[1].split("\n## ")[0]
     rows = re.findall(r"^(\w+)\.py \| (.*) \| (.*)$", section, re.M)
     examples = re.search("```python\n(.*?)```", section, re.S)[1].split("\n\n")
     made = {}
