@@ -1,19 +1,13 @@
 """Which tokens carry the advantage: a finished DVPO run's critic beside a scalar one, by token.
 
-    python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
 The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per
 token: quantiles of the return that the critic predicts before it, their spread, the advantage, and
-the same of a scalar critic: that of a run with --algo ppo, or one fitted here on --samples
-responses. On the page blue is above what was expected, orange below.
+the same of the scalar critic of a run with --algo ppo, else alike. --html writes a page, too: blue
+is above what was expected, orange below.
 """
 
-import argparse
-import copy
-import html
-import json
-import math
 import sys
 from pathlib import Path
 
@@ -21,7 +15,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
-from tqdm import trange
+from jinja2 import Template
 
 import dvpo
 import rollout as ro
@@ -29,11 +23,10 @@ from critic import QuantileCritic
 from experiments.seeds import COUNT, load_run, new_parser, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.flags import number_in, parse_args
-from harness.setup import autocast, build_critic, judge, respond, to_train
+from harness.setup import autocast, judge, respond
 from risk import tail_size
-from tasks import InputError
+from tasks import InputError, naming
 from tasks.prompts import PROMPT_IDS
-from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
@@ -61,9 +54,9 @@ def forward(run, args, rollout, function, model, *rest):
 def answer(run, args, batch):
     """Responses, their scores without noise (B,), and token rewards (B, T)."""
     rollout = respond(run, args, batch, args.temperature)
-    off = dict.fromkeys(("reward_noise_fp", "reward_noise_fn", "reward_noise_model"), 0.0)
-    off |= dict.fromkeys(("reward_noise_outlier", "reward_noise_failure"), [0.0, 0.0])
-    scores, _ = judge(run, argparse.Namespace(**vars(args) | off), batch, rollout)
+    _, true_scores = judge(run, args, batch, rollout)
+    penalties = args.missing_eos_penalty * rollout.truncated
+    scores = true_scores.to(penalties.device) - penalties
     models, what = (run.policy, run.reference), (run, args, rollout, ro.response_logprobs)
     logprobs, reference = (model and forward(*what, model, args.temperature) for model in models)
     rewards = dvpo.token_rewards(scores, logprobs, reference, rollout.mask, args.kl_coef)
@@ -80,32 +73,16 @@ def judged_by(critic, run, args, rollout, rewards):
     return quantiles, dvpo.scalar_advantage(dvpo.distributional_gae(*numbers)[0])
 
 
-def scalar_critic(run, args, folder, samples):
-    """PPO's critic, of the run in a folder or else fitted here, and a few words on which it is."""
-    if folder:
-        other = flags_of(folder, "--scalar", "ppo")
-        for name in SAME:
-            ours, theirs = getattr(args, name), getattr(other, name)
-            if ours != theirs:
-                expected = f"expected --{name.replace('_', '-')} {ours}, as in the other run"
-                raise InputError(f"--scalar: {folder}: {expected}, found {theirs}")
-        found = newest_checkpoint(Path(folder)) / "critic"
-        critic = QuantileCritic.from_pretrained(found).to(run.policy.device)
-        return critic, f"PPO's, of {folder}, which learned from its own policy's responses"
-    count = math.ceil(samples / args.batch_size)
-    size = samples // count
-    fit = {"algo": "ppo", "group_size": 1, "critic_warmup_steps": math.inf, "batch_size": size}
-    fit = argparse.Namespace(**{**vars(args), **fit})
-    fit.num_mini_batches = min(args.num_mini_batches, size)
-    own = copy.copy(run)
-    own.critic, rate = build_critic(fit, own.policy, own.context), fit.critic_learning_rate
-    own.critic_optimizer = to_train(own.critic, own.policy.device, fit, rate)
-    for own.iteration in trange(count, desc="fitting a scalar critic"):
-        experience, metrics = collect(own, fit)
-        update(own, fit, experience)
-    explained = f"explained variance {metrics['val/explained_var']:.3f} before the last update"
-    where = f"on {count * size} responses of this run's policy"
-    return own.critic, f"fitted here, as --algo ppo does it, {where} ({explained})"
+def scalar_critic(folder, args):
+    """The critic of a PPO run that is, but for its algorithm, like that of args."""
+    other = flags_of(folder, "--scalar", "ppo")
+    for name in SAME:
+        ours, theirs = getattr(args, name), getattr(other, name)
+        if ours != theirs:
+            expected = f"expected --{name.replace('_', '-')} {ours}, as in the other run"
+            raise InputError(f"--scalar: {folder}: {expected}, found {theirs}")
+    with naming(f"--scalar: {folder}"):
+        return QuantileCritic.from_pretrained(newest_checkpoint(Path(folder)) / "critic")
 
 
 def visible(text):
@@ -169,56 +146,33 @@ def table(row):
 def print_rows(shown):
     print("Per token: the return predicted before it, the advantage, and the scalar critic's view.")
     for index, row in enumerate(shown, 1):
-        texts = [f"({t['before']})|" * bool(t["before"]) + t["text"] for t in row["tokens"]]
-        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}")
-        print(f"   response     {'|'.join(texts)}\n{table(row)}")
-
-
-def section(index, row, scale):
-    """One response as HTML: a button per token, in the colours of both critics' advantages."""
-    buttons = ""
-    for column, token in enumerate(row["tokens"]):
-        if token["before"]:
-            buttons += f'<span class="user">{html.escape(token["before"])}</span>'
-        place = f'data-row="{index}" data-column="{column}"'
-        buttons += f'<button type="button" class="token" {place}>'
-        for value in (token["advantage"], token["scalar_advantage"]):
-            kind, text = "up" if value >= 0 else "down", html.escape(token["text"]) or "&nbsp;"
-            share = f"--share:{abs(value) / scale:.3f}"
-            buttons += f'<span class="{kind}" style="{share}">{text}</span>'
-        buttons += "</button>"
-    return f"""<section><h2>{index + 1}. {html.escape(scored(row))}</h2>
-<p class="prompt">{html.escape(row["prompt"])}</p>
-<div class="line"><span class="names"><span>distribution</span><span>scalar</span></span>
-<span>{buttons}</span></div><div class="detail" aria-live="polite"></div>
-<details><summary>All numbers</summary><pre>{html.escape(table(row))}</pre></details></section>"""
+        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}\n{table(row)}")
 
 
 def page(shown, said):
-    """The whole HTML page as text. Texts are escaped here; the script gets numbers alone."""
+    """The whole HTML page as text: the template escapes texts, its script gets numbers alone."""
     rows, names = [row["tokens"] for row in shown], ("quantiles", "shown", "reward", *CELLS)
     numbers = [[{name: token[name] for name in names} for token in tokens] for tokens in rows]
     advantages = ("advantage", "scalar_advantage")
     found = [abs(token[name]) for tokens in rows for token in tokens for name in advantages]
     scale = max(found, default=0) or 1.0  # the advantage that gets full colour
-    sections = "\n".join(section(index, row, scale) for index, row in enumerate(shown))
-    template = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
-    parts = {"SAID": html.escape(said), "SCALE": f"{scale:.3f}"}
-    for name, value in {**parts, "NUMBERS": json.dumps(numbers), "SECTIONS": sections}.items():
-        template = template.replace(f"<!--{name}-->", value)
-    return template
+    text = (Path(__file__).parent / "inspect_tokens.html").read_text(encoding="utf-8")
+    parts = {"rows": shown, "said": said, "numbers": numbers, "scale": scale}
+    return Template(text, autoescape=True).render(parts, table=table, scored=scored)
 
 
 def inspect(args):
-    flags_of(args.run, "run", "dvpo")
-    run, flags = load_run(args.run)
+    scalar = scalar_critic(args.scalar, flags_of(args.run, "run", "dvpo"))
+    if args.html:
+        args.html.open("a").close()  # what cannot be written ends it here
+    with naming(f"run: {args.run}"):
+        run, flags = load_run(args.run)
     torch.manual_seed(args.seed)
     batch = next(iter(run.evals.values()))[: args.rows]
-    scalar, which = scalar_critic(run, flags, args.scalar, args.samples)
-    torch.manual_seed(args.seed)  # the same responses whichever critic stands beside
-    shown = look(run, flags, batch, scalar)
+    shown = look(run, flags, batch, scalar.to(run.policy.device))
     said = f"{args.run}, temperature {flags.temperature:g}, gamma {flags.gamma:g}"
-    said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
+    said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: PPO's, of "
+    said += f"{args.scalar}, which learned from its own policy's responses."
     print(said)
     print_rows(shown)
     if args.html:
@@ -230,8 +184,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
     parser.add_argument("--rows", type=COUNT, default=4, help="how many held-out prompts")
-    parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
-    parser.add_argument("--samples", type=COUNT, default=512, help="responses to fit it on")
+    parser.add_argument("--scalar", required=True, help="the folder of a PPO run, else alike")
     parser.add_argument("--html", type=Path, help="also write a page to this file")
     parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
     run_script(parser, inspect)

@@ -51,7 +51,12 @@ def two_runs(folder, model_folder, *more):
 
 @pytest.fixture(scope="module")
 def pair(model_folder, tmp_path_factory):
-    return two_runs(tmp_path_factory.mktemp("pair"), model_folder)
+    """Two runs, and what is left of them without a state or a critic."""
+    folder = two_runs(tmp_path_factory.mktemp("pair"), model_folder)
+    for name, gone in (("dvpo", "state.pt"), ("ppo", "critic")):
+        without = shutil.ignore_patterns(gone)
+        shutil.copytree(folder / name, folder / f"{name}-torn", ignore=without)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,25 +157,23 @@ def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(
         assert_shown_as_by_hand(folder, model_folder, row)
 
 
-def test_a_scalar_critic_is_fitted_where_none_is_given(pair, inspect, capsys):
-    inspect(pair / "dvpo", "--samples", 11, "--rows", 1)
-    said = capsys.readouterr()
-    assert "fitted here, as --algo ppo does it, on 10 responses" in said.out
-    assert "2/2" in said.err and "token " in said.out and "\x1b[" not in said.out
-
-
 @pytest.mark.parametrize(
     "flags,found",
     [
-        (["{}/ppo"], "expected a run with --algo dvpo, found ppo"),
-        (["{}/none"], "expected a checkpoint in '{}/none', found no such folder"),
-        (["{}/dvpo", "--scalar", "{}/dvpo"], "expected a run with --algo ppo, found dvpo"),
-        (["{}/dvpo", "--samples", "0"], "--samples: expected a whole number in [1, inf)"),
+        ("{}/ppo --scalar {}/ppo", "expected a run with --algo dvpo, found ppo"),
+        ("{}/none --scalar {}/ppo", "expected a checkpoint in '{}/none', found no such folder"),
+        ("{}/dvpo --scalar {}/dvpo", "expected a run with --algo ppo, found dvpo"),
+        ("{}/dvpo", "the following arguments are required: --scalar"),
+        ("{}/dvpo --scalar {}/ppo --rows 0", "--rows: expected a whole number in [1, inf)"),
+        ("{}/dvpo --scalar {}/ppo --html {}/none/x.html", "No such file or directory: '{}/none/x"),
+        ("{}/dvpo-torn --scalar {}/ppo", "run: {}/dvpo-torn: "),
+        ("{}/dvpo --scalar {}/ppo-torn", "--scalar: {}/ppo-torn: "),
     ],
 )
-def test_what_cannot_be_inspected_is_one_line(pair, inspect, capsys, flags, found):
+def test_what_cannot_be_inspected_is_one_line(pair, inspect, capsys, monkeypatch, flags, found):
+    monkeypatch.setattr(inspect_tokens, "look", lambda *rest: pytest.fail("it went to work"))
     with pytest.raises(SystemExit) as stopped:
-        inspect(*(flag.format(pair) for flag in flags))
+        inspect(*flags.format(*[pair] * 3).split())
     assert stopped.value.code == 2
     assert found.format(pair) in capsys.readouterr().err.splitlines()[-1]
 
@@ -179,7 +182,7 @@ def test_a_conversations_other_turns_stand_between_the_tokens(talks, inspect, tm
     page = tmp_path / "page.html"
     inspect(talks / "dvpo", "--scalar", talks / "ppo", "--rows", 8, "--html", page)
     said, turn = capsys.readouterr().out, "<user> food thai <assistant>"
-    assert f"|({turn})|" in said and f"\n({turn})\n" in said
+    assert f"\n({turn})\n" in said and "\x1b[" not in said
     span = f'<span class="user">{html.escape(turn)}</span><button'
     assert page.read_text().count(span) == said.count("\n(<user> food") > 0
 
@@ -204,7 +207,7 @@ def test_runs_of_another_seed_or_unit_are_refused(pair, tmp_path, changed, flag,
         if flag == "run":
             inspect_tokens.flags_of(tmp_path / algo, flag, algo)
         else:
-            inspect_tokens.scalar_critic(None, ours, tmp_path / algo, 1)
+            inspect_tokens.scalar_critic(tmp_path / algo, ours)
 
 
 HOSTILE = [
