@@ -1,14 +1,12 @@
-"""Mean reward of policies on data sets, greedy: for tables across domains.
+"""Mean reward of policies on data sets, greedy: a row per policy and --set FILE REWARD.
 
     python experiments/evaluate.py MODEL runs/a runs/b --set a.jsonl math --set b.jsonl model:FOLDER
 
 A run's folder stands for the policy of its newest checkpoint (of single turns), with its stop token
-and --chat-template. Prints a row per policy and --set FILE REWARD (--output: also to a jsonl file),
-and then means, with Student's 95 % interval over policies that differ in -seedN alone.
+and --chat-template.
 """
 
 import json
-import re
 import statistics
 import sys
 from pathlib import Path
@@ -20,7 +18,6 @@ from tqdm import trange
 
 import rollout
 from experiments.seeds import COUNT, DEVICE, load_policy, new_parser, run_script
-from experiments.tables import add_row, interval, read_rows
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming
@@ -53,55 +50,30 @@ def respond(model, tokenizer, stop_ids, prompt_ids, response_length):
 
 
 def evaluate(name, rewards, args):
-    """One policy on all of args.set -> [{policy, set, reward, rows, score, words}]."""
+    """One policy on all of args.set -> [{set, reward, rows, score, words}]."""
     folder, flags = policy_of(name)
     model, tokenizer = load_policy(folder, "policy")
     stop_ids = stop_token_ids(model, tokenizer, flags.get("stop_token"))
     template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
-    results, answered = [], {}  # two rewards for one file: its responses are sampled once
+    results = []
     for file, reward in args.set:
-        if file not in answered:
-            own = {"rewards": [rewards[other] for name, other in args.set if name == file]}
-            data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
-            data = data.select(range(min(args.rows, len(data))))
-            ids, length = data[PROMPT_IDS], args.response_length
-            answered[file] = data.to_dict(), respond(model, tokenizer, stop_ids, ids, length)
-        batch, texts = answered[file]
-        mean = score(rewards[reward], batch, texts).mean().item()
-        found = {"policy": name, "set": file, "reward": reward, "rows": len(texts), "score": mean}
+        own = {"rewards": [rewards[reward]]}
+        data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
+        data = data.take(args.rows)
+        texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args.response_length)
+        mean = score(rewards[reward], data.to_dict(), texts).mean().item()
+        found = {"set": file, "reward": reward, "rows": len(texts), "score": mean}
         results.append(found | {"words": statistics.fmean(len(text.split()) for text in texts)})
     return results
 
 
-def print_means(results):
-    """A row per set and reward, a column per group of policies that differ in their seed alone."""
-    groups = {}
-    for result in results:
-        name = re.sub(r"-seed[0-9]+/?$", "", result["policy"])
-        group = groups.setdefault(f"{result['set']}, {result['reward']}: ", {})
-        group.setdefault(name, []).append(result["score"])
-    for what, columns in groups.items():
-        cells = []
-        for name, values in columns.items():
-            spread = f" ±{interval(values)[1]:.3f}" if len(values) > 1 else ""
-            cells.append(f"{name} {statistics.mean(values):.3f}{spread}")
-        print(what + ", ".join(cells))
-
-
 def compare(args):
-    args.set = [*dict.fromkeys(map(tuple, args.set))]
-    rewards, results = {name: load_reward(name, DEVICE) for _, name in args.set}, []
-    if args.output and args.output.exists():
-        read_rows(args.output, "policy")  # earlier results; no other file is added to
-    for policy in dict.fromkeys(args.policies):
+    rewards = {name: load_reward(name, DEVICE) for _, name in args.set}
+    for policy in args.policies:
         for result in evaluate(policy, rewards, args):
             what = f"{policy:40} {Path(result['set']).name:24} {result['reward']:34}"
             size = f"({result['rows']} rows, {result['words']:.1f} words)"
             print(f"{what} {result['score']:7.3f}  {size}")
-            results.append(result)
-            if args.output:
-                add_row(args.output, result)
-    print_means(results)
 
 
 def main():
@@ -111,7 +83,6 @@ def main():
     parser.add_argument("--set", **sets)
     parser.add_argument("--rows", type=COUNT, default=200, help="the first so many of each set")
     parser.add_argument("--response-length", type=COUNT, default=64)
-    parser.add_argument("--output", type=Path, help="a jsonl file to add to")
     run_script(parser, compare)
 
 
