@@ -5,10 +5,9 @@
 
 The answer that most of a problem's samples end in becomes its `answer` (the true one, if there is
 one, moves to `true_answer`), with its share of the votes in `agreement`. Problems with no answer in
-any sample are left out. Rows are written as they are made; a second call goes on behind the last.
+any sample are left out. Rows are written as they are made, to a new file.
 """
 
-import collections
 import json
 import statistics
 import sys
@@ -23,7 +22,7 @@ from tqdm import tqdm
 import rollout
 from experiments.seeds import COUNT, load_policy, new_parser, run_script
 from harness.setup import context_of, stop_token_ids
-from tasks import InputError, naming, verifiers
+from tasks import InputError, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
 
@@ -35,23 +34,21 @@ def final_answer(text, choices=()):
     return found and str(found[1])
 
 
-def majority(answers):
-    """(The most frequent answer, its share); None votes for nothing; the first wins a tie."""
-    votes = collections.Counter(answer for answer in answers if answer is not None)
-    answer, count = (votes.most_common(1) or [(None, 0)])[0]
-    return answer, count / len(answers)
-
-
 def labelled(problem, texts, row):
-    """A problem's row with the label that its samples vote for, or None without one."""
+    """A problem's row with the label that its samples vote for, or None without one.
+
+    What has no answer votes for nothing, but counts in `agreement`; the first wins a tie.
+    """
     choices, _ = verifiers.options_of(problem.get("choices"))
-    answer, agreement = majority([final_answer(text, choices) for text in texts])
-    if answer is None:
+    answers = [final_answer(text, choices) for text in texts]
+    votes = [answer for answer in answers if answer is not None]
+    if not votes:
         return None
     kept = {name: problem[name] for name in problem if name not in ("answer", PROMPT_IDS)}
     if "answer" in problem:
         kept["true_answer"] = problem["answer"]
-    return {**kept, "answer": answer, "agreement": agreement, "row": row}
+    answer = statistics.mode(votes)
+    return {**kept, "answer": answer, "agreement": votes.count(answer) / len(texts), "row": row}
 
 
 def report(done, total):
@@ -72,22 +69,14 @@ def label(args):
     data = load_prompts("data", args.data, "train", tokenizer, room)
     for name in {"row", "agreement", "true_answer"} & {*data.column_names}:
         raise InputError(f"data: expected no column {name!r}, which is written here, found one")
-    lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
-    # A run that was killed may have torn its last line.
-    with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
-        done = [json.loads(line) for line in lines if line.endswith("\n")]
-        first = max([-1, *(row["row"] for row in done)]) + 1
-        same = all(row["prompt"] == data[row["row"]]["prompt"] for row in done)
-        if lines and not (done and same and all("agreement" in row for row in done)):
-            raise InputError(f"found others, or of another data set: {lines[0][:60]!r}")
-    args.output.write_text("".join(lines[: len(done)]))
-    with open(args.output, "a", buffering=1) as out:
-        for row in tqdm(range(first, len(data)), desc="problems"):
+    done, limits = [], (args.response_length, 1.0)
+    with open(args.output, "x", buffering=1) as out:
+        for row, problem in enumerate(tqdm(data, desc="problems")):
             torch.manual_seed(row)
-            prompts, limits = [data[row][PROMPT_IDS]] * args.samples, (args.response_length, 1.0)
+            prompts = [problem[PROMPT_IDS]] * args.samples
             sampled = rollout.sample(model, prompts, stop_ids[0], stop_ids, *limits)
             texts = rollout.completion_texts(sampled, tokenizer, stop_ids)
-            if found := labelled(data[row], texts, row):
+            if found := labelled(problem, texts, row):
                 done.append(found)
                 out.write(json.dumps(found, default=str) + "\n")
     report(done, len(data))
@@ -97,7 +86,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("model", help="the one that will be trained: a folder or a hub name")
     parser.add_argument("data", help="rows with prompt, and choices if the answer is a letter")
-    parser.add_argument("output", type=Path, help="a jsonl file")
+    parser.add_argument("output", type=Path, help="a new jsonl file")
     parser.add_argument("--samples", type=COUNT, default=8, help="votes per problem")
     parser.add_argument("--response-length", type=COUNT, default=256)
     run_script(parser, label)
