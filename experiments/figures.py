@@ -7,7 +7,6 @@ Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME
 """
 
 import contextlib
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from experiments.tables import RESULTS, interval
 from harness.setup import judge, respond
 from risk import RiskConfig
 from rollout import response_quantiles
-from tasks import InputError
+from tasks import InputError, naming
 from tasks.prompts import PROMPT_IDS
 
 # Of Okabe and Ito: told apart by the colour-blind, too.
@@ -41,6 +40,11 @@ CURVES = (  # method, legend, colour, line
     ("reinforce++, lr 2e-4", "Reinforce++", "#E69F00", (0, (1, 1))),
     ("robust, lr 2e-4", "robust PPO", "0.4", ":"),
 )
+FITS = {  # that are drawn in full: colour, line, legend
+    "core": (BLUE, "--", "core: quantile regression"),
+    "all": (RED, "-", "all of DVPO's terms"),
+}
+BAND = ("iteration", "mean", "half")  # of a curve: means and half-widths over seeds
 NUM_BELIEFS = 1024  # responses
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.loc": "upper left", "legend.frameon": False, "legend.fontsize": 8}
@@ -63,29 +67,23 @@ def terms_data(steps=700, m=64):
     return {"levels": rounded(quantile_levels(m)), "fits": fits}
 
 
-def draw_fit(above, below, levels, row, name, fit):
-    """One fit: its quantiles above, if it has all or no terms, and its tails below."""
-    colour, style = {"core": (BLUE, "--"), "all": (RED, "-")}.get(name, ("0.45", "-"))
-    if name in ("core", "all"):
-        text = "core: quantile regression" if name == "core" else "all of DVPO's terms"
-        above.plot(levels, fit["quantiles"], style, color=colour, label=text)
-    below.plot([fit["worst"], fit["mean"], fit["best"]], [row] * 3, "|-", color=colour)
-
-
 def draw_terms(figure, data):
-    means = [{name: fit["mean"] for name, fit in fits.items()} for fits in data["fits"].values()]
-    moved = max(abs(mean["+ shape"] - mean["core"]) for mean in means)
+    kinds = data["fits"]
+    moved = max(abs(fits["+ shape"]["mean"] - fits["core"]["mean"]) for fits in kinds.values())
     figure.suptitle(
         "DVPO's terms contract the lower tail (a coin has none to contract) and expand the upper "
         f"one;\nthe mean stays, which the shape term alone would move by up to {moved:.2f}"
     )
     axes = figure.subplots(2, 3, height_ratios=(3, 2))
-    for (kind, fits), above, below in zip(data["fits"].items(), *axes):
+    for (kind, fits), above, below in zip(kinds.items(), *axes):
         for row, (name, fit) in enumerate(fits.items()):
-            draw_fit(above, below, data["levels"], row, name, fit)
-        core, full = fits["core"], fits["all"]
-        lower = [fit["mean"] - fit["worst"] for fit in (core, full)]
-        upper = [fit["best"] - fit["mean"] for fit in (core, full)]
+            colour, line, text = FITS.get(name, ("0.45", "-", None))
+            if text:
+                above.plot(data["levels"], fit["quantiles"], line, color=colour, label=text)
+            below.plot([fit["worst"], fit["mean"], fit["best"]], [row] * 3, "|-", color=colour)
+        ends = [fits[name] for name in FITS]
+        lower = [fit["mean"] - fit["worst"] for fit in ends]
+        upper = [fit["best"] - fit["mean"] for fit in ends]
         title = "returns: {}\nlower tail {:.2f} -> {:.2f}\nupper tail {:.2f} -> {:.2f}"
         above.set(title=title.format(kind, *lower, *upper), xlabel="probability level", xlim=(0, 1))
         below.set(xlabel="return (reward units)", yticks=range(len(fits)), yticklabels=fits)
@@ -96,22 +94,15 @@ def draw_terms(figure, data):
 
 
 def bands_of(runs):
-    """{measure: iterations, means and half-widths over seeds}; iteration 0: before training."""
+    """{measure: a BAND over seeds}; iteration 0: before training."""
     bands = {}
     for measure in noise.SPLITS:
         key = "eval/" + measure.replace(", ", "/").replace(" ", "_")
         curve = {0: [run["before"][measure] for run in runs.values()]}
-        for row in itertools.chain(*(run["curve"] for run in runs.values())):
+        for row in (row for run in runs.values() for row in run["curve"]):
             curve.setdefault(row["iteration"], []).append(row[key])
-        mean, half = zip(*(interval(values) for values in curve.values()))
-        bands[measure] = {"iteration": list(curve), "mean": mean, "half": half}
+        bands[measure] = dict(zip(BAND, (list(curve), *zip(*map(interval, curve.values())))))
     return bands
-
-
-def draw_band(ax, band, colour, text, style="-"):
-    low, high = ([m + sign * h for m, h in zip(band["mean"], band["half"])] for sign in (-1, 1))
-    ax.plot(band["iteration"], band["mean"], linestyle=style, color=colour, label=text)
-    ax.fill_between(band["iteration"], low, high, color=colour, alpha=0.15, linewidth=0)
 
 
 def beliefs(method, seed, folder):
@@ -152,8 +143,11 @@ def draw_first(figure, data):
     *axes, last = figure.subplots(1, 3)
     titles = (f"a reward model's noise, {data['seeds']} seeds", "the same models, longer dialogues")
     for ax, measure, title in zip(axes, noise.SPLITS, titles):
-        for method, text, colour, style in CURVES:
-            draw_band(ax, data["bands"][method][measure], colour, text, style)
+        for method, text, colour, line in CURVES:
+            at, mean, half = (data["bands"][method][measure][key] for key in BAND)
+            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
+            ax.plot(at, mean, linestyle=line, color=colour, label=text)
+            ax.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, greedy"}
         ax.set(title=title, **words)
     axes[0].legend(loc="lower left")
@@ -184,10 +178,10 @@ def draw_one(args):
     if not args.redraw:
         about = {"commit": current_commit(), "torch": torch.__version__}
         stored.write_text(json.dumps(about | compute()) + "\n")
-    data = json.loads(stored.read_text())
     with rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
-        draw(figure, data)
+        with naming(f"{stored}: expected the data of a figure"):
+            draw(figure, json.loads(stored.read_text()))
         figure.savefig(target, dpi=140)
     print(f"written: {target}")
 

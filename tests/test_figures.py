@@ -93,3 +93,24 @@ def test_an_unknown_figure_and_missing_data_are_one_line(tmp_path, monkeypatch, 
         figures.main()
     said = "figures.py: error: it needs matplotlib: see requirements-dev.txt\n"
     assert capsys.readouterr().err == said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "name,text,found",
+    [
+        ("terms", "[", "Expecting value"),
+        ("terms", "[]", "list indices must be"),
+        ("terms", '{"fits": {"coin": {"core": {}}}}', "'+ shape'"),
+        ("first", '{"seeds": 10}', "'bands'"),
+    ],
+)
+def test_a_figures_damaged_data_are_one_line(name, text, found, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    stored = tmp_path / f"figure-{name}.json"
+    stored.write_text(text)
+    monkeypatch.setattr("sys.argv", ["figures.py", name, "--redraw"])
+    with pytest.raises(SystemExit) as stopped:
+        figures.main()
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and [*tmp_path.iterdir()] == [stored]
+    assert said.startswith(f"figures.py: error: {stored}: expected the data of a figure: {found}")
