@@ -23,13 +23,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from experiments.seeds import COUNT, DEVICE, new_parser, run_script
 from experiments.tables import read_rows
 from harness.flags import number_in
-from harness.setup import load
+from harness.setup import context_of, load
 from tasks import InputError, as_messages, naming
-from tasks.rewards import judged_text
+from tasks.rewards import judged_text, load_reward
 from tasks.warm_start import fine_tune
 
 
-def read(name):
+def read(name, tokenizer):
     """A jsonl file's rows with a judgement each: [(prompt, completion, 0 or 1, dialogue)]."""
     rows, judged, rng = read_rows(name), [], random.Random(0)
     for number, row in enumerate(rows, 1):
@@ -38,9 +38,11 @@ def read(name):
             expected = "expected prompt, completion and a reward of 0 or 1, or prompt and reference"
             raise InputError(f"data: {name}, row {number}: {expected}")
         with naming(f"data: {name}, row {number}: expected texts or [{{role, content}}]"):
-            for key in row.keys() & {"prompt", "completion", "reference"}:
-                "".join(turn["role"] + turn["content"] for turn in [] + as_messages(row[key]))
-        row["dialogue_id"] = f"{name} {row.get('dialogue_id', number)}"
+            for key in row.keys() & {"completion", "reference"}:
+                messages = as_messages(row["prompt"]) + as_messages(row[key])
+                "".join(turn["role"] + turn["content"] for turn in messages)
+                judged_text(row["prompt"], row[key], tokenizer)  # a template may refuse it
+        row["dialogue_id"] = str(row.get("dialogue_id", number))
     for row in rows:
         prompt, dialogue = row["prompt"], row["dialogue_id"]
         if "reward" in row:
@@ -78,32 +80,25 @@ def logits_of(model, tokenizer, rows):
     return model(**inputs.to(model.device)).logits.float()
 
 
-@torch.no_grad()
-def judge(model, tokenizer, rows):
-    """The probability of "good" for each row."""
-    model.eval()
-    parts = [rows[start : start + 32] for start in range(0, len(rows), 32)]
-    logits = torch.cat([logits_of(model, tokenizer, part) for part in parts])
-    model.train()
-    return logits.softmax(-1)[:, 1].tolist()
-
-
 def load_both(name, max_length):
+    """A classifier whose head is new, and its tokenizer, which keeps the last tokens of a text."""
     tokenizer = load(AutoTokenizer, name, "encoder")
     tokenizer.truncation_side, tokenizer.padding_side = "left", "right"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.model_max_length = max_length
+    if tokenizer.pad_token is None:
+        raise InputError("encoder: expected a tokenizer with a padding or an end token, found none")
+    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
     with naming(f"encoder: cannot load {name!r}"):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2)
+        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2, **labels)
     model.config.pad_token_id = tokenizer.pad_token_id
-    model.config.id2label, model.config.label2id = {0: "bad", 1: "good"}, {"bad": 0, "good": 1}
+    tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, context_of(model))
     return model.to(DEVICE).train(), tokenizer
 
 
 def train_judge(args):
     torch.manual_seed(0)
-    (model, tokenizer), files = load_both(args.encoder, args.max_length), args.data.split(",")
-    train, held_out = split([row for name in files for row in read(name)], 0.1)
+    model, tokenizer = load_both(args.encoder, args.max_length)
+    train, held_out = split(read(args.data, tokenizer), 0.1)
     if not train:
         raise InputError("data: expected rows of at least two dialogues, found fewer")
     orders = [torch.randperm(len(train)) for _ in range(args.epochs)]
@@ -113,25 +108,27 @@ def train_judge(args):
         labels = torch.tensor([row[2] for row in rows], device=model.device)
         return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
 
-    Path(args.output).mkdir(parents=True, exist_ok=True)  # or nothing could be saved
+    args.output.mkdir(parents=True, exist_ok=True)  # or nothing could be saved
     fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
-    scores, truth = judge(model, tokenizer, held_out), [row[2] for row in held_out]
-    right = statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth))
-    area, good = auc(scores, truth), statistics.fmean(truth)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    report = {"data": [Path(name).name for name in files], "steps": len(batches)}
+    prompts, completions, truth, _ = zip(*held_out)
+    scores = load_reward(f"model:{args.output}", DEVICE)(prompts, completions)  # as train.py does
+    right = statistics.fmean((score > 0.5) == label for score, label in zip(scores, truth))
+    area, good = auc(scores, truth), statistics.fmean(truth)
+    report = {"data": [Path(args.data).name], "steps": len(batches)}
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "accuracy": right}
     report |= {"majority": max(good, 1 - good), "auc": area}
-    (Path(args.output) / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(f"right on {right:.3f} of {len(held_out)} held-out rows; AUC {area or 0:.3f}")
     print(f"always saying the commoner would be right on {report['majority']:.3f}")
 
 
 def main():
     parser = new_parser(__doc__)
-    for name in ("encoder", "data", "output"):
-        parser.add_argument(name)
+    parser.add_argument("encoder")
+    parser.add_argument("data", help="a jsonl file")
+    parser.add_argument("output", type=Path)
     parser.add_argument("--epochs", type=COUNT, default=2)
     parser.add_argument("--learning-rate", type=number_in("(0, 1)", float), default=5e-5)
     parser.add_argument("--max-length", type=COUNT, default=192, help="tokens; the last are kept")

@@ -1,15 +1,18 @@
 """experiments/reward_model.py: pairs, what is held out, and a model that train.py reads."""
 
 import json
+import shutil
 import sys
 
 import pytest
-from common import write_rows
+from common import bos_tokenizer, write_rows
 from transformers import AutoTokenizer
 
 from experiments import reward_model
 from tasks import InputError
 from tasks.rewards import load_reward
+
+PLAIN = bos_tokenizer()
 
 
 def test_reward_models_data_pairs_references_and_holds_out_dialogues(tmp_path):
@@ -17,7 +20,7 @@ def test_reward_models_data_pairs_references_and_holds_out_dialogues(tmp_path):
     rows = []
     for i in range(12):
         rows.append({"prompt": f"p{i}", "reference": f"r{i % 4}", "dialogue_id": str(i // 2)})
-    judged = reward_model.read(write_rows(tmp_path / "d.jsonl", rows))
+    judged = reward_model.read(write_rows(tmp_path / "d.jsonl", rows), PLAIN)
     references = {row["reference"] for row in rows}
     for row, good, bad in zip(rows, judged[::2], judged[1::2]):
         assert good[:3] == (row["prompt"], row["reference"], 1)
@@ -55,7 +58,7 @@ def test_reward_models_bad_rows_are_one_line(tmp_path, line, found):
     good = '{"prompt": "a", "completion": "b", "reward": 1}'
     (tmp_path / "d.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(InputError, match=found):
-        reward_model.read(tmp_path / "d.jsonl")
+        reward_model.read(tmp_path / "d.jsonl", PLAIN)
 
 
 def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, monkeypatch, capsys):
@@ -76,3 +79,27 @@ def test_a_trained_reward_model_is_what_train_py_reads(model_folder, tmp_path, m
     reward = load_reward(f"model:{out}")
     good, bad = reward(prompts=[words[0]] * 2, completions=[words[1], words[0]])
     assert good > 0.5 > bad
+
+
+def test_what_a_chat_template_refuses_is_one_line(tmp_path):
+    strict = "{% if messages[0].role == 'user' %}{{ raise_exception('it begins') }}{% endif %}"
+    row = {"prompt": "a", "completion": "b", "reward": 1}
+    data = write_rows(tmp_path / "d.jsonl", [row])
+    with pytest.raises(InputError, match="row 1: expected texts .*: it begins"):
+        reward_model.read(data, bos_tokenizer(strict))
+
+
+def test_rows_longer_than_the_encoder_reads_are_cut(model_folder, tmp_path, monkeypatch, capsys):
+    """To its 64 positions, of which --max-length asks for more; and without padding: one line."""
+    rows = [{"prompt": "area " * 200, "completion": "x", "reward": i % 2} for i in range(20)]
+    data, out = write_rows(tmp_path / "d.jsonl", rows), str(tmp_path / "rm")
+    monkeypatch.setattr(sys, "argv", ["", model_folder, data, out, "--epochs", "1"])
+    reward_model.main()
+    assert "held-out rows" in capsys.readouterr().out
+    bare = shutil.copytree(model_folder, tmp_path / "bare")
+    PLAIN.save_pretrained(bare)
+    monkeypatch.setattr(sys, "argv", ["", str(bare), data, out])
+    with pytest.raises(SystemExit) as ended:
+        reward_model.main()
+    found = "encoder: expected a tokenizer with a padding or an end token, found none"
+    assert ended.value.code == 2 and found in capsys.readouterr().err.splitlines()[-1]
