@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from transformers import AutoTokenizer
 
-from experiments.seeds import new_parser, run_script
+from experiments.seeds import COUNT, new_parser, run_script
 from harness.setup import load
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, as_messages, load_prompts
@@ -67,7 +67,7 @@ def write_parts(args):
     args.output.mkdir(parents=True, exist_ok=True)
     for part, rows in parts.items():
         file = args.output / f"{part}.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file.write_text("".join(json.dumps(row, default=str) + "\n" for row in rows))
         print(f"{file}: {len(rows)} rows of {len({row['dialogue_id'] for row in rows})} dialogues")
 
 
@@ -76,7 +76,7 @@ def main():
     parser.add_argument("model", help="whose tokens are counted: a folder or a hub name")
     parser.add_argument("data")
     parser.add_argument("output", type=Path)
-    parser.add_argument("--max-tokens", type=int, default=128, help="of the policy's prompts")
+    parser.add_argument("--max-tokens", type=COUNT, default=128, help="of the policy's prompts")
     run_script(parser, write_parts)
 
 

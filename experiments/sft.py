@@ -1,7 +1,6 @@
 """Supervised fine-tuning on prompts and what should be said: for a model that earns nothing yet.
 
     python experiments/sft.py MODEL data.jsonl FOLDER    # prompt; completion, reference or answer
-    python experiments/sft.py MODEL a.jsonl,b.jsonl FOLDER --layers 6   # its first layers only
 
 MODEL: a folder or a hub name. The loss counts the policy's tokens only; prompts are encoded as
 train.py does it. Rows beyond --max-length tokens are left out.
@@ -79,7 +78,7 @@ def read(name, tokenizer, end_id):
 
 
 def tune(args):
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     model, tokenizer = load_policy(args.model, "model")
     if args.layers is not None:
         first_layers(model, args.layers)
@@ -87,7 +86,7 @@ def tune(args):
     if end_id is None:
         raise InputError("model: expected a tokenizer with an end-of-sequence token, found none")
     longest = min(args.max_length, context_of(model))
-    found = [pair for name in args.data.split(",") for pair in read(name, tokenizer, end_id)]
+    found = read(args.data, tokenizer, end_id)
     examples = [pair for pair in found if len(pair[0]) <= longest]
     if not examples:
         expected = f"expected rows of at most {longest} tokens, found {len(found)} longer ones"
@@ -109,7 +108,7 @@ def main():
     parser = new_parser(__doc__)
     positive = number_in("(0, inf)", float)
     parser.add_argument("model")
-    parser.add_argument("data", help="hub names, json, jsonl or parquet files, commas between")
+    parser.add_argument("data", help="a hub name, or a json, jsonl or parquet file")
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", type=COUNT, help="keep only so many of the model's, the first")
     parser.add_argument("--max-length", type=COUNT, default=512, help="tokens of a whole row")
@@ -117,7 +116,6 @@ def main():
     parser.add_argument("--batch-size", type=COUNT, default=16)
     parser.add_argument("--learning-rate", type=positive, default=2e-4)
     parser.add_argument("--bf16", action="store_true", help="matrix products; weights stay fp32")
-    parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
     run_script(parser, tune)
 
 
