@@ -53,11 +53,12 @@ def evaluate(name, rewards, args):
     """One policy on all of args.set -> [{set, reward, rows, score, words}]."""
     folder, flags = policy_of(name)
     model, tokenizer = load_policy(folder, "policy")
-    stop_ids = stop_token_ids(model, tokenizer, flags.get("stop_token"))
+    stop = flags.get("stop_token")
+    stop_ids = stop_token_ids(model, tokenizer, stop and str(stop))
     template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
     results = []
     for file, reward in args.set:
-        own = {"rewards": [rewards[reward]]}
+        own = {"rewards": [rewards[reward]], "limit": model.config.vocab_size}
         data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
         data = data.take(args.rows)
         texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args.response_length)

@@ -131,7 +131,8 @@ def first_data():
         own = runs["reward model", method]
         if len(own) < 2:
             raise InputError(f"expected runs of {method}, found {len(own)}: noise.py --grid long")
-        bands[method] = bands_of(own)
+        with naming(f"results: {method}"):
+            bands[method] = bands_of(own)
     seeds = len(runs["reward model", CURVES[0][0]])
     found = beliefs(CURVES[0][0], min(noise.GRIDS["long"][2]), Path("runs/figure-first"))
     ends = sorted(found, key=lambda name: found[name]["std"])

@@ -22,7 +22,7 @@ from tqdm import tqdm
 import rollout
 from experiments.seeds import COUNT, load_policy, new_parser, run_script
 from harness.setup import context_of, stop_token_ids
-from tasks import InputError, verifiers
+from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
 
@@ -39,7 +39,8 @@ def labelled(problem, texts, row):
 
     What has no answer votes for nothing, but counts in `agreement`; the first wins a tie.
     """
-    choices, _ = verifiers.options_of(problem.get("choices"))
+    with naming(f"data: row {row}"):
+        choices, _ = verifiers.options_of(problem.get("choices"))
     answers = [final_answer(text, choices) for text in texts]
     votes = [answer for answer in answers if answer is not None]
     if not votes:
@@ -66,7 +67,8 @@ def report(done, total):
 def label(args):
     model, tokenizer = load_policy(args.model, "model")
     stop_ids, room = stop_token_ids(model, tokenizer), context_of(model) - args.response_length
-    data = load_prompts("data", args.data, "train", tokenizer, room)
+    known = model.config.vocab_size
+    data = load_prompts("data", args.data, "train", tokenizer, room, limit=known)
     for name in {"row", "agreement", "true_answer"} & {*data.column_names}:
         raise InputError(f"data: expected no column {name!r}, which is written here, found one")
     done, limits = [], (args.response_length, 1.0)

@@ -61,8 +61,8 @@ def first_layers(model, count):
         model.config.layer_types = model.config.layer_types[:count]
 
 
-def read(name, tokenizer, end_id):
-    """One file's examples; raises InputError naming the row."""
+def read(name, tokenizer, end_id, limit):
+    """A file's examples, their ids below limit; raises InputError naming the row."""
     examples = []
     for row, values in enumerate(load_prompts("data", name, "train", tokenizer, float("inf"))):
         said = next((values[column] for column in SAID if values.get(column) is not None), None)
@@ -74,6 +74,9 @@ def read(name, tokenizer, end_id):
             where = f"data: {name}, row {row}: expected {expected}, in {', '.join(SAID)}"
             raise InputError(f"{where}, found {str(said)[:60]!r}")
         examples.append(example(values[PROMPT_IDS], said, tokenizer, end_id))
+        if (most := examples[-1][0].max()) >= limit:
+            expected = f"expected token ids below {limit}, the model's"
+            raise InputError(f"data: {name}, row {row}: {expected}, found {most}")
     return examples
 
 
@@ -86,7 +89,7 @@ def tune(args):
     if end_id is None:
         raise InputError("model: expected a tokenizer with an end-of-sequence token, found none")
     longest = min(args.max_length, context_of(model))
-    found = read(args.data, tokenizer, end_id)
+    found = read(args.data, tokenizer, end_id, model.config.vocab_size)
     examples = [pair for pair in found if len(pair[0]) <= longest]
     if not examples:
         expected = f"expected rows of at most {longest} tokens, found {len(found)} longer ones"

@@ -1,7 +1,10 @@
 """experiments/dialogue.py: success by hand, and parts that share no dialogue."""
 
+import datetime
+
 import pytest
 from common import write_rows
+from datasets import Dataset
 
 from experiments import dialogue
 from experiments.tables import read_rows
@@ -59,3 +62,17 @@ def test_the_dialogues_parts_share_no_dialogue_and_the_policys_is_short(
     with pytest.raises(SystemExit):
         dialogue.main()
     assert "found no acts, dialogue_id, reference, values" in capsys.readouterr().err
+
+
+def test_dates_are_written_as_texts(model_folder, tmp_path, monkeypatch):
+    """Which JSON has not; a parquet file may."""
+    row = {"prompt": "area", "reference": "a", "acts": ["X"], "values": ["b"], "dialogue_id": 1}
+    day = datetime.datetime(2020, 1, 2)
+    Dataset.from_list([row | {"day": day}]).to_parquet(tmp_path / "d.parquet")
+    words = ["dialogue.py", model_folder, str(tmp_path / "d.parquet"), str(tmp_path / "parts")]
+    monkeypatch.setattr("sys.argv", words)
+    dialogue.main()
+    (found,) = (
+        row for part in dialogue.PARTS for row in read_rows(tmp_path / "parts" / f"{part}.jsonl")
+    )
+    assert found == row | {"day": str(day)}

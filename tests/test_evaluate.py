@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 from common import write_rows
+from transformers import AutoTokenizer
 
-from experiments import evaluate
+from experiments import evaluate, pseudo_labels, sft
 from tasks.booking import SLOTS
 
 
@@ -40,6 +41,11 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
         evaluate.main()
     assert "cannot load 'nowhere'" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["evaluate.py", "run", *sets])
+    (tmp_path / "run" / "args.json").write_text('{"flags": {"stop_token": [1]}}')
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "'[1]' is not one token" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "run" / "args.json").write_text('{"flags": {}}')
     shutil.rmtree(run)
     with pytest.raises(SystemExit):
         evaluate.main()
@@ -51,3 +57,27 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
             evaluate.main()
         said = capsys.readouterr().err.splitlines()
         assert ended.value.code == 2 and "policy: run/args.json: expected a run's" in said[-1]
+
+
+def test_tokens_that_the_model_does_not_know_are_one_line(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    """Its tokenizer may: with what was added to that one alone."""
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(folder)
+    rows = [{"prompt": "area", "answer": "north"}, {"prompt": "zebra", "answer": "north"}]
+    said = [rows[0], {"prompt": "area", "answer": "zebra"}]
+    data, other = write_rows(tmp_path / "d.jsonl", rows), write_rows(tmp_path / "o.jsonl", said)
+    below = f"row 1: expected token ids below {len(tokenizer) - 1}"
+    for script, *words in (
+        (evaluate, folder, "--set", data, "exact", "--response-length", 2),
+        (pseudo_labels, folder, data, tmp_path / "votes", "--response-length", 2),
+        (sft, folder, data, tmp_path / "out"),
+        (sft, folder, other, tmp_path / "out"),
+    ):
+        monkeypatch.setattr("sys.argv", ["", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            script.main()
+        assert ended.value.code == 2 and below in capsys.readouterr().err.splitlines()[-1]

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import figures, noise
 from harness.flags import RISK_TERMS
+from tasks import InputError
 from tasks.booking import SLOTS
 
 
@@ -114,3 +115,16 @@ def test_a_figures_damaged_data_are_one_line(name, text, found, tmp_path, monkey
     said = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2 and [*tmp_path.iterdir()] == [stored]
     assert said.startswith(f"figures.py: error: {stored}: expected the data of a figure: {found}")
+
+
+def test_runs_without_a_curve_are_one_line(monkeypatch):
+    before = dict.fromkeys(noise.SPLITS, 0.5)
+    runs = {
+        ("reward model", method): {0: {"before": before}, 1: {}} for method, *_ in figures.CURVES
+    }
+    monkeypatch.setattr(noise, "current", lambda name: runs)
+    with pytest.raises(InputError, match="results: dvpo, spread, lr 2e-4: 'before'"):
+        figures.first_data()
+    runs["reward model", "dvpo, spread, lr 2e-4"][1] = {"before": before}
+    with pytest.raises(InputError, match="results: dvpo, spread, lr 2e-4: 'curve'"):
+        figures.first_data()

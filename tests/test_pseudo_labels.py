@@ -7,6 +7,7 @@ from common import write_rows
 
 from experiments import pseudo_labels
 from experiments.tables import read_rows
+from tasks import InputError
 
 
 def test_final_answers_and_votes():
@@ -56,3 +57,8 @@ def test_pseudo_labels_take_the_place_of_no_column(
         pseudo_labels.main()
     assert ended.value.code == 2 and not out.exists()
     assert f"data: expected no column {name!r}" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_choices_that_cannot_be_read_are_one_line():
+    with pytest.raises(InputError, match="data: row 3: choices: expected texts or"):
+        pseudo_labels.labelled({"prompt": "a", "choices": [["a"], ["b"]]}, ["a"], 3)
