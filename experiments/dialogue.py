@@ -41,8 +41,8 @@ def success(prompts, completions, reference, acts, values, **columns):
     data base knows cannot be guessed. 2. Whether it asks something exactly if the acts do.
     """
     scores = []
-    for prompt, completion, *row in zip(prompts, completions, reference, acts, values):
-        said, own_acts, own_values = row
+    rows = zip(prompts, completions, reference, acts, values)
+    for prompt, completion, said, own_acts, own_values in rows:
         text = text_of(completion).lower()
         heard = " ".join(message["content"] for message in as_messages(prompt))
         due = [value for value in own_values if names(value, said) and names(value, heard)]

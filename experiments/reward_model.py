@@ -66,11 +66,9 @@ def split(judged, share):
 
 def auc(scores, labels):
     """How often the good response of a random pair scores higher, ties half; None without pairs."""
-    ranked = torch.tensor(scores).double()
-    good, bad = ranked[torch.tensor(labels) == 1], ranked[torch.tensor(labels) == 0]
-    if not len(good) or not len(bad):
-        return None
-    return ((good.unsqueeze(1) - bad).sign().mean() / 2 + 0.5).item()
+    good, bad = ([s for s, own in zip(scores, labels) if own == label] for label in (1, 0))
+    wins = [(a > b) + (a == b) / 2 for a in good for b in bad]
+    return statistics.fmean(wins) if wins else None
 
 
 def logits_of(model, tokenizer, rows):
