@@ -1,13 +1,17 @@
 """Which tokens carry the advantage: a finished DVPO run's critic beside a scalar one, by token.
 
+    python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --html tokens.html
     python experiments/inspect_tokens.py runs/dialogue-dvpo-seed0 --scalar runs/dialogue-ppo-seed0
 
 The newest checkpoint answers held-out prompts under the run's own flags, but without noise. Per
 token: quantiles of the return that the critic predicts before it, their spread, the advantage, and
-the same of the scalar critic of a run with --algo ppo, else alike. --html writes a page, too: blue
-is above what was expected, orange below.
+the same of a scalar critic: that of a run with --algo ppo, or one fitted here on --samples
+responses. On the page blue is above what was expected, orange below.
 """
 
+import argparse
+import copy
+import math
 import sys
 from pathlib import Path
 
@@ -16,6 +20,7 @@ if __name__ == "__main__":
 
 import torch
 from jinja2 import Template
+from tqdm import trange
 
 import dvpo
 import rollout as ro
@@ -23,10 +28,11 @@ from critic import QuantileCritic
 from experiments.seeds import COUNT, load_run, new_parser, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.flags import number_in, parse_args
-from harness.setup import autocast, judge, respond
+from harness.setup import autocast, build_critic, judge, respond, to_train
 from risk import tail_size
 from tasks import InputError, naming
 from tasks.prompts import PROMPT_IDS
+from train import collect, update
 
 SHOWN = (0.05, 0.25, 0.5, 0.75, 0.95)
 CELLS = ("std", "mean", "advantage", "scalar", "scalar_advantage", "return")
@@ -83,6 +89,22 @@ def scalar_critic(folder, args):
             raise InputError(f"--scalar: {folder}: {expected}, found {theirs}")
     with naming(f"--scalar: {folder}"):
         return QuantileCritic.from_pretrained(newest_checkpoint(Path(folder)) / "critic")
+
+
+def fitted_critic(run, args, samples):
+    """A scalar critic, taught as --algo ppo does it, and on how many of the policy's responses."""
+    count = math.ceil(samples / args.batch_size)
+    size = samples // count
+    fit = {"algo": "ppo", "group_size": 1, "critic_warmup_steps": math.inf, "batch_size": size}
+    fit = argparse.Namespace(**{**vars(args), **fit})
+    fit.num_mini_batches = min(args.num_mini_batches, size)
+    own = copy.copy(run)
+    own.critic, rate = build_critic(fit, own.policy, own.context), fit.critic_learning_rate
+    own.critic_optimizer = to_train(own.critic, own.policy.device, fit, rate)
+    for own.iteration in trange(count, desc="fitting a scalar critic"):
+        experience, _ = collect(own, fit)
+        update(own, fit, experience)
+    return own.critic, count * size
 
 
 def visible(text):
@@ -162,17 +184,21 @@ def page(shown, said):
 
 
 def inspect(args):
-    scalar = scalar_critic(args.scalar, flags_of(args.run, "run", "dvpo"))
+    flags = flags_of(args.run, "run", "dvpo")
+    scalar = scalar_critic(args.scalar, flags) if args.scalar else None
     if args.html:
         args.html.open("a").close()  # what cannot be written ends it here
     with naming(f"run: {args.run}"):
         run, flags = load_run(args.run)
-    torch.manual_seed(args.seed)
+    which = f"PPO's, of {args.scalar}, which learned from its own policy's responses"
+    if scalar is None:
+        scalar, count = fitted_critic(run, flags, args.samples)
+        which = f"fitted here, as --algo ppo does it, on {count} responses of this policy"
+    torch.manual_seed(args.seed)  # the same responses whichever critic stands beside
     batch = next(iter(run.evals.values()))[: args.rows]
     shown = look(run, flags, batch, scalar.to(run.policy.device))
     said = f"{args.run}, temperature {flags.temperature:g}, gamma {flags.gamma:g}"
-    said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: PPO's, of "
-    said += f"{args.scalar}, which learned from its own policy's responses."
+    said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
     print(said)
     print_rows(shown)
     if args.html:
@@ -184,7 +210,8 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("run", help="the folder of a finished run with --algo dvpo")
     parser.add_argument("--rows", type=COUNT, default=4, help="how many held-out prompts")
-    parser.add_argument("--scalar", required=True, help="the folder of a PPO run, else alike")
+    parser.add_argument("--scalar", help="the folder of a PPO run, else alike; or one is fitted")
+    parser.add_argument("--samples", type=COUNT, default=512, help="responses to fit it on")
     parser.add_argument("--html", type=Path, help="also write a page to this file")
     parser.add_argument("--seed", type=number_in("[0, 2147483647]", int), default=0)
     run_script(parser, inspect)

@@ -5,7 +5,7 @@
 
 The answer that most of a problem's samples end in becomes its `answer` (the true one, if there is
 one, moves to `true_answer`), with its share of the votes in `agreement`. Problems with no answer in
-any sample are left out. Rows are written as they are made, to a new file.
+any sample are left out. Rows are written as they are made; a second call goes on behind the last.
 """
 
 import json
@@ -71,9 +71,19 @@ def label(args):
     data = load_prompts("data", args.data, "train", tokenizer, room, limit=known)
     for name in {"row", "agreement", "true_answer"} & {*data.column_names}:
         raise InputError(f"data: expected no column {name!r}, which is written here, found one")
-    done, limits = [], (args.response_length, 1.0)
-    with open(args.output, "x", buffering=1) as out:
-        for row, problem in enumerate(tqdm(data, desc="problems")):
+    lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
+    # A run that was killed may have torn its last line.
+    with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
+        done = [json.loads(line) for line in lines if line.endswith("\n")]
+        first = max([-1, *(row["row"] for row in done)]) + 1
+        same = all(row["prompt"] == data[row["row"]]["prompt"] for row in done)
+        if lines and not (done and same and all("agreement" in row for row in done)):
+            raise InputError(f"found others, or of another data set: {lines[0][:60]!r}")
+    args.output.write_text("".join(lines[: len(done)]))
+    limits = (args.response_length, 1.0)
+    with open(args.output, "a", buffering=1) as out:
+        for row in tqdm(range(first, len(data)), desc="problems"):
+            problem = data[row]
             torch.manual_seed(row)
             prompts = [problem[PROMPT_IDS]] * args.samples
             sampled = rollout.sample(model, prompts, stop_ids[0], stop_ids, *limits)
@@ -88,7 +98,7 @@ def main():
     parser = new_parser(__doc__)
     parser.add_argument("model", help="the one that will be trained: a folder or a hub name")
     parser.add_argument("data", help="rows with prompt, and choices if the answer is a letter")
-    parser.add_argument("output", type=Path, help="a new jsonl file")
+    parser.add_argument("output", type=Path, help="a jsonl file")
     parser.add_argument("--samples", type=COUNT, default=8, help="votes per problem")
     parser.add_argument("--response-length", type=COUNT, default=256)
     run_script(parser, label)

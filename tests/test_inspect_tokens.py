@@ -157,13 +157,20 @@ def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(
         assert_shown_as_by_hand(folder, model_folder, row)
 
 
+def test_a_scalar_critic_is_fitted_where_none_is_given(pair, inspect, capsys):
+    inspect(pair / "dvpo", "--samples", 11, "--rows", 1)
+    said = capsys.readouterr()
+    assert "fitted here, as --algo ppo does it, on 10 responses" in said.out
+    assert "2/2" in said.err and "token " in said.out and "\x1b[" not in said.out
+
+
 @pytest.mark.parametrize(
     "flags,found",
     [
         ("{}/ppo --scalar {}/ppo", "expected a run with --algo dvpo, found ppo"),
         ("{}/none --scalar {}/ppo", "expected a checkpoint in '{}/none', found no such folder"),
         ("{}/dvpo --scalar {}/dvpo", "expected a run with --algo ppo, found dvpo"),
-        ("{}/dvpo", "the following arguments are required: --scalar"),
+        ("{}/dvpo --samples 0", "--samples: expected a whole number in [1, inf)"),
         ("{}/dvpo --scalar {}/ppo --rows 0", "--rows: expected a whole number in [1, inf)"),
         ("{}/dvpo --scalar {}/ppo --html {}/none/x.html", "No such file or directory: '{}/none/x"),
         ("{}/dvpo-torn --scalar {}/ppo", "run: {}/dvpo-torn: "),

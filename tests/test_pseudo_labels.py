@@ -1,4 +1,4 @@
-"""experiments/pseudo_labels.py: votes by hand, and files that are written once."""
+"""experiments/pseudo_labels.py: votes by hand, and a file that a second call goes on with."""
 
 import sys
 
@@ -23,10 +23,10 @@ def test_final_answers_and_votes():
     assert label("none") is None
 
 
-def test_pseudo_labels_are_written_once_and_compared_with_the_truth(
+def test_pseudo_labels_are_written_resumed_and_compared_with_the_truth(
     model_folder, tmp_path, monkeypatch, capsys
 ):
-    """7, 7, 8 -> 7; nothing -> left out; 5, 6, 6 -> 6 (wrong). A file that is there stays."""
+    """7, 7, 8 -> 7; nothing -> left out; 5, 6, 6 -> 6 (wrong); a torn last line is made again."""
     rows = [{"prompt": "book a table", "answer": answer} for answer in ("7", "1", "5")]
     data, out = write_rows(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
     texts = iter([["7", "it is 7", "8"], ["no", "", "idea"], ["5", "6", "6.0"]])
@@ -34,17 +34,26 @@ def test_pseudo_labels_are_written_once_and_compared_with_the_truth(
     flags = ["--samples", "3", "--response-length", "2"]
     monkeypatch.setattr(sys, "argv", ["", model_folder, data, str(out), *flags])
     pseudo_labels.main()
-    seen = []
+    written, seen = out.read_text(), []
     for row in read_rows(out):
         seen.append((row["row"], row["answer"], row["true_answer"], round(row["agreement"], 2)))
     assert seen == [(0, "7", "7", 0.67), (2, "6", "5", 0.67)]
     said = capsys.readouterr().out
     assert "2 of 3 problems" in said and "right: 0.500" in said
-    written = out.read_text()
-    with pytest.raises(SystemExit) as ended:
-        pseudo_labels.main()
-    assert ended.value.code == 2 and out.read_text() == written
-    assert f"File exists: '{out}'" in capsys.readouterr().err.splitlines()[-1]
+    out.write_text(written[:-5])
+    texts = iter([["no", "", "idea"], ["5", "6", "6.0"]])
+    pseudo_labels.main()
+    assert out.read_text() == written
+    capsys.readouterr()
+    others = ['{"a": 1}', '{"a": 1}\n', "text\n", '{"prompt": "a"}\n{"prompt": "b"}']
+    others += [written + '{"row": 9}\n{"row": 10}', '{"row": 1, "answer": "2"}\n{"row": 2}']
+    others += [written.replace('"prompt": "', '"prompt": "of other data '), written + "{}\n"]
+    for other in others:
+        out.write_text(other)
+        with pytest.raises(SystemExit) as ended:
+            pseudo_labels.main()
+        assert ended.value.code == 2 and out.read_text() == other
+        assert "expected rows of an earlier call" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("name", ["row", "agreement", "true_answer"])
