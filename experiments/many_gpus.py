@@ -91,10 +91,6 @@ def minibatch_backward(*arguments):
     return sums
 
 
-def clip_grad_norm_(*arguments):
-    return one.clip_grad_norm_(*arguments).full_tensor()
-
-
 def shard(model, optimizer):
     """Shards a model, layer by layer, and what its optimiser has learnt."""
     lists = [part for part in model.modules() if isinstance(part, torch.nn.ModuleList)]
@@ -113,19 +109,38 @@ def shard(model, optimizer):
 
 
 def start_at(critic, optimizer, returns):
-    """QuantileCritic.start_at, which writes what it could not write to shards; then, shards."""
+    """QuantileCritic.start_at, which could not write to shards; then, shards."""
     type(critic).start_at(critic, returns)
     shard(critic, optimizer)
 
 
+def join(args):
+    """Meets the other processes that torchrun has started; each takes a GPU, if there are any."""
+    if "LOCAL_RANK" not in os.environ:
+        raise InputError("expected torchrun --nproc-per-node K, found a single process")
+    backend = "gloo"
+    if torch.cuda.is_available() and args.device != "cpu":
+        # Whatever the flag says: a resumed run's is the first process's.
+        args.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(args.device)
+    if not dist.is_initialized():
+        # They wait while the first one evaluates.
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    size, world = args.batch_size // args.num_mini_batches, dist.get_world_size()
+    if size % world:
+        expected = f"expected minibatches of a multiple of {world} responses"
+        raise InputError(f"--num-mini-batches: {expected}, found {size}")
+
+
 def start(args, num_iterations):
     """A Run to evaluate. run.sharded: what learns. run.whole: what the first process saves from."""
-    if RANK == 0:
-        run = one.start(args, num_iterations)
+    join(args)
     # The others look into the folder when the first one has put it in order.
-    dist.barrier()
     if RANK != 0:
-        run = one.start(args, num_iterations)
+        dist.barrier()
+    run = one.start(args, num_iterations)
+    if RANK == 0:
+        dist.barrier()
     run.sampler = half_copy(run.policy) if run.half else copy.deepcopy(run.policy)
     run.sharded, run.whole = dataclasses.replace(run), {}
     for name, optimizer in {"policy": "optimizer", "critic": "critic_optimizer"}.items():
@@ -173,29 +188,9 @@ def stopping_on_signals():
         yield signals.agreed
 
 
-def train_together(args):
-    """train.train, in the processes that torchrun has started -> exit status."""
-    if "LOCAL_RANK" not in os.environ:
-        raise InputError("expected torchrun --nproc-per-node K, found a single process")
-    backend = "gloo"
-    if torch.cuda.is_available() and args.device != "cpu":
-        # Whatever the flag says: a resumed run's is the first process's.
-        args.device, backend = f"cuda:{os.environ['LOCAL_RANK']}", "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(args.device)
-    if not dist.is_initialized():
-        # They wait while the first one evaluates.
-        dist.init_process_group(backend, timeout=timedelta(days=7))
-    size, world = args.batch_size // args.num_mini_batches, dist.get_world_size()
-    if size % world:
-        expected = f"expected minibatches of a multiple of {world} responses"
-        raise InputError(f"--num-mini-batches: {expected}, found {size}")
-    return one.train(args)
-
-
 def take_places():
     """Puts the functions of this file in their places; only the first process speaks and writes."""
-    train.train, train.start, train.iterate = train_together, start, iterate
-    for own in (sample_and_score, in_micro_batches, minibatch_backward, clip_grad_norm_):
+    for own in (start, iterate, sample_and_score, in_micro_batches, minibatch_backward):
         setattr(train, own.__name__, own)
     train.micro_batches = rollout.micro_batches = micro_batches
     checkpoints.save_checkpoint = save_checkpoint
