@@ -7,24 +7,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 from common import MODEL, write_rows
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    LlamaConfig,
 )
 
 from experiments import (
     evaluate,
-    memory,
     noise,
-    on_gpu,
     seeds,
     settings,
     tables,
@@ -40,18 +34,6 @@ ROOT = Path(__file__).parent.parent
 def script(*words):
     command = [sys.executable, *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-
-
-@pytest.mark.slow
-def test_bench_prints_a_row_per_value_with_its_phases():
-    flags = "--shape tiny --ragged --batch 4 --response 12 --iterations 1 --vary algo=dvpo,ppo"
-    done = script("experiments/bench.py", *flags.split(), "--", "--num-quantiles", "8")
-    assert done.returncode == 0, done.stderr[-2000:]
-    header, *rows = done.stdout.splitlines()[-3:]
-    assert [row.split()[:2] for row in rows] == [["algo", "dvpo"], ["algo", "ppo"]]
-    columns = dict(zip(header.replace("peak MiB", "MiB").split(), rows[0].split()[2:]))
-    phases = ("rollout", "scoring", "values", "policy", "critic", "rest", "tokens/s", "MiB")
-    assert all(float(columns[name]) > 0 for name in phases)
 
 
 # ---- seeds.py
@@ -193,64 +175,6 @@ def test_a_new_warm_start_is_there_whole_and_once(tmp_path, monkeypatch, other_i
     assert (kept / "settings.json").read_text() == found
     with noise.run_folder(3) as folder:
         assert (folder / "warm_start" / "settings.json").read_text() == found
-
-
-# ---- on_gpu.py, on a CPU
-
-
-def run_on_gpu(monkeypatch, output, *flags):
-    """-> exit status, {part: its row}."""
-    monkeypatch.setattr(sys, "argv", ["on_gpu.py", "--small", "--output", str(output), *flags])
-    with pytest.raises(SystemExit) as ended:
-        on_gpu.main()
-    return ended.value.code, {row["part"]: row for row in read_rows(output)}
-
-
-@pytest.mark.slow
-def test_every_part_of_on_gpu_answers(tmp_path, monkeypatch, warm_start, capsys):
-    shutil.copytree(warm_start, tmp_path / "on" / "task" / "warm_start")
-    status, rows = run_on_gpu(monkeypatch, tmp_path / "on.jsonl")
-    assert status == 0 and [*rows] == ["CPU and GPU", "bf16", "tiny", "built-in task"]
-    # Of the CPU with itself: replayed samples and minibatches are the recorded ones.
-    assert rows["CPU and GPU"]["difference, third"] == 0
-    assert rows["bf16"]["|ratio - 1|"] < 1e-6 and 0 < rows["bf16"]["sampling off by, most"] < 0.1
-    shares = [rows["tiny"][f"decoding, {name}"] for name in on_gpu.DECODINGS]
-    shares += [rows["tiny"][f"update, compiled, {tokens}"] for tokens in on_gpu.MICRO_BATCHES]
-    assert all(share > 0 for share in shares)
-    assert rows["tiny"]["time, DVPO / PPO"] > 0 and rows["built-in task"]["seconds"] > 0
-    out = capsys.readouterr().out
-    assert {*on_gpu.AIMS} <= {key for row in rows.values() for key in row}
-    assert all(aim in out for aim in on_gpu.AIMS.values())
-
-
-def test_on_gpu_skips_what_has_no_time_and_goes_on_behind_what_fails(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(on_gpu, "agreement", lambda args: {}["a part that fails"])
-    monkeypatch.setattr(on_gpu, "half_precision", lambda args: {"number": 0.25})
-    status, rows = run_on_gpu(monkeypatch, tmp_path / "on.jsonl", "--minutes", "0.4")
-    assert status == 1 and rows["CPU and GPU"]["failed"] == "'a part that fails'"
-    assert rows["bf16"]["number"] == 0.25
-    assert rows["tiny"]["skipped"] == "30 s wanted, 24 s left"
-    assert rows["built-in task"]["skipped"] == "60 s wanted, 24 s left"
-    assert "bf16            number                      0.25" in capsys.readouterr().out
-
-
-def test_update_share_by_hand():
-    """6 (tokens (policy's body + critic) + responses x output layer) / seconds / rate."""
-    config = LlamaConfig(
-        vocab_size=10,
-        hidden_size=4,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        tie_word_embeddings=True,
-    )
-    policy = AutoModelForCausalLM.from_config(config)
-    # Attention 4 x 16, MLP 3 x 32, three norms of 4: 172. A head of 2: 4 x 2 + 2 = 10.
-    critic = SimpleNamespace(heads=torch.nn.Linear(4, 2))
-    run = SimpleNamespace(policy=policy, critic=critic, data=[{"_prompt_ids": [1, 2, 3]}])
-    own = SimpleNamespace(num_ppo_epochs=2, batch_size=5, response_length=7)
-    flops = 6 * 2 * (5 * 10 * (172 + 172 + 10) + 5 * 7 * 40)
-    assert on_gpu.update_share(run, own, 2.0, 1e6) == pytest.approx(flops / 2e6)
 
 
 # ---- the noise laboratory
@@ -666,84 +590,6 @@ def test_a_settings_bad_flags_are_one_line(flags, found, tmp_path, monkeypatch, 
     with pytest.raises(SystemExit) as stopped:
         settings.main()
     assert stopped.value.code == 2 and found in capsys.readouterr().err.splitlines()[-1]
-
-
-# ---- the memory formula
-
-
-def llama(**sizes):
-    return LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes)
-
-
-def test_the_memory_formula_by_hand():
-    config = llama(vocab_size=100, hidden_size=8, intermediate_size=20, num_hidden_layers=3)
-    trunk = 100 * 8 + 3 * (2 * 8 * 8 + 2 * 4 * 8 + 3 * 20 * 8 + 2 * 8) + 8
-    params, critic = trunk + 100 * 8, trunk + 4 * 200 * 9
-    flags = "--model-name-or-path x --response-length 10 --batch-size 4 --micro-batch-size 2"
-    found = memory.needs(config, config, parse_args(flags.split()), prompt=6)
-    held = ("policy", "critic", "reference", "sampler")
-    expected = [16 * params, 16 * critic, 4 * params, 2 * params]
-    assert [found[name] for name in held] == expected
-    assert found["casts"] == 2 * max(params, critic)
-    layer = 16 * 8 + 2 * (3 * 8 + 4 * 4 + 4 * 20)
-    assert found["activations"] == 2 * 16 * 3 * layer and found["logits"] == 2 * 10 * 4 * 100
-    assert found["KV cache"] == 4 * 16 * 3 * 4 * 4
-    update = found["casts"] + found["activations"] + found["logits"]
-    assert found["peak"] == 22 * params + 16 * critic + max(found["KV cache"], update)
-    flags += " --algo grpo --kl-coef 0 --gradient-checkpointing --batch-size 8"
-    lean = memory.needs(config, config, parse_args(flags.split()), 6)
-    assert lean["critic"] == lean["reference"] == 0
-    assert lean["activations"] == 2 * 16 * (3 * 4 * 8 + layer)
-
-
-def test_the_memory_formula_counts_what_a_model_keeps_for_backward():
-    """Every tensor that autograd saves in a Llama's forward but its parameters: within a tenth."""
-    config = llama(vocab_size=64, hidden_size=64, intermediate_size=160, num_hidden_layers=6)
-    model, kept = AutoModelForCausalLM.from_config(config), {}
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    ids = torch.zeros(4, 64, dtype=torch.long)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attention = torch.ones_like(ids)
-        output = model.base_model(ids, attention_mask=attention).last_hidden_state
-    flags = "--model-name-or-path x --response-length 60 --micro-batch-size 4 --dtype float32"
-    found = memory.needs(config, config, parse_args(flags.split()), prompt=4)["activations"]
-    assert output.requires_grad and found == pytest.approx(sum(kept.values()), rel=0.1)
-
-
-def test_memory_takes_train_pys_flags_behind_two_dashes(tmp_path, monkeypatch, capsys):
-    sizes = {"vocab_size": 100, "hidden_size": 64, "intermediate_size": 20}
-    llama(num_hidden_layers=3, **sizes).save_pretrained(tmp_path)
-    (tmp_path / "t5").mkdir()
-    (tmp_path / "t5" / "config.json").write_text('{"model_type": "t5"}')
-
-    def show(*words):
-        monkeypatch.setattr("sys.argv", ["memory.py", *words])
-        memory.main()
-        return capsys.readouterr().out
-
-    folder = str(tmp_path)
-    assert "reference         0.00 GiB" in show(folder, "--prompt", "7", "--", "--kl-coef", "0")
-    assert show(folder) != show(folder, "--", "--response-length", "20000")
-    # What a run has saved is a model, too, wherever that run would write by default.
-    monkeypatch.chdir(tmp_path)
-    saved = tmp_path / "runs" / "dialogue-dvpo-seed0" / "checkpoint-000001" / "policy"
-    llama(num_hidden_layers=3, **sizes).save_pretrained(saved)
-    assert show(str(saved)) == show(folder)
-    for words, found in (
-        ([str(tmp_path / "t5")], "model:"),
-        ([folder, "--prompt", "0"], "--prompt"),
-        (["nowhere"], "cannot read the config of 'nowhere'"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            show(*words)
-        assert stopped.value.code == 2 and found in capsys.readouterr().err
 
 
 def test_a_grids_critics_have_200_quantiles_and_a_folder_may_have_a_space(tmp_path):
