@@ -7,9 +7,8 @@ goes to train.py too. Every row has a process of its own, and they take turns, i
 iteration: a machine that slows down slows all rows. Medians.
 """
 
-import argparse
 import contextlib
-import json
+import copy
 import math
 import multiprocessing
 import platform
@@ -30,17 +29,18 @@ from tqdm import trange
 
 import train
 from experiments.seeds import COUNT, DEVICE, current_commit, new_parser
+from experiments.tables import add_row
 from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
 
-SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads"
-SIZES = f"{SIZES} num_key_value_heads vocab_size".split()
+SIZES = "model_type hidden_size intermediate_size num_hidden_layers num_attention_heads"
+SIZES = f"{SIZES} num_key_value_heads head_dim vocab_size".split()
 SHAPES = {
-    "tiny": (64, 128, 3, 4, 4, 64),
-    "small": (256, 1024, 4, 4, 4, 2048),
-    "qwen3-0.6b": (1024, 3072, 28, 16, 8, 151936),
-    "qwen3-1.7b": (2048, 6144, 28, 16, 8, 151936),
+    "tiny": ("llama", 64, 128, 3, 4, 4, 16, 64),
+    "small": ("llama", 256, 1024, 4, 4, 4, 64, 2048),
+    "qwen3-0.6b": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151936),
+    "qwen3-1.7b": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151936),
 }
 # Functions of train.py, and the phase that each is. scoring: log-probs; values: the critic's.
 TIMED = {
@@ -55,11 +55,11 @@ TIMED = {
 
 def config_of(args):
     """The transformers config of --shape, with room for --prompt and --response."""
-    config = dict(zip(SIZES, SHAPES[args.shape]), pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    count, context = config["vocab_size"], args.prompt + args.response + 1
-    config |= {"max_position_embeddings": context, "tie_word_embeddings": count > 10000}
-    llama, qwen = transformers.LlamaConfig, transformers.Qwen3Config
-    return qwen(head_dim=128, **config) if "qwen3" in args.shape else llama(**config)
+    sizes = dict(zip(SIZES, SHAPES[args.shape]))
+    sizes |= {"max_position_embeddings": args.prompt + args.response + 1}
+    sizes |= {"tie_word_embeddings": sizes["vocab_size"] > 10000}
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    return transformers.AutoConfig.for_model(**sizes, **special)
 
 
 def make_model(args, folder):
@@ -75,10 +75,9 @@ def make_model(args, folder):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     fast.save_pretrained(folder)
     rng = random.Random(0)
-    with open(folder / "prompts.jsonl", "w") as out:
-        for _ in range(2 * args.batch + 2):
-            prompt = " ".join(rng.choices(words[2:], k=args.prompt))
-            out.write(json.dumps({"prompt": prompt}) + "\n")
+    for _ in range(2 * args.batch + 2):
+        prompt = " ".join(rng.choices(words[2:], k=args.prompt))
+        add_row(folder / "prompts.jsonl", {"prompt": prompt})
 
 
 def shape_lengths(model, prompt_length, ragged):
@@ -107,21 +106,20 @@ def now():
     return time.perf_counter()
 
 
-def timed(module, name, phase, seconds, running):
-    """Replaces a module's function by one that adds its time to seconds[phase]."""
-    function = getattr(module, name)
+def timed(function, phase, seconds, running):
+    """The function, but it adds its time to seconds[phase]."""
 
     def wrapper(*rest, **kwargs):
         if running:  # part of another phase
             return function(*rest, **kwargs)
-        running.append(name)
+        running.append(phase)
         start = now()
         result = function(*rest, **kwargs)
         seconds[phase] += now() - start
         running.clear()
         return result
 
-    setattr(module, name, wrapper)
+    return wrapper
 
 
 def peak_memory():
@@ -136,20 +134,19 @@ def peak_memory():
     return peak
 
 
-def told_to_go_on(connection):
-    with contextlib.suppress(EOFError):  # the parent has ended
-        return connection.recv()
-    return False
-
-
-def random_run(args, flags, folder):
-    """A random model of --shape, made if the folder has none; train.py's flags and Run for it."""
-    if not (Path(folder) / "config.json").exists():
-        make_model(args, Path(folder))
+def train_flags(args, flags, folder):
+    """train.py's flags, for the random model in a folder."""
     own = f"--model-name-or-path {folder} --dataset-name {folder}/prompts.jsonl"
     own += f" --reward experiments.bench:lengths_reward --output-dir {folder} --eval-samples 1"
     own += f" --batch-size {args.batch} --response-length {args.response}"
-    train_args = parse_args([*own.split(), *flags])
+    return parse_args([*own.split(), *flags])
+
+
+def random_run(args, flags, folder):
+    """A random model of --shape, made if the folder has none: its Run, and train.py's flags."""
+    if not (Path(folder) / "config.json").exists():
+        make_model(args, Path(folder))
+    train_args = train_flags(args, flags, folder)
     run = build(train_args)
     for model in {run.policy, run.sampler, run.reference or run.policy}:
         shape_lengths(model, args.prompt, args.ragged)
@@ -166,8 +163,9 @@ def worker(connection, args, flags):
         run, train_args = random_run(args, flags, folder)
     seconds, running = {}, []
     for name, phase in TIMED.items():
-        timed(train, name, phase, seconds, running)
-    while told_to_go_on(connection):
+        setattr(train, name, timed(vars(train)[name], phase, seconds, running))
+    while True:
+        connection.recv()
         seconds.update(dict.fromkeys(TIMED.values(), 0.0))
         peak_memory()
         start = now()
@@ -179,11 +177,16 @@ def worker(connection, args, flags):
         connection.send({**seconds, **found})
 
 
-def start(target, args, flags):
-    """A worker's process -> the connection over which it takes True for an iteration, or False."""
+def until_closed(worker, connection, *rest):
+    with contextlib.suppress(EOFError):  # the other end is closed, or the parent has ended
+        worker(connection, *rest)
+
+
+def start(worker, args, flags):
+    """A worker's process -> the connection over which it takes a message for each iteration."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    context.Process(target=target, args=(there, args, flags)).start()
+    context.Process(target=until_closed, args=(worker, there, args, flags)).start()
     there.close()
     return here
 
@@ -191,19 +194,16 @@ def start(target, args, flags):
 def measure(rows, iterations):
     """{name: connection to its worker} -> {name: {column: median}}; two turns do not count."""
     found = {name: [] for name in rows}
-    for turn in trange(iterations + 2, desc="turns", leave=False):
+    for _ in trange(iterations + 2, desc="turns", leave=False):
         for name, connection in rows.items():
             try:
-                connection.send(True)
-                result = connection.recv()
+                connection.send(None)
+                found[name].append(connection.recv())
             except (EOFError, OSError):
                 sys.exit(f"bench: {name} failed, see above")
-            if turn > 1:
-                found[name].append(result)
     for name, results in found.items():
-        rows[name].send(False)
-        columns = results[0].keys()
-        found[name] = {c: statistics.median(row[c] for row in results) for c in columns}
+        rows[name].close()
+        found[name] = {c: statistics.median(row[c] for row in results[2:]) for c in results[0]}
     return found
 
 
@@ -238,15 +238,15 @@ def make_parser():
 
 
 def main():
-    args = make_parser().parse_args()
+    parser = make_parser()
+    args = parser.parse_args()
     rows, (name, _, values) = {}, args.vary.partition("=")
     for value in values.split(","):
-        own, flags = argparse.Namespace(**vars(args)), list(args.flags)
-        if name in ("shape", "prompt", "response", "batch"):
-            own = make_parser().parse_args([f"--{name}", value], own)
-        else:
-            flags += [f"--{name}", value]
-        rows[f"{name} {value}"] = start(worker, own, flags)
+        own, flags = copy.copy(args), [f"--{name}", value]
+        if name in vars(args):
+            parser.parse_args(flags, own)
+            flags = []
+        rows[f"{name} {value}"] = start(worker, own, [*args.flags, *flags])
     print_table(measure(rows, args.iterations))
 
 

@@ -8,8 +8,8 @@ Random models of three sizes, the built-in task, with --model a real one, traine
 flags. Each part adds a line to --output; one that lacks memory or time is skipped, and says so.
 """
 
-import contextlib
-import dataclasses
+import argparse
+import functools
 import gc
 import itertools
 import json
@@ -28,34 +28,32 @@ import torch
 
 import train
 from experiments import bench, memory
-from experiments.inspect_tokens import forward
 from experiments.seeds import DEVICE, current_commit, new_parser, run_script
 from experiments.tables import RESULTS, add_row
-from harness.flags import number_in, parse_args
 from harness.gpu import COMPILED
 from harness.setup import autocast, respond
-from rollout import generate, response_logprobs
+from rollout import Rollout, generate
 from tasks import one_line
 from tasks.prompts import PROMPT_IDS
 
-AIMS = {"difference, first": "< 1e-4", "decoding, compiled": ">= 0.5"}
+AIMS = {"difference": "< 1e-4", "decoding, compiled": ">= 0.5"}
 AIMS |= {"update, compiled, 16384": ">= 0.45", "time, DVPO / PPO": "<= 1.05"}
 AIMS |= {"memory, DVPO / PPO": "<= 1.10"}
 DECODINGS = {"eager": {}, "compiled": COMPILED}  # settings of generate
 MICRO_BATCHES = (4096, 16384)  # tokens; the first is train.py's default
+MINUTES = 8
 
 
 def sizes(args, shape):
     """bench.py's flags for a random model: 64 prompts and responses of 512 tokens, if not tiny."""
     batch, length = (4, 8) if args.small else (16, 64) if shape == "tiny" else (64, 512)
-    flags = f"--shape {shape} --batch {batch} --prompt {length} --response {length}"
-    return bench.make_parser().parse_args(flags.split())
+    lengths = {"prompt": length, "response": length, "ragged": False}
+    return argparse.Namespace(shape=shape, batch=batch, **lengths)
 
 
-@contextlib.contextmanager
 def random_run(args, shape, flags):
     with tempfile.TemporaryDirectory() as folder:
-        yield bench.random_run(sizes(args, shape), flags.split(), folder)
+        return bench.random_run(sizes(args, shape), flags.split(), folder)
 
 
 def seconds_of(function, *rest, times=1):
@@ -68,57 +66,41 @@ def seconds_of(function, *rest, times=1):
     return statistics.median(found), result
 
 
-def on_device(rollout):
-    """A rollout's tensors on the GPU; its lengths stay on the CPU."""
-    tensors = {name: v for name, v in vars(rollout).items() if isinstance(v, torch.Tensor)}
-    tensors = {name: v.to(DEVICE) for name, v in tensors.items() if name != "lengths"}
-    return dataclasses.replace(rollout, **tensors)
+def collect(run, own, rollouts):
+    """train.collect, but of the responses in rollouts; if there are none, it samples and adds."""
+    source = respond
+    if rollouts:
+        first = rollouts[0]
+        tensors = (first.input_ids, first.attention_mask, first.mask, first.truncated)
+        source = [Rollout(*(tensor.to(run.policy.device) for tensor in tensors))]
+    with patch.object(train, "respond", side_effect=source):
+        experience, metrics = train.collect(run, own)
+    rollouts[:] = [experience.rollout]
+    return experience, metrics
 
 
-def agreement(args):
-    """Three iterations on the CPU, and on the GPU from what the CPU sampled, in fp32."""
-    rollouts = []
-
-    def recorded(*rest, **kwargs):
-        rollouts.append(respond(*rest, **kwargs))
-        return rollouts[-1]
-
-    cpu = three_iterations(args, "cpu", recorded)
-    gpu = three_iterations(args, DEVICE, map(on_device, rollouts))
-    found = {}
-    for when, a, b in zip(("first", "second", "third"), cpu, gpu):
-        pairs = {key: (float(a[key]), float(b[key])) for key in a}
-        off = {key: abs(x - y) / (1 + abs(x)) for key, (x, y) in pairs.items() if x == x}
-        worst = max(off, key=off.get)
-        found |= {f"difference, {when}": off[worst], f"most off, {when}": worst}
-    return found
+def agreement(args, found):
+    """An iteration on the CPU, and on the GPU from what the CPU sampled, in fp32."""
+    both, rollouts = [], []
+    for device in ("cpu", DEVICE):
+        run, own = random_run(args, "tiny", f"--dtype float32 --device {device}")
+        run.trust_recorded = False  # both score
+        experience, metrics = collect(run, own, rollouts)
+        torch.manual_seed(0)  # the same minibatches
+        metrics |= train.update(run, own, experience)
+        both.append({key: float(value) for key, value in metrics.items()})
+    off = {key: abs(both[1][key] - x) / (1 + abs(x)) for key, x in both[0].items() if x == x}
+    worst = max(off, key=off.get)
+    found |= {"difference": off[worst], "most off": worst}
 
 
-def three_iterations(args, device, responses):
-    """-> [metrics]; responses: what stands in for respond, or what it gives, one by one."""
-    found, flags = [], f"--dtype float32 --device {device}"
-    replaced = patch.object(train, "respond", side_effect=responses)
-    with random_run(args, "tiny", flags) as (run, own), replaced:
-        for _ in range(3):
-            experience, metrics = train.collect(run, own)
-            torch.manual_seed(run.iteration)  # the same minibatches, whatever was drawn before
-            found.append(metrics | train.update(run, own, experience))
-            run.iteration += 1
-    return found
-
-
-def half_precision(args):
-    """The first minibatch's ratio under bf16, and how far sampling was from scoring."""
-    with random_run(args, "small", "--dtype bfloat16") as (run, own):
-        experience, _ = train.collect(run, own)
-        first = experience[torch.arange(own.batch_size // own.num_mini_batches)]
-        ratio = train.minibatch_backward(run, own, first, True)["val/ratio"]
-        batch = run.data[: own.batch_size]
-        rollout = respond(run, own, batch, own.temperature, record_logprobs=True)
-        scored = forward(run, own, rollout, response_logprobs, run.policy, own.temperature)
-        off = (rollout.logprobs - scored)[rollout.mask].abs()
-    found = {"|ratio - 1|": abs(ratio.item() - 1), "sampling off by, mean": off.mean().item()}
-    return found | {"sampling off by, most": off.max().item()}
+def half_precision(args, found):
+    """The first minibatch's ratio under bf16."""
+    run, own = random_run(args, "small", "--dtype bfloat16")
+    experience, _ = train.collect(run, own)
+    first = experience[torch.arange(own.batch_size // own.num_mini_batches)]
+    ratio = train.minibatch_backward(run, own, first, True)["val/ratio"]
+    found |= {"|ratio - 1|": abs(ratio.item() - 1)}
 
 
 def rates(args):
@@ -175,69 +157,67 @@ def update_share(run, own, seconds, matrix):
     return flops / seconds / matrix
 
 
-def peak_bytes(config, own, algo):
-    """memory.py's formula for train.py's flags."""
-    needed = f"--algo {algo} --model-name-or-path x --dataset-name x --reward exact --kl-coef 0"
-    needed += f" --batch-size {own.batch} --response-length {own.response}"
-    return memory.needs(config, config, parse_args(needed.split()), own.prompt)["peak"]
-
-
-def one_size(args, shape, found):
-    """An iteration of DVPO, and its update beside PPO's on the same responses. No reference."""
-    own, measured, rollouts = sizes(args, shape), {}, []
+def one_size(args, found, shape):
+    """An update of DVPO beside PPO's on the same responses, without a reference; DVPO's shares."""
+    sized, measured, rollouts = sizes(args, shape), [], []
     flags = "--num-ppo-epochs 1 --critic-warmup-steps 0 --kl-coef 0 --dtype bfloat16"
     # On a CPU, compiling takes minutes.
     flags += "" if args.small else " --compile"
+    config = bench.config_of(sized)
+    formula = lambda own: memory.needs(config, config, own, sized.prompt)["peak"]
+    needed = formula(bench.train_flags(sized, flags.split(), "x"))
     free = torch.cuda.mem_get_info()[0] if DEVICE == "cuda" else math.inf
-    formula = {algo: peak_bytes(bench.config_of(own), own, algo) for algo in ("dvpo", "ppo")}
-    needed = max(formula.values())
     if needed > free:
         found |= {"skipped": f"{needed / 2**30:.0f} GiB needed, {free / 2**30:.0f} free"}
         return
     flags += " --gradient-checkpointing" if 1.2 * needed > free else ""
     found |= {"flags": flags}
     with tempfile.TemporaryDirectory() as folder:
-        for algo in formula:
-            run, own_args = bench.random_run(own, f"--algo {algo} {flags}".split(), folder)
-            one_algorithm(run, own_args, rollouts, measured, args, found)
-            found |= {f"{algo}: peak / formula": measured[algo][1] / formula[algo]}
+        for algo in ("dvpo", "ppo"):
+            run, own = bench.random_run(sized, ["--algo", algo, *flags.split()], folder)
+            measured.append(one_algorithm(args, found, run, own, rollouts))
+            found |= {f"{algo}: peak / formula": measured[-1][1] * 2**20 / formula(own)}
             del run
             gc.collect()
-            if DEVICE == "cuda":
-                torch.cuda.empty_cache()
-    of_time, of_memory = (a / b if b else None for a, b in zip(*measured.values()))
+            torch.cuda.empty_cache()
+    of_time, of_memory = (a / b if b else None for a, b in zip(*measured))
     found |= {"time, DVPO / PPO": of_time, "memory, DVPO / PPO": of_memory}
 
 
-def one_algorithm(run, own, rollouts, measured, args, found):
-    """Adds times and shares of one run to found; samples rollouts, or takes what is there."""
-    algo, source = own.algo, itertools.repeat(rollouts[0]) if rollouts else respond
-    with patch.object(train, "respond", side_effect=source):
-        of_start, (experience, _) = seconds_of(train.collect, run, own)  # much compiles or loads
-        if not rollouts:
-            of_collect, (experience, _) = seconds_of(train.collect, run, own)
-            found |= {"first collect, s": of_start, "collect, s": of_collect}
-    rollouts.append(experience.rollout)
-    # Of the update alone: PPO samples nothing here.
+def one_algorithm(args, found, run, own, rollouts):
+    """Adds what a run's parts take, and DVPO's shares -> the seconds and MiB of its update."""
+    is_first = not rollouts
+    if is_first:
+        found |= {"first collect, s": seconds_of(train.collect, run, own)[0]}  # much compiles
+    of_collect, (experience, _) = seconds_of(collect, run, own, rollouts)
+    # Of the update alone: the second run samples nothing.
     bench.peak_memory()
     train.update(run, own, experience)
     of_update, _ = seconds_of(train.update, run, own, experience, times=3)
-    measured[algo] = (of_update, bench.peak_memory() * 2**20)
-    found |= {f"{algo}: update, s": of_update}
-    if algo == "dvpo":
-        matrix, bandwidth = rates(args)
-        found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
-        name, (usual, own.micro_batch_tokens) = "update, compiled, {}".format, MICRO_BATCHES
-        found |= {name(usual): update_share(run, own, of_update, matrix)}
-        try:
-            of_update, _ = seconds_of(train.update, run, own, experience, times=3)
-            found |= {name(own.micro_batch_tokens): update_share(run, own, of_update, matrix)}
-        except torch.OutOfMemoryError:
-            found |= {name(own.micro_batch_tokens): "out of memory"}
-        decode_shares(run, own, bandwidth, found)
+    peak = bench.peak_memory()
+    found |= {f"{own.algo}: update, s": of_update}
+    if is_first:
+        found |= {"collect, s": of_collect}
+        shares(args, found, run, own, experience, of_update)
+    return of_update, peak
 
 
-def trained(folder, flags, found):
+def shares(args, found, run, own, experience, of_update):
+    """Adds what the card does, and which share of it updates and decoding reach."""
+    matrix, bandwidth = rates(args)
+    usual, own.micro_batch_tokens = MICRO_BATCHES
+    found |= {"TFLOP/s": matrix / 1e12, "GB/s": bandwidth / 1e9}
+    found |= {f"update, compiled, {usual}": update_share(run, own, of_update, matrix)}
+    try:
+        of_update, _ = seconds_of(train.update, run, own, experience, times=3)
+        share = update_share(run, own, of_update, matrix)
+    except torch.OutOfMemoryError:
+        share = "out of memory"
+    found |= {f"update, compiled, {own.micro_batch_tokens}": share}
+    decode_shares(run, own, bandwidth, found)
+
+
+def trained(args, found, folder, flags):
     """A run of train.py: adds scores before and after, seconds."""
     if status := train.main([*flags, "--output-dir", str(folder)]):
         raise RuntimeError(f"train.py ended with status {status}")
@@ -248,22 +228,18 @@ def trained(folder, flags, found):
 
 
 def parts_of(args):
-    """{name: (least seconds that it takes, function)}."""
+    """{name: (least seconds that it takes, function of the flags and of what is found)}."""
+    parts = {"CPU and GPU": (20, agreement), "bf16": (20, half_precision)}
+    shapes = {"tiny": 30} if args.small else {"small": 30, "qwen3-0.6b": 90, "qwen3-1.7b": 150}
+    for shape, least in shapes.items():
+        parts[shape] = (least, functools.partial(one_size, shape=shape))
     small = "--total-episodes 16 --batch-size 8 --eval-samples 8"
     task = (small if args.small else "--total-episodes 6400").split()
-    shapes = ("tiny",) if args.small else ("small", "qwen3-0.6b", "qwen3-1.7b")
-    parts = {
-        "CPU and GPU": (20, lambda found: found.update(agreement(args))),
-        "bf16": (20, lambda found: found.update(half_precision(args))),
-    }
-    for shape, least in zip(shapes, (30, 90, 150)):
-        parts[shape] = (least, lambda found, shape=shape: one_size(args, shape, found))
-    folder = args.output.with_suffix("")
-    parts["built-in task"] = (60, lambda found: trained(folder / "task", task, found))
-    if args.model:
-        own = ["--model-name-or-path", args.model, *args.flags]
-        parts["real model"] = (120, lambda found: trained(folder / "model", own, found))
-    return parts
+    folder, model = args.output.with_suffix(""), ["--model-name-or-path", args.model, *args.flags]
+    task_run = functools.partial(trained, folder=folder / "task", flags=task)
+    model_run = functools.partial(trained, folder=folder / "model", flags=model)
+    parts["built-in task"] = (60, task_run)
+    return parts | ({"real model": (120, model_run)} if args.model else {})
 
 
 def run_parts(args):
@@ -275,12 +251,12 @@ def run_parts(args):
     start, table, failed = time.time(), [], False
     for name, (least, part) in parts_of(args).items():
         begin, found = time.time(), {}
-        left = 60 * args.minutes - (begin - start)
+        left = 60 * MINUTES - (begin - start)
         try:
             if left < least:
                 found |= {"skipped": f"{least} s wanted, {left:.0f} s left"}
             else:
-                part(found)
+                part(args, found)
         except Exception as error:  # the other parts have answers, too
             failed = True
             found |= {"failed": one_line(error)}
@@ -298,7 +274,6 @@ def run_parts(args):
 def main():
     parser = new_parser(__doc__)
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too")
-    parser.add_argument("--minutes", type=number_in("(0, 600]", float), default=8.0)
     parser.add_argument("--output", type=Path, default=RESULTS / "on-gpu.jsonl")
     parser.add_argument("--model", help="folder of a real model")
     parser.add_argument("flags", nargs="*", help="of train.py for --model, behind --")
