@@ -10,7 +10,6 @@ and a reward model of no size; ours are dvpo and ppo. TRL's turn includes the me
 ours not their writing.
 """
 
-import contextlib
 import sys
 import tempfile
 import time
@@ -20,26 +19,21 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
+import transformers
 from datasets import load_dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    TrainerCallback,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments import bench
 
 
-class Turn(TrainerCallback):
+class Turn(transformers.TrainerCallback):
     """One iteration of TRL's loop, so many of its steps, for each message."""
 
     def __init__(self, connection, held, steps):
         self.connection, self.held, self.steps = connection, held, steps
 
     def on_train_begin(self, *_, **__):
-        if not bench.told_to_go_on(self.connection):
-            raise KeyboardInterrupt  # its loop knows no other end
+        self.connection.recv()  # or EOFError: its loop knows no other end
         bench.peak_memory()
         self.start = time.perf_counter()
 
@@ -68,7 +62,7 @@ def ppo_trainer(args, folder, callback):
     ids = [tokenizer(prompt)["input_ids"] for prompt in rows["prompt"]]
     rows = rows.add_column("input_ids", ids).remove_columns("prompt")
     policy, reference = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
-    kind = AutoModelForSequenceClassification
+    kind = transformers.AutoModelForSequenceClassification
     value_model = kind.from_pretrained(folder, num_labels=1)
     small = dict.fromkeys(("hidden_size", "intermediate_size"), 8)
     small |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "num_key_value_heads"), 1)
@@ -109,7 +103,7 @@ def worker(connection, args, flags):
     sys.stdout = sys.stderr  # it prints its metrics
     bench.peak_memory()
     held, (trainer_of, steps, _) = bench.peak_memory(), METHODS[args.method]
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt):
+    with tempfile.TemporaryDirectory() as folder:
         bench.make_model(args, Path(folder))
         trainer_of(args, folder, Turn(connection, held, steps)).train()
 
