@@ -154,11 +154,9 @@ def random_run(args, flags, folder):
     return run, train_args
 
 
-def worker(connection, args, flags):
-    """One row's process: a run as train.py builds it, an iteration for each message -> seconds."""
+def worker(connection, held, args, flags):
+    """A run as train.py builds it; for each message an iteration -> seconds, MiB beyond held."""
     quiet()
-    peak_memory()
-    held = peak_memory()  # imports are not an iteration's
     with tempfile.TemporaryDirectory() as folder:
         run, train_args = random_run(args, flags, folder)
     seconds, running = {}, []
@@ -177,9 +175,12 @@ def worker(connection, args, flags):
         connection.send({**seconds, **found})
 
 
-def until_closed(worker, connection, *rest):
-    with contextlib.suppress(EOFError):  # the other end is closed, or the parent has ended
-        worker(connection, *rest)
+def until_closed(worker, connection, args, flags):
+    """One row's process, which ends with the other end of its connection."""
+    peak_memory()
+    held = peak_memory()  # imports are not an iteration's
+    with contextlib.suppress(EOFError):
+        worker(connection, held, args, flags)
 
 
 def start(worker, args, flags):

@@ -98,11 +98,10 @@ def grpo_trainer(args, folder, callback):
 METHODS = {"ppo": (ppo_trainer, 1, ("dvpo", "ppo")), "grpo": (grpo_trainer, 4, ("grpo",))}
 
 
-def worker(connection, args, flags):
-    """TRL's process, as bench.worker."""
+def worker(connection, held, args, flags):
+    """TRL's run, as bench.worker has ours."""
     sys.stdout = sys.stderr  # it prints its metrics
-    bench.peak_memory()
-    held, (trainer_of, steps, _) = bench.peak_memory(), METHODS[args.method]
+    trainer_of, steps, _ = METHODS[args.method]
     with tempfile.TemporaryDirectory() as folder:
         bench.make_model(args, Path(folder))
         trainer_of(args, folder, Turn(connection, held, steps)).train()

@@ -89,7 +89,7 @@ def read_config(name):
 
 def show(own):
     # By default a run might go where the model is, and be refused.
-    args = parse_args(["--output-dir=none", "--model-name-or-path", own.model, *own.flags])
+    args = parse_args(["--output-dir=-", "--model-name-or-path", own.model, *own.flags])
     names = (own.model, args.critic_model_name_or_path or own.model)
     for name, size in needs(*map(read_config, names), args, own.prompt).items():
         print(f"{name:12} {size / 2**30:9.2f} GiB")

@@ -175,8 +175,9 @@ def one_size(args, found, shape):
     with tempfile.TemporaryDirectory() as folder:
         for algo in ("dvpo", "ppo"):
             run, own = bench.random_run(sized, ["--algo", algo, *flags.split()], folder)
+            expected = formula(own) / 2**20
             measured.append(one_algorithm(args, found, run, own, rollouts))
-            found |= {f"{algo}: peak / formula": measured[-1][1] * 2**20 / formula(own)}
+            found |= {f"{algo}: peak / formula": measured[-1][1] / expected}
             del run
             gc.collect()
             torch.cuda.empty_cache()
