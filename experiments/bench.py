@@ -243,11 +243,11 @@ def main():
     args = parser.parse_args()
     rows, (name, _, values) = {}, args.vary.partition("=")
     for value in values.split(","):
-        own, flags = copy.copy(args), [f"--{name}", value]
+        own, words = copy.copy(args), [f"--{name}", value]
         if name in vars(args):
-            parser.parse_args(flags, own)
-            flags = []
-        rows[f"{name} {value}"] = start(worker, own, [*args.flags, *flags])
+            parser.parse_args(words, own)
+        flags = args.flags if name in vars(args) else [*args.flags, *words]
+        rows[f"{name} {value}"] = start(worker, own, flags)
     print_table(measure(rows, args.iterations))
 
 

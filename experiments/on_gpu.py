@@ -218,14 +218,15 @@ def shares(args, found, run, own, experience, of_update):
     decode_shares(run, own, bandwidth, found)
 
 
-def trained(args, found, folder, flags):
+def trained(args, found, name, flags):
     """A run of train.py: adds scores before and after, seconds."""
+    folder = args.output.with_suffix("") / name
     if status := train.main([*flags, "--output-dir", str(folder)]):
         raise RuntimeError(f"train.py ended with status {status}")
     results = json.loads((folder / "results.json").read_text())
-    pairs = results["before"].items()
-    found |= {name: f"{value:.3f} -> {results['after'][name]:.3f}" for name, value in pairs}
-    found |= {"seconds": results["seconds"]}
+    for key, before in results["before"].items():
+        found[key] = f"{before:.3f} -> {results['after'][key]:.3f}"
+    found["seconds"] = results["seconds"]
 
 
 def parts_of(args):
@@ -236,11 +237,11 @@ def parts_of(args):
         parts[shape] = (least, functools.partial(one_size, shape=shape))
     small = "--total-episodes 16 --batch-size 8 --eval-samples 8"
     task = (small if args.small else "--total-episodes 6400").split()
-    folder, model = args.output.with_suffix(""), ["--model-name-or-path", args.model, *args.flags]
-    task_run = functools.partial(trained, folder=folder / "task", flags=task)
-    model_run = functools.partial(trained, folder=folder / "model", flags=model)
-    parts["built-in task"] = (60, task_run)
-    return parts | ({"real model": (120, model_run)} if args.model else {})
+    parts["built-in task"] = (60, functools.partial(trained, name="task", flags=task))
+    if args.model:
+        own = ["--model-name-or-path", args.model, *args.flags]
+        parts["real model"] = (120, functools.partial(trained, name="model", flags=own))
+    return parts
 
 
 def run_parts(args):
