@@ -95,12 +95,17 @@ def agreement(args, found):
 
 
 def half_precision(args, found):
-    """The first minibatch's ratio under bf16."""
+    """The first minibatch's ratio under bf16, and how far sampling's log-probs are from scoring."""
     run, own = random_run(args, "small", "--dtype bfloat16")
-    experience, _ = train.collect(run, own)
-    first = experience[torch.arange(own.batch_size // own.num_mini_batches)]
+    run.trust_recorded = True  # the log-probs of sampling come with the responses
+    sampled, _ = train.collect(run, own)
+    run.trust_recorded = False
+    scored, _ = collect(run, own, [sampled.rollout])
+    off = (sampled.logprobs - scored.logprobs)[scored.rollout.mask].abs()
+    first = scored[torch.arange(own.batch_size // own.num_mini_batches)]
     ratio = train.minibatch_backward(run, own, first, True)["val/ratio"]
     found |= {"|ratio - 1|": abs(ratio.item() - 1)}
+    found |= {"sampling off by, mean": off.mean().item(), "sampling off by, most": off.max().item()}
 
 
 def rates(args):
