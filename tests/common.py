@@ -7,7 +7,9 @@ import os
 import random
 import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is a defect
 
@@ -32,6 +34,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
+REPOSITORY = Path(__file__).parent.parent
 FAMILIES = ("gpt2", "llama")
 # A run of seconds: noise off, so that the reward's rise is not luck.
 SMALL = """
@@ -49,6 +52,20 @@ MODEL = """
 """.split()
 # Of masked tensors, for hypothesis.
 SHAPES = {"batch": st.integers(1, 4), "length": st.integers(1, 7), "seed": st.integers(0, 2**31)}
+
+# What a row of results may not hold.
+DAMAGED = [
+    *({when: value} for when in ("before", "after") for value in (None, 3, [1], {"a": "x"})),
+    *({"after": {"in domain, greedy": value}} for value in (None, True, [0.5])),
+    {"seed": "0"},
+    {"seed": None},
+    {"flags": 7},
+    {"method": 7},
+    {"noise": ["none"]},
+    {"ev": ["x"]},
+    {"ev": 7},
+    {"ev": {}},
+]
 
 
 def slow(*values):
@@ -255,6 +272,22 @@ def refused(capsys, argv, *words):
     lines = [line for line in lines if line.startswith("train.py: error: ")]
     assert status == 2 and len(lines) == 1, (status, lines)
     assert all(word in lines[0] for word in words), lines
+
+
+def script(*words):
+    """A process of its own: python with these words, in the repository."""
+    command = [sys.executable, *words]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+
+
+def refused_by(script, capsys, monkeypatch, *words):
+    """The one line with which a script of experiments/ ends, status 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__.split('.')[-1]}.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        script.main()
+    said = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2, said
+    return said[-1]
 
 
 def some_of(source, target, *names):
