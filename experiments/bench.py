@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import trange
 
 import train
-from experiments.seeds import COUNT, DEVICE, current_commit, new_parser
+from experiments.scripts import COUNT, DEVICE, current_commit, new_parser
 from experiments.tables import add_row
 from harness.flags import parse_args
 from harness.reports import quiet

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 
 from transformers import AutoTokenizer
 
-from experiments.seeds import COUNT, new_parser, run_script
+from experiments.scripts import COUNT, new_parser, run_script
 from harness.setup import load
 from tasks import InputError
 from tasks.prompts import PROMPT_IDS, as_messages, load_prompts

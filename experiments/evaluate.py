@@ -17,7 +17,7 @@ if __name__ == "__main__":
 from tqdm import trange
 
 import rollout
-from experiments.seeds import COUNT, DEVICE, load_policy, new_parser, run_script
+from experiments.scripts import COUNT, DEVICE, load_policy, new_parser, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming

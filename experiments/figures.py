@@ -22,7 +22,7 @@ from critic import quantile_levels
 from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
 from experiments.inspect_tokens import forward
-from experiments.seeds import current_commit, load_run, new_parser, run_script
+from experiments.scripts import current_commit, load_run, new_parser, run_script
 from experiments.tables import RESULTS, interval
 from harness.setup import judge, respond
 from risk import RiskConfig

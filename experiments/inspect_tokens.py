@@ -25,7 +25,7 @@ from tqdm import trange
 import dvpo
 import rollout as ro
 from critic import QuantileCritic
-from experiments.seeds import COUNT, load_run, new_parser, run_script
+from experiments.scripts import COUNT, load_run, new_parser, run_script
 from harness.checkpoints import newest_checkpoint
 from harness.flags import number_in, parse_args
 from harness.setup import autocast, build_critic, judge, respond, to_train

@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from experiments.seeds import COUNT, new_parser, run_script
+from experiments.scripts import COUNT, new_parser, run_script
 from harness.flags import ALGORITHMS, parse_args
 from tasks import naming
 

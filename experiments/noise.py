@@ -9,13 +9,10 @@ a grid may be stopped and gone on with, and grids share what they have in common
 methods get the same warm start, number of completions, and order of prompts and noise.
 """
 
-import concurrent.futures
 import contextlib
+import fcntl
 import io
 import itertools
-import json
-import multiprocessing
-import os
 import shutil
 import statistics
 import sys
@@ -26,13 +23,12 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parent.parent)
 
 import torch
-from tqdm import tqdm
 
-from experiments import fit_tails
-from experiments.seeds import COUNT, current_commit, load_run, new_parser, run_script, train_quietly
-from experiments.strata import evaluated
-from experiments.tables import RESULTS, add_row, compared, read_results, read_rows
+from experiments import fit_tails, scripts
+from experiments.tables import RESULTS, by_seed, compared, read_results
+from harness.reports import evaluate
 from tasks import InputError
+from tasks.warm_start import warm_start
 
 # 60 iterations of 128 completions, 4 steps of 32 each; in the first 10 only the critics learn.
 BUDGET = "--total-episodes 7680 --num-ppo-epochs 1 --num-mini-batches 4 "
@@ -49,10 +45,14 @@ NOISES = {
     "judge failures": CLEAN + " --reward-noise-failure 0.03 3",
     "outliers": CLEAN + " --reward-noise-outlier 0.3 3",
 }
-METHODS = ("ppo", "dvpo", "robust", "grpo", "dr_grpo", "reinforce++")
 LEARNING_RATES = ("1e-4", "2e-4", "4e-4")
 # The best for each method by in-domain accuracy, greedy and sampled, in --grid tuning.
-TUNED = dict(zip(METHODS, ("2e-4", "2e-4", "4e-4", "2e-4", "1e-4", "2e-4")))
+TUNED = {"ppo": "2e-4", "dvpo": "2e-4", "robust": "4e-4", "grpo": "2e-4", "dr_grpo": "1e-4"}
+TUNED |= {"reinforce++": "2e-4", "dvpo, spread": "2e-4", "control": "4e-4"}
+FORMS = {name: f"--algo {name} --learning-rate {{}}" for name in TUNED}
+# The control has the bound, and no distribution.
+FORMS["dvpo, spread"] = "--algo dvpo --learning-rate {} --readout spread"
+FORMS["control"] = "--algo ppo --learning-rate {} --readout spread"
 TRIAL_SEEDS = 100  # seeds from here on are for choosing, the others for reporting
 SPLITS = ("in domain, greedy", "out of domain, greedy")
 COLUMNS = (*SPLITS, "all four")  # their mean, the sampled ones included
@@ -60,20 +60,12 @@ CURVES = {"true": "objective/true_scores", "ev": "val/explained_var", "kl": "obj
 CURVES |= {"heads": "quantile/head_spread", "length": "completions/mean_length"}
 WINDOW = 5  # a curve is a mean over as many iterations
 
-
-def tuned(name, flags="", rate=None):
-    return f"--algo {name} --learning-rate {rate or TUNED[name]} {flags}".strip()
-
-
-ALL = {name: tuned(name) for name in METHODS}
-# The control has the bound, and no distribution.
-BOUND = "--readout spread"
-ALL |= {"dvpo, spread": tuned("dvpo", BOUND), "control": tuned("ppo", BOUND, "4e-4")}
+ALL = {name: FORMS[name].format(rate) for name, rate in TUNED.items()}
 # Term by term; all of them, without a flag, are the main grid's runs.
 LADDER = {}
 for name, weights in fit_tails.LADDER.items():
     off = (f"--{term}-weight 0" for term in " ".join(fit_tails.RUNGS).split() if not weights[term])
-    LADDER[name] = tuned("dvpo", " ".join([BOUND, *off]))
+    LADDER[name] = " ".join([ALL["dvpo, spread"], *off])
 CHOICE = {name: ALL[name] for name in ("ppo", "dvpo, spread", "reinforce++")}
 for steps, name in itertools.product((0, 3), ("ppo", "dvpo, spread")):
     CHOICE[f"{name}, {steps} first"] = f"{ALL[name]} --critic-warmup-steps {steps}"
@@ -81,9 +73,7 @@ for width in (0.5, 2):
     CHOICE[f"dvpo, spread, width {width}"] = f"{ALL['dvpo, spread']} --readout-width {width}"
 TRIED = {}
 for rate in LEARNING_RATES:
-    TRIED |= {f"{name}, lr {rate}": tuned(name, rate=rate) for name in METHODS}
-    TRIED |= {f"dvpo, spread, lr {rate}": tuned("dvpo", BOUND, rate)}
-    TRIED |= {f"control, lr {rate}": tuned("ppo", BOUND, rate)}
+    TRIED |= {f"{name}, lr {rate}": form.format(rate) for name, form in FORMS.items()}
 NAMES = ("ppo", "dvpo, spread", "control", "robust")  # is a lead the rate's, or the bound's?
 RATES = [f"{name}, lr {rate}" for rate in ("2e-4", "1e-4", "4e-4") for name in NAMES]
 LONG = [name for name in RATES if "4e-4" not in name and name != "robust, lr 1e-4"]
@@ -106,8 +96,7 @@ def flags_of(grid, method, noise):
 
 def seeded(flags, seed, folder):
     """All flags of a run, in a list; its critic has as many quantiles as a pretrained model's."""
-    own = f"{flags} --num-quantiles 200 --seed {seed} --reward-noise-seed {seed}"
-    return [*own.split(), "--output-dir", str(folder)]
+    return scripts.seeded([*flags.split(), "--num-quantiles", "200"], seed, folder)
 
 
 def windows(values):
@@ -121,75 +110,70 @@ def windows(values):
 
 @contextlib.contextmanager
 def run_folder(seed):
-    """A folder for a run, with the seed's warm start if there is one; a new one is kept."""
-    warm = Path("runs") / f"warm-dialogue-seed{seed}"
+    """A folder for a run, with the seed's warm start, which is made once and kept."""
+    kept = Path("runs") / f"warm-dialogue-seed{seed}"
+    kept.parent.mkdir(exist_ok=True)
+    with open(f"{kept}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, the others wait
+        warm_start("dialogue", seed, kept)
     with tempfile.TemporaryDirectory() as folder:
-        if warm.exists():
-            shutil.copytree(warm, Path(folder) / "warm_start")
+        shutil.copytree(kept, Path(folder) / "warm_start")
         yield Path(folder)
-        if not warm.exists():
-            # There in one step, as other processes may look, and the first of them wins.
-            own = warm.with_name(f"{warm.name}-{os.getpid()}")
-            shutil.copytree(Path(folder) / "warm_start", own, dirs_exist_ok=True)
-            with contextlib.suppress(OSError):
-                own.rename(warm)
-            shutil.rmtree(own, ignore_errors=True)
 
 
-def run(flags, seed):
-    """One run of train.py -> its results, and what it was made with."""
-    torch.set_num_threads(1)
+def by_stratum(prompts, scores):
+    """Dialogues' {"3 turns", "1 changes" (of mind): [right, prompts]}; `book` is no turn."""
+    found = {}
+    for prompt, score in zip(prompts, scores.tolist()):
+        slots = [turn["content"].split()[0] for turn in prompt[:-1] if turn["role"] == "user"]
+        for key in (f"{len(slots)} turns", f"{len(slots) - len(set(slots))} changes"):
+            right, count = found.get(key, (0, 0))
+            found[key] = [right + score, count + 1]
+    return found
+
+
+def unevenness(strata, name):
+    """The standard deviation of accuracy over the strata of that name, weighted by prompts."""
+    right, count = torch.tensor([own for key, own in strata.items() if key.endswith(name)]).T
+    error = right / count - right.sum() / count.sum()
+    return (error.square() @ count / count.sum()).sqrt().item()
+
+
+def evaluated(run, args, when):
+    """Mean scores without noise; greedy ones of both domains by stratum, and how uneven."""
+    scores, _ = evaluate(run, args)
+    prompts = [prompt for data in run.evals.values() for prompt in data["prompt"]]
+    strata = by_stratum(prompts, torch.cat([scores[f"{name}, greedy"] for name in run.evals]))
+    means = {name: own.mean().item() for name, own in scores.items()}
+    means |= {f"uneven {name}": unevenness(strata, name) for name in ("turns", "changes")}
+    return {when: means, f"strata {when}": strata}
+
+
+def run(method, noise, seed, flags):
+    """One run of train.py -> its row: results, and what it was made with."""
     with run_folder(seed) as folder:
-        train_quietly(seeded(flags, seed, folder))
-        rows = read_rows(folder / "metrics.jsonl")
-        curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
-        versions = json.loads((folder / "args.json").read_text())["versions"]
-        results = json.loads((folder / "results.json").read_text())
+        scripts.train_quietly(f"{method}, {noise}, seed {seed}", seeded(flags, seed, folder))
+        found, rows = scripts.read_run(folder)
         with contextlib.redirect_stderr(io.StringIO()):
-            found = evaluated(*load_run(folder), "after")
-    named = {name: key for name, key in CURVES.items() if key in rows[0]}
-    curves = {name: windows([row[key] for row in rows]) for name, key in named.items()}
-    curves["curve"] = [row for row in curve if len(row) > 1]
-    results["after"] = found.pop("after") | results["after"]
-    return {"flags": flags, **versions, **results, **found, **curves}
-
-
-def pooled(function, todo, jobs, method="fork"):
-    """function(*arguments) for {key: arguments}: yields (key, result) of each that did not fail.
-
-    Forks share what is imported; a GPU takes the method spawn. A process has one call at a time.
-    """
-    context = multiprocessing.get_context(method)
-    with concurrent.futures.ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        futures = {pool.submit(function, *arguments): key for key, arguments in todo.items()}
-        try:
-            done = concurrent.futures.as_completed(futures)
-            for future in tqdm(done, total=len(futures), desc=f"{jobs} at a time"):
-                if future.exception():
-                    tqdm.write(f"{Path(sys.argv[0]).name}: {future.exception()}", file=sys.stderr)
-                else:
-                    yield futures[future], future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C
-
-
-def add_all(run, todo, jobs, target, about, method="fork"):
-    """run(*arguments) for {(method, noise, seed): arguments}, a row of target each -> failures."""
-    for key, found in pooled(run, todo, jobs, method):
-        todo.pop(key)
-        add_row(target, dict(zip(("method", "noise", "seed"), key)) | about | found)
-    return len(todo)
+            strata = evaluated(*scripts.load_run(folder), "after")
+    found |= {"method": method, "noise": noise, "seed": seed, "flags": flags}
+    found |= strata | {"after": strata["after"] | found["after"]}
+    for name, key in CURVES.items():
+        if key in rows[0]:
+            found[name] = windows([row[key] for row in rows])
+    curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
+    return [found | {"curve": [row for row in curve if len(row) > 1]}]
 
 
 def run_grid(name, jobs, seeds):
-    """Runs what results/ lacks, adds it to noise-NAME.jsonl line by line -> number of failures."""
-    (methods, noises, _), todo = GRIDS[name], {}
-    finished = {(row["flags"], row["seed"]) for row in finished_runs()}
+    """Runs what results/ lacks, and adds it to noise-NAME.jsonl -> number of failures."""
+    methods, noises, _ = GRIDS[name]
+    finished, todo = {(row["flags"], row["seed"]) for row in finished_runs()}, []
     for seed, noise, method in itertools.product(seeds, noises, methods):
         flags = flags_of(name, method, noise)
         if (flags, seed) not in finished:
-            todo[method, noise, seed] = flags, seed
-    return add_all(run, todo, jobs, RESULTS / f"noise-{name}.jsonl", {"commit": current_commit()})
+            todo.append((method, noise, seed, flags))
+    return scripts.add_runs(run, todo, jobs, RESULTS / f"noise-{name}.jsonl")
 
 
 def finished_runs():
@@ -202,11 +186,9 @@ def current(name, seeds=None):
     """{(noise, method): {seed: run}} of just the grid's flags now: never two budgets in one row."""
     methods, noises, own = GRIDS[name]
     seeds = seeds or (own if own[0] >= TRIAL_SEEDS else range(TRIAL_SEEDS))
-    runs, keys = {}, itertools.product(noises, methods)
-    for row in finished_runs():
-        if row["seed"] in seeds:
-            runs.setdefault(row["flags"], {})[row["seed"]] = row
-    return {key: runs.get(flags_of(name, key[1], key[0]), {}) for key in keys}
+    rows = [row for row in finished_runs() if row["seed"] in seeds]
+    runs, keys = by_seed(rows, lambda row: row["flags"]), itertools.product(noises, methods)
+    return {(noise, method): runs.get(flags_of(name, method, noise), {}) for noise, method in keys}
 
 
 def averaged(found):
@@ -234,11 +216,10 @@ def summarise(found, reference, splits=COLUMNS):
             if any(one.get(split) != two.get(split) for split in splits):
                 expected = f"expected the warm start of {reference}, found another"
                 raise InputError(f"results: {what}: {expected}")
-        own, other = ({seed: run["after"] for seed, run in part.items()} for part in (runs, base))
-        seeds, columns = compared(what, own, other, splits)
+        seeds, columns = compared(what, runs, base, splits)
         ends = [end for seed in seeds for end in runs[seed].get("ev", [])[-1:] if end is not None]
         explained = round(statistics.fmean(ends), 2) + 0 if ends else ""
-        table += [(noise, method, seeds, columns, explained)] if columns else []
+        table += [(noise, method, seeds, columns, explained)] if len(seeds) > 1 else []
     return table
 
 
@@ -270,18 +251,16 @@ def run_and_print(args):
         expected = f"expected runs of two seeds and {reference} in {RESULTS / 'noise-*.jsonl'}"
         raise InputError(f"--grid {args.grid}: {expected}, found fewer")
     print_table(table, reference)
-    if failed:
-        sys.exit(f"noise.py: {failed} runs failed")
+    return failed
 
 
 def main():
-    parser = new_parser(__doc__)
+    parser = scripts.new_parser(__doc__)
     parser.add_argument("--grid", choices=GRIDS, default="main")
-    parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--seeds", type=COUNT, help="only so many of the grid's")
-    parser.add_argument("--table", action="store_true", help="run nothing")
+    parser.add_argument("--seeds", type=scripts.COUNT, help="only so many of the grid's")
     parser.add_argument("--reference", help="the method that differences are to: else the first")
-    run_script(parser, run_and_print)
+    scripts.add_grid_flags(parser)
+    scripts.run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

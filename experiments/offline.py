@@ -26,10 +26,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from critic import QuantileCritic
 from dvpo import masked_mean
-from experiments import noise
-from experiments.seeds import COUNT, current_commit, new_parser, run_script
-from experiments.strata import evaluated
-from experiments.tables import RESULTS, add_row, read_results
+from experiments import noise, scripts
+from experiments.tables import RESULTS, by_seed, read_results
 from experiments.worst_case import cql_loss, of_tokens, robust_returns
 from harness.flags import number_in, parse_args
 from harness.setup import build, judge, respond
@@ -121,7 +119,7 @@ def foresight(run, args, critic):
 
 def start(flags, seed):
     """The starting policy, as a Run with the flags' noise, and all of its flags."""
-    with noise.run_folder(seed) as folder, torch.enable_grad():  # for a new warm start
+    with torch.enable_grad(), noise.run_folder(seed) as folder:  # for a new warm start
         args = parse_args(noise.seeded(flags, seed, folder))
         return build(args), args
 
@@ -134,19 +132,18 @@ def log_of(seed):
     """
     torch.manual_seed(seed)
     run, args = start(noise.flags_of("main", "ppo", "none"), seed)
-    before = evaluated(run, args, "before")
+    before = noise.evaluated(run, args, "before")
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     log = respond(run, args, batch, args.temperature)
     return before, log, in_micro_batches(response_probs, run.policy, log, *LIMITS)
 
 
 @torch.no_grad()
-def run_all(kind, keys):
-    """Rows of these KEYS, one noise's and one seed's, on one log; writes them as they come."""
-    torch.set_num_threads(1)
+def run(kind, keys):
+    """The rows of these KEYS, one noise's and one seed's, on one log."""
     flags, seed = keys[0][-2:]
     begin, (before, log, probs) = time.process_time(), log_of(seed)
-    (run, args), about = start(flags, seed), {"noise": kind, "commit": current_commit()} | before
+    (run, args), rows = start(flags, seed), []
     batch = run.data[batch_rows(len(run.data), 0, args.total_episodes, seed)]
     scores, _ = judge(run, args, batch, log)
     for price, group in itertools.groupby(keys, lambda key: key[3:5]):
@@ -155,9 +152,11 @@ def run_all(kind, keys):
         for key in group:
             torch.manual_seed(seed)
             after = extracted(run, args, log, advantages[key[1]], key[2])
-            row = dict(zip(KEYS, key)) | about | evaluated(after, args, "after")
+            row = dict(zip(KEYS, key)) | {"noise": kind} | before
+            row |= noise.evaluated(after, args, "after")
             row["after"] |= foresight(after, args, critic)
-            add_row(FOUND, row | {"seconds": time.process_time() - begin})
+            rows.append(row | {"seconds": time.process_time() - begin})
+    return rows
 
 
 def settings_of(args):
@@ -175,8 +174,7 @@ def print_tables(rows):
     label = "{method} {alpha:g} {radius:g} {advantage} at {temperature:g}".format_map
     kinds, names = sorted({row["noise"] for row in rows}), sorted({*map(label, rows)})
     found = {key: {} for key in itertools.product(kinds, names)}
-    for row in rows:
-        found[row["noise"], label(row)][row["seed"]] = row
+    found |= by_seed(rows, lambda row: (row["noise"], label(row)))
     found |= noise.averaged(found)
     for columns in COLUMNS:
         noise.print_table(noise.summarise(found, names[0], columns), names[0], columns)
@@ -185,33 +183,30 @@ def print_tables(rows):
 def found_rows():
     """{its KEYS: row} of the file."""
     known = {"method": lambda name: name in METHODS, "noise": lambda name: name in noise.NOISES}
-    keys = (*KEYS, "noise", "before", "after")
-    rows = read_results(FOUND, *keys, **known) if FOUND.exists() else []
+    rows = read_results(FOUND, *KEYS, "noise", "before", "after", **known)
     return {tuple(row[key] for key in KEYS): row for row in rows}
 
 
 def run_and_print(args):
     """Runs what the file lacks, a task for each noise and seed, and prints the tables."""
-    found, asked, todo = found_rows(), {}, {}
+    found, asked, todo = found_rows(), set(), []
     for seed, kind in itertools.product(args.seeds, args.noise):
         flags = noise.flags_of("main", "ppo", kind)
         keys = [(*own, flags, seed) for own in settings_of(args)]
-        asked |= dict.fromkeys(keys, kind)
-        lacks = [key for key in keys if key not in found and not args.table]
-        todo |= {(kind, seed): (kind, lacks)} if lacks else {}
-    failed = todo.keys() - dict(noise.pooled(run_all, todo, args.jobs))
-    # Its flags say which noise it was.
-    rows = [row | {"noise": asked[key]} for key, row in found_rows().items() if key in asked]
+        asked.update(keys)
+        if lacks := [key for key in keys if key not in found]:
+            todo.append((kind, lacks))
+    failed = 0 if args.table else scripts.add_runs(run, todo, args.jobs, FOUND)
+    rows = [row for key, row in found_rows().items() if key in asked]
     if rows:
         print_tables(rows)
-    if failed:
-        sys.exit(f"offline.py: {len(failed)} tasks failed")
-    if not rows:
+    elif not failed:
         raise InputError("expected finished runs of these methods and seeds, found none")
+    return failed
 
 
 def main():
-    parser = new_parser(__doc__)
+    parser = scripts.new_parser(__doc__)
     add, kinds = functools.partial(parser.add_argument, nargs="+"), [*noise.NOISES]
     add("--method", choices=METHODS, default=METHODS)
     add("--noise", choices=kinds, default=kinds)
@@ -220,9 +215,8 @@ def main():
     add("--temperature", type=number_in("(0, inf)", float), default=[0.3])
     add("--alpha", type=number_in("[0, inf)", float), default=[0.1], help="cql's price")
     add("--radius", type=number_in("[0, 1]", float), default=[0.03], help="rfqi's ball")
-    parser.add_argument("--jobs", type=COUNT, default=1, help="tasks at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="run nothing")
-    run_script(parser, run_and_print)
+    scripts.add_grid_flags(parser)
+    scripts.run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 
 import train
 from experiments import bench, memory
-from experiments.seeds import DEVICE, current_commit, new_parser, run_script
+from experiments.scripts import DEVICE, current_commit, new_parser, run_script
 from experiments.tables import RESULTS, add_row
 from harness.gpu import COMPILED
 from harness.setup import autocast, respond

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import rollout
-from experiments.seeds import COUNT, load_policy, new_parser, run_script
+from experiments.scripts import COUNT, load_policy, new_parser, run_script
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts

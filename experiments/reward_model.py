@@ -20,7 +20,7 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from experiments.seeds import COUNT, DEVICE, new_parser, run_script
+from experiments.scripts import COUNT, DEVICE, new_parser, run_script
 from experiments.tables import read_rows
 from harness.flags import number_in
 from harness.setup import context_of, load

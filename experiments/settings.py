@@ -14,7 +14,6 @@ import contextlib
 import gc
 import io
 import itertools
-import json
 import statistics
 import sys
 import tempfile
@@ -25,12 +24,11 @@ if __name__ == "__main__":
 
 import torch
 
-from experiments import evaluate
-from experiments.noise import CURVES, NOISES, add_all
-from experiments.seeds import COUNT, DEVICE, current_commit, refuse, run_script, train_quietly
-from experiments.tables import RESULTS, add_row, compared, is_text, read_results, read_rows
+from experiments import evaluate, scripts
+from experiments.noise import CURVES, NOISES
+from experiments.tables import RESULTS, add_row, by_seed, compared, is_text, read_results
 from harness.flags import number_in, parse_args
-from tasks import InputError, naming
+from tasks import InputError
 from tasks.rewards import load_reward
 
 METHODS = {
@@ -63,10 +61,9 @@ def check(args):
     """Ends the program where a run could not begin, or would not be what the table says."""
     if not (args.model and args.flags):
         raise InputError("expected --model and train.py's flags behind --, or --table")
-    refuse(args.flags, OURS)
-    for kind in dict.fromkeys(["none", *(args.kinds or USUAL)]):
-        for method in METHODS:
-            flags = parse_args(flags_of(args, method, kind))
+    scripts.refuse(args.flags, OURS)
+    for kind, method in itertools.product(["none", *(args.kinds or USUAL)], METHODS):
+        flags = parse_args(flags_of(args, method, kind))
         files = [flags.dataset_name, flags.eval_dataset_name, args.data / "other.jsonl"]
         files += [args.data / "judge" / "config.json"] if kind == "judge" else []
         for file in files:
@@ -79,32 +76,29 @@ def true_scores(name, args, parts):
     flags = parse_args(flags_of(args, "ppo", "none"))
     own = argparse.Namespace(rows=flags.eval_samples, response_length=flags.response_length)
     own.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in parts]
-    rewards = {flags.reward: load_reward(flags.reward, DEVICE)}
+    rewards = {flags.reward: load_reward(flags.reward, scripts.DEVICE)}
     scores = [row["score"] for row in evaluate.evaluate(name, rewards, own)]
     return dict(zip([TRUE[part] for part in parts], scores))
 
 
 def run(args, method, kind, seed):
-    """One run of train.py, evaluated -> its results, and what it was made with."""
-    torch.set_num_threads(1)
-    with naming(f"{method}, {kind}, seed {seed}"), tempfile.TemporaryDirectory() as folder:
-        flags = flags_of(args, method, kind)
-        own = ["--seed", str(seed), "--reward-noise-seed", str(seed), "--output-dir", folder]
-        train_quietly([*flags, *own])
-        found = json.loads((Path(folder) / "results.json").read_text())
-        gc.collect()
+    """One run of train.py, evaluated -> its row: results, and what it was made with."""
+    flags = flags_of(args, method, kind)
+    with tempfile.TemporaryDirectory() as folder:
+        words = scripts.seeded(flags, seed, folder)
+        scripts.train_quietly(f"{method}, {kind}, seed {seed}", words)
+        found, rows = scripts.read_run(folder)
+        gc.collect()  # or what was trained would stay while another model is loaded
         with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
             scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
-        rows = read_rows(Path(folder) / "metrics.jsonl")
     for when in ("before", "after") if kind == "judge" else ():
         found[when] = {f"judge, {name}": score for name, score in found[when].items()}
-    found["after"] |= scores
-    gc.collect()
-    if DEVICE == "cuda":
+    if scripts.DEVICE == "cuda":
         torch.cuda.empty_cache()
         found["device"] = torch.cuda.get_device_name()
-    curves = {name: [row.get(key) for row in rows] for name, key in CURVES.items()}
-    return {**found, **curves, "flags": flags}
+    found |= {"method": method, "noise": kind, "seed": seed, "flags": flags}
+    found |= {name: [row.get(key) for row in rows] for name, key in CURVES.items()}
+    return [found | {"after": found["after"] | scores}]
 
 
 def finished_rows(target):
@@ -116,46 +110,43 @@ def finished_rows(target):
 def run_grid(args, target):
     """Runs what the results lack, seed by seed, and adds it line by line -> number of failures."""
     finished = set()
-    for row in finished_rows(target) if target.exists() else []:
+    for row in finished_rows(target):
         method, kind, seed = key = (row["method"], row["noise"], row["seed"])
-        wanted = flags_of(args, "ppo" if method == "start" else method, kind)
-        if row["flags"] != wanted:
+        if row["flags"] != flags_of(args, "ppo" if method == "start" else method, kind):
             expected = f"expected flags as now, found {' '.join(row['flags'])}"
             raise InputError(f"{target}: {method}, {kind}, seed {seed}: {expected}")
         finished.add(key)
-    about = {"commit": current_commit(), "torch": torch.__version__}
     if ("start", "none", 0) not in finished:
-        row = {"method": "start", "noise": "none", "seed": 0, **about}
-        row["after"] = true_scores(args.model, args, TRUE)
-        add_row(target, row | {"flags": flags_of(args, "ppo", "none")})
-    todo = {}
-    seeds, kinds = sorted({*(args.seeds or range(5))}), args.kinds or USUAL
+        row = {"method": "start", "noise": "none", "seed": 0, "commit": scripts.current_commit()}
+        row |= {"flags": flags_of(args, "ppo", "none"), "torch": torch.__version__}
+        add_row(target, row | {"after": true_scores(args.model, args, TRUE)})
+    seeds, kinds, todo = sorted({*(args.seeds or range(5))}), args.kinds or USUAL, []
     for seed, kind, method in itertools.product(seeds, kinds, args.methods):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
-            todo[method, kind, seed] = args, method, kind, seed
+            todo.append((args, method, kind, seed))
     # A fork could not use the GPU, which its parent has looked at.
-    return add_all(run, todo, args.jobs, target, about, "spawn")
+    return scripts.add_runs(run, todo, args.jobs, target, "spawn")
 
 
 def print_table(rows, kinds=KINDS, methods=METHODS):
     """A row per noise and method: seeds, each score, and how far it is from PPO's, paired."""
-    found, starts = {}, {}
+    found, starts = by_seed(rows, lambda row: (row["noise"], row["method"])), {}
     for row in rows:
-        found.setdefault((row["noise"], row["method"]), {})[row["seed"]] = row["after"]
         for name, score in row.get("before", {}).items():
             starts.setdefault(name, []).append(score)
     if not starts or ("none", "start") not in found:
         raise InputError("expected a start and finished runs, found others")
     starts = {name: statistics.fmean(scores) for name, scores in starts.items()}
-    starts |= [*found["none", "start"].values()][0]
+    starts |= [*found["none", "start"].values()][0]["after"]
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
     print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))
     for kind, method in itertools.product(kinds, methods):
         own, base = found.get((kind, method), {}), found.get((kind, "ppo"), {})
         # A judge's scores are its own kind's.
-        names = [name for name in starts if any(name in scores for scores in own.values())]
+        names = [name for name in starts if any(name in run["after"] for run in own.values())]
         seeds, columns = compared(f"{kind}, {method}", own, base, names)
         texts = {k: "{:.3f} ±{:.3f}  {:+.3f} ±{:.3f}".format(*v) for k, v in columns.items()}
+        texts = {k: text.replace("±nan", " " * 6) for k, text in texts.items()}  # of one seed
         cells = "".join(f"{texts.get(name, ''):34}" for name in starts)
         if columns:
             print(f"{kind:10}{method:14}{len(seeds):<6}{cells}")
@@ -167,24 +158,24 @@ def run_and_print(args):
         check(args)
         failed = run_grid(args, target)
     rows = finished_rows(target)
+    if not rows:
+        raise InputError(f"DATA: expected finished runs in {target}, found none")
     if args.seeds:
         rows = [row for row in rows if row["method"] == "start" or row["seed"] in args.seeds]
     print_table(rows, args.kinds or KINDS, args.methods)
-    if failed:
-        sys.exit(f"settings.py: {failed} runs failed")
+    return failed
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = scripts.new_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="to run: else none, verifier")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
     parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="else 0 to 4")
-    parser.add_argument("--jobs", type=COUNT, default=1, help="runs at a time, one thread each")
-    parser.add_argument("--table", action="store_true", help="run nothing; all, or just these")
+    scripts.add_grid_flags(parser)
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")
-    run_script(parser, run_and_print)
+    scripts.run_script(parser, run_and_print)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 import rollout
 from dvpo import masked_mean
-from experiments.seeds import COUNT, load_policy, new_parser, run_script
+from experiments.scripts import COUNT, load_policy, new_parser, run_script
 from harness.flags import number_in
 from harness.setup import context_of, stop_token_ids
 from tasks import InputError

@@ -1,8 +1,8 @@
 """Rows of experiments/results/*.jsonl, and what tables say of them."""
 
 import contextlib
-import itertools
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -40,16 +40,20 @@ def read_rows(path, *keys):
     return rows
 
 
-def read_results(path, *keys, **own):
-    """Rows of runs, with "all four" accuracies' mean, each once and as HELD and own have it."""
-    rows, seen = read_rows(path, *keys), {}
-    for (key, fits), (number, row) in itertools.product((HELD | own).items(), enumerate(rows, 1)):
+def check(where, row, **own):
+    """Raises InputError where a row holds what is not as HELD and own have it."""
+    for key, fits in (HELD | own).items():
         with contextlib.suppress(TypeError, AttributeError):
             if key not in row or fits(row[key]):
                 continue
-        found = f"expected another {key}, found {repr(row[key])[:200]}"
-        raise InputError(f"{path}, row {number}: {found}")
+        raise InputError(f"{where}: expected another {key}, found {repr(row[key])[:200]}")
+
+
+def read_results(path, *keys, **own):
+    """Rows of runs, checked, each once, with "all four" accuracies' mean; none of no file."""
+    rows, seen = read_rows(path, *keys) if path.exists() else [], {}
     for number, row in enumerate(rows, 1):
+        check(f"{path}, row {number}", row, **own)
         first = seen.setdefault(str([row.get(key) for key in ABOUT]), number)
         if first != number:
             raise InputError(f"{path}, row {number}: expected another run, found row {first} again")
@@ -65,18 +69,30 @@ def add_row(path, row):
         file.write("\n" * (text[-1:] not in ("", "\n")) + json.dumps(row) + "\n")
 
 
+def by_seed(rows, key):
+    """{key(row): {seed: row}}."""
+    found = {}
+    for row in rows:
+        found.setdefault(key(row), {})[row["seed"]] = row
+    return found
+
+
 def interval(values):
-    """Mean and half-width of Student's 95 % interval."""
+    """Mean and half-width of Student's 95 % interval, NaN of a single value."""
+    if len(values) == 1:
+        return values[0], math.nan
     half = STUDENT[min(len(values), 10) - 2] * statistics.stdev(values) / len(values) ** 0.5
     return statistics.mean(values), half
 
 
-def compared(what, own, base, names):
-    """Scores {seed: {name: score}}, paired -> seeds, {name: (mean, half, difference, half)}."""
+def compared(what, own, base, names, when="after"):
+    """Runs {seed: row}, paired -> seeds, {score: (mean, half-width, difference, half-width)}."""
     seeds, columns = sorted(own.keys() & base.keys()), {}
-    for name in names if len(seeds) > 1 else ():
-        if lacks := [seed for seed in seeds if not (name in own[seed] and name in base[seed])]:
-            raise InputError(f"results: {what}, seed {lacks[0]}: expected {name!r}, found none")
-        pairs = [own[seed][name] - base[seed][name] for seed in seeds]
-        columns[name] = *interval([own[seed][name] for seed in seeds]), *interval(pairs)
+    for name in names if seeds else ():
+        for seed in seeds:
+            if not (name in own[seed][when] and name in base[seed][when]):
+                raise InputError(f"results: {what}, seed {seed}: expected {name!r}, found none")
+        scores, others = ([runs[seed][when][name] for seed in seeds] for runs in (own, base))
+        differences = [score - other for score, other in zip(scores, others)]
+        columns[name] = *interval(scores), *interval(differences)
     return seeds, columns

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import train
 from experiments import many_gpus
-from experiments.seeds import ROOT
+from experiments.scripts import ROOT
 from harness import checkpoints
 
 ALGOS = ("dvpo", "ppo", "grpo")

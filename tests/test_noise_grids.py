@@ -3,38 +3,58 @@
 import itertools
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from common import DAMAGED, REPOSITORY, refused_by, script, write_rows
 
 from experiments import noise
 from experiments.tables import read_rows
 from harness.flags import parse_args
-from tasks import InputError
+from tasks import InputError, as_messages
 
 
-@pytest.mark.parametrize("other_is_first", [False, True])
-def test_a_new_warm_start_is_there_whole_and_once(tmp_path, monkeypatch, other_is_first):
+def test_a_new_warm_start_is_made_once_by_processes_that_begin_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    kept, copytree = tmp_path / "runs" / "warm-dialogue-seed3", shutil.copytree
+    making = []
 
-    def copied_while_another_process_ends(source, target, **options):
-        copytree(source, target, **options)
-        assert not kept.exists()
-        if other_is_first:
-            copytree(source, kept)
-            (kept / "settings.json").write_text("other")
+    def make(task, seed, folder):
+        if not (folder / "settings.json").exists():
+            making.append((task, seed))
+            folder.mkdir()
+            time.sleep(0.2)  # the others come
+            (folder / "settings.json").write_text("whole")
 
-    with noise.run_folder(3) as folder:
-        (folder / "warm_start").mkdir()
-        (folder / "warm_start" / "settings.json").write_text("own")
-        monkeypatch.setattr(shutil, "copytree", copied_while_another_process_ends)
-    monkeypatch.setattr(shutil, "copytree", copytree)
-    assert [*kept.parent.iterdir()] == [kept]
-    found = "other" if other_is_first else "own"
-    assert (kept / "settings.json").read_text() == found
-    with noise.run_folder(3) as folder:
-        assert (folder / "warm_start" / "settings.json").read_text() == found
+    def found(number):
+        with noise.run_folder(3) as folder:
+            return folder, (folder / "warm_start" / "settings.json").read_text()
+
+    monkeypatch.setattr(noise, "warm_start", make)
+    with ThreadPoolExecutor(3) as pool:  # each opens the lock for itself
+        folders, texts = zip(*pool.map(found, range(3)))
+    assert making == [("dialogue", 3)] and texts == ("whole",) * 3
+    assert len({*folders}) == 3 and not any(folder.exists() for folder in folders)
+    assert (tmp_path / "runs" / "warm-dialogue-seed3" / "settings.json").exists()
+
+
+def test_strata_by_hand():
+    prompts = []
+    for said in ("food thai", "day monday day sunday", "food thai day friday"):
+        words = said.split()
+        messages = [turn for at in range(0, len(words), 2) for turn in turns_of(words[at : at + 2])]
+        prompts.append(messages + as_messages("book"))
+    strata = noise.by_stratum(prompts, torch.tensor([1.0, 0.0, 1.0]))
+    turns, changes = {"1 turns": [1, 1], "2 turns": [1, 2]}, {"0 changes": [2, 2]}
+    assert strata == turns | changes | {"1 changes": [0, 1]}
+    # 2/3 in all; 1 of one and 1/2 of two: (1/9 + 2/36) / 3 = 1/18.
+    assert noise.unevenness(strata, "turns") == pytest.approx(18**-0.5)
+    assert noise.unevenness(strata, "changes") == pytest.approx((2 / 9) ** 0.5)
+
+
+def turns_of(words):
+    return as_messages(" ".join(words)) + as_messages("ok", "assistant")
 
 
 @pytest.mark.slow
@@ -84,7 +104,8 @@ def test_the_laboratorys_bad_flags_are_one_line(flags, found, monkeypatch, capsy
     monkeypatch.setattr(sys, "argv", ["noise.py", *flags])
     with pytest.raises(SystemExit) as stopped:
         noise.main()
-    assert stopped.value.code == 2 and found in capsys.readouterr().err.splitlines()[-1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and found in said
 
 
 def test_windows_by_hand():
@@ -203,7 +224,7 @@ def test_the_learning_rates_are_those_that_tuning_found(monkeypatch):
     rows = [row for name in files for row in read_rows(noise.RESULTS / f"{name}.jsonl")]
     for row in rows:
         # As today's form was called when it was chosen.
-        row["flags"] = row["flags"].replace("--readout tanh-sd", noise.BOUND)
+        row["flags"] = row["flags"].replace("tanh-sd", "spread")
     monkeypatch.setattr(noise, "finished_runs", lambda: rows)
     found, mean = noise.current("tuning"), {}
     for method in noise.TRIED:

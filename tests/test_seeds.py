@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import seeds
+import train
+from experiments import scripts, seeds
 from harness.flags import parse_args
 
 
@@ -15,11 +16,11 @@ from harness.flags import parse_args
 def seeds_of(tmp_path, monkeypatch, capsys):
     """seeds.py in an empty house, with runs that take no time -> (status, what it said, runs)."""
     (tmp_path / "results").mkdir()
-    monkeypatch.setattr(seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(scripts, "ROOT", tmp_path)
     monkeypatch.setattr(seeds, "RESULTS", tmp_path / "results")
     done = []
 
-    def trained(flags):
+    def trained(what, flags):
         args, done_before = parse_args(flags), len(done)
         folder = Path(args.output_dir)
         folder.mkdir(parents=True)
@@ -30,7 +31,7 @@ def seeds_of(tmp_path, monkeypatch, capsys):
         done.append((args.algo, args.seed))
 
     def run(*flags):
-        monkeypatch.setattr(seeds, "train_quietly", trained)
+        monkeypatch.setattr(scripts, "train_quietly", trained)
         monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "2", *flags])
         try:
             seeds.main()
@@ -73,8 +74,8 @@ def test_a_run_that_fails_or_is_stopped_ends_seeds_in_one_line(
         print("train.py: error: a disk is full", file=sys.stderr)
         return status
 
-    monkeypatch.setattr(seeds.train, "main", main)
-    monkeypatch.setattr(seeds, "ROOT", tmp_path)
+    monkeypatch.setattr(train, "main", main)
+    monkeypatch.setattr(scripts, "ROOT", tmp_path)
     monkeypatch.setattr(seeds, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["seeds.py", "--seeds", "2", "--algos", "ppo"])
     with pytest.raises(SystemExit) as found:
@@ -86,7 +87,7 @@ def test_a_run_that_fails_or_is_stopped_ends_seeds_in_one_line(
 @pytest.mark.parametrize(
     ("flags", "found"),
     [
-        ("--algos ppo grpo -- --lam 0.5", "and a --name for a run with further flags"),
+        ("--algos ppo grpo -- --lam 0.5", "--name: expected one for a run with further flags"),
         (
             "--name a --algos ppo -- --lam 0.5",
             "flags as now or a new --name, found other lam",
@@ -98,7 +99,7 @@ def test_a_run_that_fails_or_is_stopped_ends_seeds_in_one_line(
         ("--name new --algos ppo -- --algo grpo", "found one that is set here"),
         ("--name noise-x --algos ppo", "--name: no path, noise-* or setting-* expected, fou"),
         ("--name ../x --algos ppo", "--name: no path, noise-* or"),
-        ("--seeds 1", "expected at least 2 --seeds"),
+        ("--seeds 1", "--seeds: expected a whole number in [2, inf), found '1'"),
     ],
 )
 def test_seeds_leave_other_runs_and_results_alone(seeds_of, tmp_path, flags, found):
@@ -109,5 +110,29 @@ def test_seeds_leave_other_runs_and_results_alone(seeds_of, tmp_path, flags, fou
     (tmp_path / "results" / "noise.jsonl").write_text('{"method": "ppo", "seed": 0}\n')
     before = {path: path.read_text() for path in (tmp_path / "results").iterdir()}
     status, said, done = seeds_of(*flags.split())
-    assert status == 2 and found in said.splitlines()[-1] and len(done) == 4
+    assert status == 2 and found in said and len(said.splitlines()) == 1 and len(done) == 4
     assert {path: path.read_text() for path in (tmp_path / "results").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("name", "damaged", "found"),
+    [
+        ("results.json", "{", "seed1: expected a finished run: Expecting"),
+        ("results.json", "[]", "seed1: expected a finished run: 'list' object is not"),
+        ("results.json", '{"before": {"score": 0.5}}', "seed1: expected a finished run: 'after'"),
+        ("results.json", '{"before": {"score": 0.5}, "after": {"score": "x"}}', "another after"),
+        ("results.json", '{"before": {"score": 0.5}, "after": null}', "another after, found None"),
+        ("results.json", '{"before": {}, "after": {"score": 0.5}}', "seed 1: expected 'score'"),
+        ("results.json", '{"before": {"score": 0.5}, "after": {}}', "seed 1: expected 'score'"),
+        ("args.json", '{"flags": 3}', "seed1: expected a finished run: 'int' object is not"),
+        ("args.json", "{}", "seed1: expected a finished run: 'flags'"),
+        ("metrics.jsonl", "torn", "metrics.jsonl, line 1: expected a JSON object"),
+    ],
+)
+def test_a_damaged_run_folder_is_one_line(seeds_of, tmp_path, name, damaged, found):
+    assert seeds_of("--algos", "ppo")[0] == 0
+    (tmp_path / "runs" / "default-ppo-seed1" / name).write_text(damaged)
+    status, said, done = seeds_of("--algos", "ppo")
+    *bar, said = said.splitlines()  # of progress
+    assert status == 2 and said.startswith("seeds.py: error: ") and found in said, said
+    assert all(line.startswith("runs: ") for line in bar if line), bar

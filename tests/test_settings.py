@@ -84,6 +84,15 @@ def test_a_settings_table_pairs_seeds_with_ppos(capsys):
     assert grpo[:7] == ["verifier", "grpo", "2", "0.650", "±1.907", "+0.100", "±1.271"]
 
 
+def test_a_single_seed_is_shown_without_an_interval(capsys):
+    rows = [row for row in setting_rows() if row["method"] != "grpo" or row["seed"] == 1]
+    settings.print_table(rows)
+    *_, grpo = capsys.readouterr().out.splitlines()
+    # 0.8, and PPO has 0.6.
+    assert grpo.split() == ["verifier", "grpo", "1", "0.800", "+0.200", "0.000", "+0.000"]
+    assert grpo.index("+0.200") == 30 + len("0.800 ±0.000  ")
+
+
 @pytest.mark.parametrize("damage", DAMAGED, ids=str)
 def test_a_damaged_run_ends_the_table_in_one_line(damage, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(settings, "RESULTS", tmp_path)
@@ -141,7 +150,7 @@ def test_a_table_takes_the_seeds_that_it_is_given(tmp_path, monkeypatch, capsys)
         ),
         (["--model", "nowhere", "--", "--lerning-rate", "1"], "--lerning-rate"),
         (["--seeds", "-1"], "--seeds: expected a whole number in [0, 2e9], found '-1'"),
-        (["--table"], "No such file"),
+        (["--table"], "DATA: expected finished runs in "),
     ],
 )
 def test_a_settings_bad_flags_are_one_line(flags, found, tmp_path, monkeypatch, capsys):
@@ -149,4 +158,5 @@ def test_a_settings_bad_flags_are_one_line(flags, found, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["settings.py", str(tmp_path / "none"), *flags])
     with pytest.raises(SystemExit) as stopped:
         settings.main()
-    assert stopped.value.code == 2 and found in capsys.readouterr().err.splitlines()[-1]
+    (said,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and found in said
