@@ -4,9 +4,9 @@
     python experiments/noise.py --grid tuning --jobs 2     # or choice, ladder, long, rates, quick
     python experiments/noise.py --table                    # print what results/ holds
 
-Finished runs stand in experiments/results/noise-*.jsonl (quick: runs/noise-quick/) and are skipped:
-a grid may be stopped and gone on with, and grids share what they have in common. Per seed all
-methods get the same warm start, number of completions, and order of prompts and noise.
+Finished runs stand in experiments/results/noise-*.jsonl and are skipped: a grid may be stopped and
+gone on with, and grids share what they have in common. Per seed all methods get the same warm
+start, number of completions, and order of prompts and noise.
 """
 
 import contextlib
@@ -101,11 +101,9 @@ def seeded(flags, seed, folder):
 
 def windows(values):
     """Means over every WINDOW values, None left out."""
-    found = []
-    for i in range(0, len(values) - WINDOW + 1, WINDOW):
-        known = [value for value in values[i : i + WINDOW] if value is not None]
-        found.append(round(statistics.fmean(known), 4) if known else None)
-    return found
+    parts = [values[end - WINDOW : end] for end in range(WINDOW, len(values) + 1, WINDOW)]
+    known = [[value for value in part if value is not None] for part in parts]
+    return [round(statistics.fmean(part), 4) if part else None for part in known]
 
 
 @contextlib.contextmanager
@@ -155,12 +153,10 @@ def run(method, noise, seed, flags):
         scripts.train_quietly(f"{method}, {noise}, seed {seed}", seeded(flags, seed, folder))
         found, rows = scripts.read_run(folder)
         with contextlib.redirect_stderr(io.StringIO()):
-            strata = evaluated(*scripts.load_run(folder), "after")
+            found |= evaluated(*scripts.load_run(folder), "after")
     found |= {"method": method, "noise": noise, "seed": seed, "flags": flags}
-    found |= strata | {"after": strata["after"] | found["after"]}
-    for name, key in CURVES.items():
-        if key in rows[0]:
-            found[name] = windows([row[key] for row in rows])
+    curves = {name: key for name, key in CURVES.items() if key in rows[0]}
+    found |= {name: windows([row[key] for row in rows]) for name, key in curves.items()}
     curve = [{k: v for k, v in row.items() if k[:4] in ("iter", "eval")} for row in rows]
     return [found | {"curve": [row for row in curve if len(row) > 1]}]
 
@@ -210,10 +206,9 @@ def summarise(found, reference, splits=COLUMNS):
     table = []
     for (noise, method), runs in found.items():
         base, what = found[noise, reference], f"{noise}, {method}"
-        for seed in runs.keys() & base.keys():
+        for seed, split in itertools.product(runs.keys() & base.keys(), splits):
             # Sampled scores before training depend on --batch-size, too.
-            one, two = runs[seed]["before"], base[seed]["before"]
-            if any(one.get(split) != two.get(split) for split in splits):
+            if runs[seed]["before"].get(split) != base[seed]["before"].get(split):
                 expected = f"expected the warm start of {reference}, found another"
                 raise InputError(f"results: {what}: {expected}")
         seeds, columns = compared(what, runs, base, splits)
@@ -235,10 +230,6 @@ def print_table(table, reference, splits=COLUMNS):
 
 
 def run_and_print(args):
-    if args.grid == "quick":
-        global RESULTS
-        RESULTS = Path("runs/noise-quick")
-        RESULTS.mkdir(parents=True, exist_ok=True)
     methods, _, seeds = GRIDS[args.grid]
     reference = args.reference or next(iter(methods))
     if reference not in methods:

@@ -5,9 +5,7 @@
 
 A log for each seed: responses of the starting policy, as many as a run of noise.py samples, scored
 as there. On it a method fits a critic, Q (B, T, V) over the vocabulary, and takes a policy in one
-step: log-probs of the log weighted by exp(A / temperature), A = y - V(s), the return that followed
-minus V(s) = E_b Q(s, b); or with --advantage q Q(s, a) - V(s). cql and rfqi with alpha or radius 0
-are awr, bit for bit. Rows that are there are kept.
+step. cql and rfqi with alpha or radius 0 are awr, bit for bit. Rows that are there are kept.
 """
 
 import copy
@@ -69,7 +67,7 @@ def train_epoch(model, optimizer, log, numbers, loss_of):
 
 
 def fitted(run, args, log, scores, probs, alpha, radius):
-    """Fits Q of the starting policy to its log -> critic, {name: advantages (B, T)}."""
+    """Fits Q to the log -> critic, {name: advantages (B, T)}: y or Q(s, a) minus E_b Q(s, b)."""
     critic = QuantileCritic(copy.deepcopy(run.policy.base_model), 1, probs.shape[-1])
     critic.scale.copy_(scores.std().clamp(min=1e-8))
     critic.heads.bias.fill_(scores.mean() / critic.scale)
@@ -173,7 +171,7 @@ def print_tables(rows):
     """Accuracies; what was foreseen and then scored; how uneven: and each minus awr's."""
     label = "{method} {alpha:g} {radius:g} {advantage} at {temperature:g}".format_map
     kinds, names = sorted({row["noise"] for row in rows}), sorted({*map(label, rows)})
-    found = {key: {} for key in itertools.product(kinds, names)}
+    found = dict.fromkeys(itertools.product(kinds, names), {})
     found |= by_seed(rows, lambda row: (row["noise"], label(row)))
     found |= noise.averaged(found)
     for columns in COLUMNS:

@@ -6,6 +6,8 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
+import platform
 import re
 import shutil
 import subprocess
@@ -55,8 +57,12 @@ def run_script(parser, function):
     quiet()
     try:
         failed = function(args)
-    except (InputError, OSError) as error:
+    except InputError as error:
         parser.error(error)
+    except OSError as error:
+        names = [key for key, value in vars(args).items() if value and str(value) == error.filename]
+        flags = [f"--{name}" if f"--{name}" in words else name for name in names]
+        parser.error(": ".join([*flags, str(error)]))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
     if failed:
@@ -89,6 +95,14 @@ def current_commit():
     return commit + "-dirty" * bool(changed)
 
 
+def machine():
+    """What ran, and on what: rounding differs between kinds of CPU, and so do runs."""
+    info = Path("/proc/cpuinfo")
+    cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
+    about = {"commit": current_commit(), "torch": torch.__version__, "cores": os.cpu_count()}
+    return about | {"cpu": cpu[1] if cpu else platform.machine()}
+
+
 def refuse(flags, own):
     """Raises InputError where flags behind -- are among a script's own: a pattern of names."""
     for word in flags:
@@ -104,12 +118,12 @@ def seeded(words, seed, folder):
 
 def train_quietly(what, words):
     """train.main(words), unheard; raises InputError with the last line of a run that failed."""
-    with naming(what), contextlib.redirect_stdout(None):
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            try:
-                status = train.main(words)
-            except SystemExit as error:  # of bad flags
-                status = error.code
+    silent, noting = contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO())
+    with naming(what), silent, noting as said:
+        try:
+            status = train.main(words)
+        except SystemExit as error:  # of bad flags
+            status = error.code
         if status == 130:
             raise KeyboardInterrupt
         if status:
@@ -132,7 +146,7 @@ def add_runs(run, todo, jobs, target, method="fork"):
 
     Forks share what is imported; a GPU takes the method spawn. A process has one thread.
     """
-    failed, commit, context = 0, current_commit(), multiprocessing.get_context(method)
+    failed, about, context = 0, machine(), multiprocessing.get_context(method)
     one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with concurrent.futures.ProcessPoolExecutor(jobs, context, **one_thread) as pool:
         futures = [pool.submit(run, *arguments) for arguments in todo]
@@ -144,7 +158,7 @@ def add_runs(run, todo, jobs, target, method="fork"):
                     failed += 1
                 else:
                     for row in future.result():
-                        add_row(target, row | {"commit": commit})
+                        add_row(target, about | row)
         finally:
             pool.shutdown(cancel_futures=True)  # Ctrl-C
     return failed

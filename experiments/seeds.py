@@ -61,11 +61,10 @@ def run_and_print(args):
         raise InputError(f"--name: no path, noise-* or setting-* expected, found {args.name!r}")
     scripts.refuse(args.flags, "algo|seed|reward-noise-seed|output-dir|resume")
     torch.set_num_threads(1)
-    commit, algos, todo = scripts.current_commit(), [*dict.fromkeys(args.algos)], {}
+    about, algos, todo = scripts.machine(), [*dict.fromkeys(args.algos)], {}
     for seed, algo in itertools.product(range(args.seeds), algos):
-        words = ["--algo", algo, "--eval-steps", "15", *args.flags]
         folder = scripts.ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"
-        words = scripts.seeded(words, seed, folder)
+        words = scripts.seeded(["--algo", algo, "--eval-steps", "15", *args.flags], seed, folder)
         # It ends here what cannot work, before the first run.
         todo[algo, seed] = words, vars(parse_args(words))
     target = RESULTS / f"{args.name}.jsonl"
@@ -79,7 +78,7 @@ def run_and_print(args):
     for key, own in tqdm(todo.items(), desc="runs"):
         runs.append(run(*key, *own))
     print_table(runs, algos)
-    target.write_text("".join(json.dumps({"commit": commit, **run}) + "\n" for run in runs))
+    target.write_text("".join(json.dumps(about | run) + "\n" for run in runs))
     print(f"written: {target.relative_to(scripts.ROOT)}")
 
 

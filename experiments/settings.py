@@ -117,8 +117,8 @@ def run_grid(args, target):
             raise InputError(f"{target}: {method}, {kind}, seed {seed}: {expected}")
         finished.add(key)
     if ("start", "none", 0) not in finished:
-        row = {"method": "start", "noise": "none", "seed": 0, "commit": scripts.current_commit()}
-        row |= {"flags": flags_of(args, "ppo", "none"), "torch": torch.__version__}
+        row = {"method": "start", "noise": "none", "seed": 0, **scripts.machine()}
+        row["flags"] = flags_of(args, "ppo", "none")
         add_row(target, row | {"after": true_scores(args.model, args, TRUE)})
     seeds, kinds, todo = sorted({*(args.seeds or range(5))}), args.kinds or USUAL, []
     for seed, kind, method in itertools.product(seeds, kinds, args.methods):
@@ -130,13 +130,12 @@ def run_grid(args, target):
 
 def print_table(rows, kinds=KINDS, methods=METHODS):
     """A row per noise and method: seeds, each score, and how far it is from PPO's, paired."""
-    found, starts = by_seed(rows, lambda row: (row["noise"], row["method"])), {}
-    for row in rows:
-        for name, score in row.get("before", {}).items():
-            starts.setdefault(name, []).append(score)
+    found = by_seed(rows, lambda row: (row["noise"], row["method"]))
+    before = [row["before"] for row in rows if "before" in row]
+    names = dict.fromkeys(name for scores in before for name in scores)
+    starts = {name: statistics.fmean(x[name] for x in before if name in x) for name in names}
     if not starts or ("none", "start") not in found:
         raise InputError("expected a start and finished runs, found others")
-    starts = {name: statistics.fmean(scores) for name, scores in starts.items()}
     starts |= [*found["none", "start"].values()][0]["after"]
     print(f"{'noise':10}{'method':14}{'seeds':6}" + "".join(f"{name:34}" for name in starts))
     print(f"{'':10}{'start':20}" + "".join(f"{value:<34.3f}" for value in starts.values()))

@@ -1,14 +1,13 @@
 """experiments/noise.py: warm starts that processes share, grids, runs and tables."""
 
 import itertools
-import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from common import DAMAGED, REPOSITORY, refused_by, script, write_rows
+from common import DAMAGED, refused_by, script, write_rows
 
 from experiments import noise
 from experiments.tables import read_rows
@@ -58,16 +57,22 @@ def turns_of(words):
 
 
 @pytest.mark.slow
-def test_the_laboratory_runs_skips_what_is_finished_and_prints_paired_differences():
-    shutil.rmtree(REPOSITORY / "runs" / "noise-quick", ignore_errors=True)
-    quick = ("experiments/noise.py", "--grid", "quick", "--jobs", "2")
-    done = script(*quick, "--seeds", "1")
-    assert done.returncode == 0 and "2/2" in done.stderr, done.stderr[-2000:]
-    done = script(*quick)
-    assert done.returncode == 0 and "2/2" in done.stderr, done.stderr[-2000:]
-    assert len(read_rows(REPOSITORY / "runs" / "noise-quick" / "noise-quick.jsonl")) == 4
-    rows = [line for line in done.stdout.splitlines() if line.startswith("none")]
+def test_the_laboratory_runs_skips_what_is_finished_and_prints_paired_differences(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(noise, "RESULTS", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for words in (["--seeds", "1"], []):
+        monkeypatch.setattr(sys, "argv", ["noise.py", "--grid", "quick", "--jobs", "2", *words])
+        noise.main()
+        said = capsys.readouterr()
+        assert "2/2" in said.err
+    assert len(read_rows(tmp_path / "noise-quick.jsonl")) == 4
+    rows = [line for line in said.out.splitlines() if line.startswith("none")]
     assert len(rows) == 2 and "0.000 ±0.000" in rows[0]
+    # As a process of its own, on the rows that the repository holds.
+    done = script("experiments/noise.py", "--table", "--seeds", "2")
+    assert done.returncode == 0 and "averaged" in done.stdout and not done.stderr
 
 
 @pytest.mark.slow

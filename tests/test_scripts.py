@@ -2,11 +2,12 @@
 
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
 from common import REPOSITORY, refused_by
 
-from experiments import evaluate
+from experiments import evaluate, scripts, tables
 
 FILES = sorted((REPOSITORY / "experiments").glob("*.py"))
 # many_gpus.py has train.py's flags, bench_trl.py needs TRL.
@@ -28,3 +29,18 @@ def test_bad_flags_of_every_script_are_one_line(name, monkeypatch, capsys):
     module = importlib.import_module(f"experiments.{name}")
     said = refused_by(module, capsys, monkeypatch, "--no-such-flag")
     assert said.startswith(f"{name}.py: error: ")
+
+
+@pytest.mark.parametrize("words", [["--output", "no/rows.jsonl"], ["no/rows.jsonl"]])
+def test_a_file_that_cannot_be_written_is_named_with_its_flag(words, tmp_path, monkeypatch, capsys):
+    flag = words[0] if len(words) == 2 else "output"
+    parser = scripts.new_parser("A script.")
+    parser.add_argument(flag, type=Path)
+    parser.add_argument("--other")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["x.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        scripts.run_script(parser, lambda args: tables.add_row(args.output, {}))
+    (said,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2
+    assert said.endswith(f"error: {flag}: [Errno 2] No such file or directory: 'no/rows.jsonl'")
