@@ -11,7 +11,6 @@ start, number of completions, and order of prompts and noise.
 
 import contextlib
 import fcntl
-import io
 import itertools
 import shutil
 import statistics
@@ -152,8 +151,7 @@ def run(method, noise, seed, flags):
     with run_folder(seed) as folder:
         scripts.train_quietly(f"{method}, {noise}, seed {seed}", seeded(flags, seed, folder))
         found, rows = scripts.read_run(folder)
-        with contextlib.redirect_stderr(io.StringIO()):
-            found |= evaluated(*scripts.load_run(folder), "after")
+        found |= evaluated(*scripts.load_run(folder), "after")
     found |= {"method": method, "noise": noise, "seed": seed, "flags": flags}
     curves = {name: key for name, key in CURVES.items() if key in rows[0]}
     found |= {name: windows([row[key] for row in rows]) for name, key in curves.items()}

@@ -141,14 +141,19 @@ def read_run(folder):
     return found, read_rows(Path(folder, "metrics.jsonl"))
 
 
+def begin_process():
+    """One thread, and nothing to be heard: what fails is told by its exception."""
+    torch.set_num_threads(1)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+
+
 def add_runs(run, todo, jobs, target, method="fork"):
     """Adds run(*arguments)'s rows to a file, for all of todo, jobs at a time -> how many failed.
 
-    Forks share what is imported; a GPU takes the method spawn. A process has one thread.
+    Forks share what is imported; a GPU takes the method spawn.
     """
     failed, about, context = 0, machine(), multiprocessing.get_context(method)
-    one_thread = {"initializer": torch.set_num_threads, "initargs": (1,)}
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, **one_thread) as pool:
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, begin_process) as pool:
         futures = [pool.submit(run, *arguments) for arguments in todo]
         try:
             done = concurrent.futures.as_completed(futures)

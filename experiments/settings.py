@@ -10,9 +10,7 @@ and are skipped.
 """
 
 import argparse
-import contextlib
 import gc
-import io
 import itertools
 import statistics
 import sys
@@ -89,10 +87,10 @@ def run(args, method, kind, seed):
         scripts.train_quietly(f"{method}, {kind}, seed {seed}", words)
         found, rows = scripts.read_run(folder)
         gc.collect()  # or what was trained would stay while another model is loaded
-        with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
-            scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
-    for when in ("before", "after") if kind == "judge" else ():
-        found[when] = {f"judge, {name}": score for name, score in found[when].items()}
+        scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
+    if kind == "judge":
+        for when in ("before", "after"):
+            found[when] = {f"judge, {name}": score for name, score in found[when].items()}
     if scripts.DEVICE == "cuda":
         torch.cuda.empty_cache()
         found["device"] = torch.cuda.get_device_name()
