@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from experiments.seeds import ROOT
+from experiments.scripts import ROOT
 
 
 @pytest.mark.slow
