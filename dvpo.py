@@ -57,12 +57,6 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     raise ValueError(f"kind: expected 'k1', 'k2' or 'k3', found {kind!r}")
 
 
-def last_token(mask):
-    """(B, T) -> (B, T) bool: of every row only the last True slot."""
-    left_from_here = mask.flip(1).cumsum(1).flip(1)
-    return mask & (left_from_here == 1)
-
-
 def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     """The reward of every token: -kl_coef * k1 on each, plus the row's score on its last True slot.
 
@@ -75,8 +69,9 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     if kl_coef != 0:
         kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    scores = scores.detach().to(rewards.dtype).unsqueeze(1)
-    return rewards + torch.where(last_token(mask), scores, 0)
+    left_from_here = mask.flip(1).cumsum(1).flip(1)
+    is_last = mask & (left_from_here == 1)
+    return rewards + torch.where(is_last, scores.detach().to(rewards.dtype).unsqueeze(1), 0)
 
 
 @torch.no_grad()
@@ -97,8 +92,9 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
     """
     shapes = f"rewards {tuple(rewards.shape)}, quantiles {tuple(quantiles.shape)}"
     assert rewards.shape == mask.shape == quantiles.shape[:-1], shapes
-    # 0.0, not 0: whole numbers become floats.
-    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0.0).sort(dim=-1).values
+    # In fp32 at least: a sum over many tokens is rounded at each of them.
+    quantiles = quantiles.to(torch.promote_types(quantiles.dtype, torch.float32))
+    quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
     successors = quantiles if successors is None else successors.sort(dim=-1).values
     assert successors.shape == quantiles.shape, f"successors {tuple(successors.shape)}, {shapes}"
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
@@ -205,11 +201,12 @@ def masked_variance(values, mask):
 def explained_variance(values, targets, mask):
     """1 - Var(targets - values) / Var(targets) over the True slots of (B, T) tensors, as a scalar.
 
-    1 perfect, 0 no better than a constant; NaN where (fp32) targets do not vary. Computed in fp64.
+    1 perfect, 0 no better than a constant; NaN where rounding alone (1e-6) varies targets. In fp64.
     """
     assert values.shape == targets.shape, f"{tuple(values.shape)}, {tuple(targets.shape)}"
     spread, left = (masked_variance(x.double(), mask) for x in (targets, targets - values))
-    return torch.where(spread > 0, 1 - left / spread, torch.nan)
+    rounding = 1e-6 * torch.where(mask, targets.double(), 0).abs().amax()
+    return torch.where(spread > rounding.square(), 1 - left / spread, torch.nan)
 
 
 @torch.no_grad()

@@ -903,6 +903,30 @@ def test_explained_variance_by_hand():
         assert explained_variance(values, torch.ones(1, 4), mask).isnan()
 
 
+def test_what_rounding_leaves_of_equal_targets_is_not_explained():
+    """The mean of fifty 0.1 is not 0.1; q + (0.1 - q) is not always 0.1."""
+    mask, values = torch.ones(1, 50, dtype=torch.bool), torch.linspace(-7, 0, 50)[None]
+    for equal in (0.1, 0.3, -1e6 / 7):
+        targets = torch.full((1, 50), equal).double()
+        assert explained_variance(values.double(), targets, mask).isnan()
+    targets = values + (10.1 - values)
+    assert targets.std() > 0 and explained_variance(values, targets, mask).isnan()
+    # Small targets are no rounding, whatever stands off the mask.
+    targets = torch.tensor([[0.0, 2e-9, 4e-9, 1.0]])
+    values, mask = torch.tensor([[0.0, 1e-9, 5e-9, 1.0]]), ragged_mask([3], 4)
+    assert explained_variance(values, targets, mask).item() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_half_precision_adds_up_in_fp32(half):
+    """In bf16, 300 tokens of a reward of 1 add up to 256."""
+    ones, mask = torch.ones(1, 300).to(half), torch.ones(1, 300, dtype=torch.bool)
+    assert discounted_returns(ones, mask, 1.0)[0, 0] == 300
+    advantages, targets = distributional_gae(ones, ones.unsqueeze(-1), mask, 1.0, 1.0)
+    assert targets[0, 0, 0] == 300 and advantages.dtype == torch.float32
+    assert robust_gae(ones, ones.unsqueeze(-1), mask, 1.0, 1.0)[1][0, 0] == 300
+
+
 def normal_quantiles(count, heads):
     levels = quantile_levels(count).double()
     return torch.special.ndtri(levels).float().expand(1, 20_000, heads, count)
