@@ -88,9 +88,8 @@ def save_checkpoint(run, args):
     """Writes output_dir/checkpoint-ITERATION, whole or not at all, and keeps the newest two."""
     output_dir = Path(args.output_dir)
     folder = output_dir / f"checkpoint-{run.iteration:06d}"
-    for left in output_dir.glob("checkpoint-[0-9]*.tmp"):
-        if left.is_dir():  # by a run that was killed
-            shutil.rmtree(left)
+    for left in output_dir.glob("checkpoint-[0-9]*.tmp"):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
     if folder.exists():
         return folder
     write_checkpoint(run, folder.with_suffix(".tmp"))
@@ -188,7 +187,8 @@ def begin(run, args):
 
 def alone_in(folder):
     """-> A context in which no other process's run gets into a folder; a crash, too, ends it."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    with naming("--output-dir: expected a folder, or a place for one"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         handle = os.open(folder, os.O_RDONLY)
         LOCK.callback(os.close, handle)

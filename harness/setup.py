@@ -18,7 +18,7 @@ from harness.flags import ALGORITHMS, RISK_TERMS
 from harness.gpu import COMPILED, compile_layers, half_copy
 from risk import RiskConfig
 from rollout import Rollout, completion_texts, response_logprobs, response_quantiles, sample
-from tasks import InputError, naming
+from tasks import SAFE, WEIGHTS, InputError, naming
 from tasks.builtin import BUILT_IN
 from tasks.conversations import continuation, converse
 from tasks.noise import PSEUDO_LABEL, model_scores, noisy_scores, pseudo_labels
@@ -72,20 +72,17 @@ def turn_off(config):
 
 def load(auto_class, name, flag):
     """A model in fp32 that leaves nothing to chance, or a tokenizer; raises InputError."""
-    # No code of the model's runs, nobody is asked whether it may, and nothing is unpickled.
-    safe = {"trust_remote_code": False}
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **safe}
     with naming(f"{flag}: cannot load {str(name)!r}"):
         # A path is not a hub name: there is nothing to ask the network for.
         if re.match("[./]|.*/.*/", str(name)) and not Path(name).is_dir():
             raise FileNotFoundError("no such folder")
         if auto_class is AutoTokenizer:
-            return auto_class.from_pretrained(name, **safe)
-        config = AutoConfig.from_pretrained(name, return_dict=True, **safe)
+            return auto_class.from_pretrained(name, **SAFE)
+        config = AutoConfig.from_pretrained(name, return_dict=True, **SAFE)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("expected a decoder alone, found an encoder too")
         turn_off(config)
-        model, found = auto_class.from_pretrained(name, config=config, **options)
+        model, found = auto_class.from_pretrained(name, config=config, **WEIGHTS)
         if found["missing_keys"]:  # transformers makes them up
             raise ValueError(f"expected all weights, found no {min(found['missing_keys'])}")
         # What the model can read, whatever its config says.

@@ -4,6 +4,10 @@ import contextlib
 import traceback
 from pathlib import Path
 
+# What is loaded runs no code of its own, nobody is asked whether it may, and nothing is unpickled.
+SAFE = {"trust_remote_code": False}
+WEIGHTS = {"dtype": "float32", "use_safetensors": True, "output_loading_info": True, **SAFE}
+
 
 class InputError(ValueError):
     """What the user gave cannot work: one line with the flag or row, the find, the expectation."""
@@ -15,8 +19,9 @@ def as_messages(said, role="user"):
 
 
 def one_line(error):
-    """The beginning of an exception's text without line breaks; its kind where it has no text."""
-    return " ".join(str(error).split())[:160].strip() or f"{type(error).__name__} without a message"
+    """An exception's text without line breaks, both ends of a long one; its kind if it has none."""
+    text = " ".join(str(error).split()) or f"{type(error).__name__} without a message"
+    return text if len(text) <= 400 else f"{text[:200]} ... {text[-200:]}"
 
 
 @contextlib.contextmanager

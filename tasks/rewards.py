@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from tasks import InputError, as_messages, naming, one_line, users_code
+from tasks import SAFE, WEIGHTS, InputError, as_messages, naming, one_line, users_code
 from tasks.noise import PSEUDO_LABEL
 from tasks.prompts import PROMPT_IDS
 from tasks.verifiers import VERIFIERS
@@ -70,10 +70,8 @@ def judged_text(prompt, completion, tokenizer):
 
 def model_reward(name, device="cpu"):
     """A reward that scores with a sequence classifier; raises ValueError for another model."""
-    options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True}
-    safe = {"trust_remote_code": False}
-    model, loaded = AutoModelForSequenceClassification.from_pretrained(name, **options, **safe)
-    classify = pipeline("text-classification", model, tokenizer=name, device=device, **safe)
+    model, loaded = AutoModelForSequenceClassification.from_pretrained(name, **WEIGHTS)
+    classify = pipeline("text-classification", model, tokenizer=name, device=device, **SAFE)
     tokenizer, config = classify.tokenizer, model.config
     if loaded["missing_keys"]:  # transformers makes them up
         found = f"{config.architectures} without {min(loaded['missing_keys'])}"

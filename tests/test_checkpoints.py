@@ -794,6 +794,14 @@ def test_a_child_that_outlives_its_run_does_not_hold_the_folder(tmp_path):
     os.kill(child, signal.SIGKILL)
 
 
+def test_an_output_folder_that_is_a_file_is_one_line_with_the_flag(tmp_path, capsys):
+    (tmp_path / "file").write_text("precious\n")
+    for name in ("file", "file/below"):
+        found = ("--output-dir: expected a folder", str(tmp_path / name))
+        refused(capsys, ["--output-dir", str(tmp_path / name)], *found)
+    assert (tmp_path / "file").read_text() == "precious\n"
+
+
 def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch):
     def refuse(*rest):
         raise OSError(errno.ENOLCK, "no locks available")

@@ -238,7 +238,12 @@ def test_what_a_reward_raises_is_one_line(error, found):
 
 @pytest.mark.parametrize(
     "error,text",
-    [(StopIteration(), "StopIteration without a message"), (ValueError("a\n b"), "a b")],
+    [
+        (StopIteration(), "StopIteration without a message"),
+        (ValueError("a\n b"), "a b"),
+        (ValueError("a" * 300 + " use this"), "a" * 300 + " use this"),
+        (ValueError("b" * 999 + " use this"), "b" * 200 + " ... " + "b" * 191 + " use this"),
+    ],
 )
 def test_an_error_that_says_nothing_is_named(error, text):
     assert one_line(error) == text
