@@ -911,7 +911,10 @@ def test_what_rounding_leaves_of_equal_targets_is_not_explained():
         assert explained_variance(values.double(), targets, mask).isnan()
     targets = values + (10.1 - values)
     assert targets.std() > 0 and explained_variance(values, targets, mask).isnan()
-    # Small targets are no rounding, whatever stands off the mask.
+    # Where all are below 0, what stands off the mask is not the largest of them.
+    targets = torch.tensor([[-1e6, -1e6 + 0.0625, 0.0]])
+    assert explained_variance(torch.ones(1, 3), targets, ragged_mask([2], 3)).isnan()
+    # Small targets are no rounding, whatever stands there.
     targets = torch.tensor([[0.0, 2e-9, 4e-9, 1.0]])
     values, mask = torch.tensor([[0.0, 1e-9, 5e-9, 1.0]]), ragged_mask([3], 4)
     assert explained_variance(values, targets, mask).item() == pytest.approx(0.75)
@@ -1087,6 +1090,7 @@ def test_shapes_are_asserted(call):
         ),
         (lambda y, mask: critic_loss(FIVE.unsqueeze(2), y, mask, None, None, None), [(2, 4)]),
         (lambda q, mask: advantage_readout(q, FIVE, mask, "mean"), [(2, 4), (2, 4, 1, 5)]),
+        (lambda x, mask: token_rewards(torch.zeros(2), x, None, mask, 0), [(2, 1), (1, 4), (4,)]),
     ],
 )
 def test_shapes_that_broadcast_are_asserted(function, shapes):
