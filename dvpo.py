@@ -69,8 +69,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
     if kl_coef != 0:
         kl = kl_estimate(logprobs.detach(), ref_logprobs.detach(), "k1")
     rewards = torch.where(mask, -kl_coef * kl, 0.0)
-    left_from_here = mask.flip(1).cumsum(1).flip(1)
-    is_last = mask & (left_from_here == 1)
+    is_last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)
     return rewards + torch.where(is_last, scores.detach().to(rewards.dtype).unsqueeze(1), 0)
 
 
@@ -95,12 +94,14 @@ def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, suc
     # In fp32 at least: a sum over many tokens is rounded at each of them.
     quantiles = quantiles.to(torch.promote_types(quantiles.dtype, torch.float32))
     quantiles = torch.where(mask.unsqueeze(-1), quantiles, 0).sort(dim=-1).values
-    successors = quantiles if successors is None else successors.sort(dim=-1).values
+    successors = quantiles if successors is None else successors.to(quantiles).sort(dim=-1).values
     assert successors.shape == quantiles.shape, f"successors {tuple(successors.shape)}, {shapes}"
     rewards = torch.where(mask, rewards, 0).unsqueeze(-1)
     advantages = torch.zeros_like(quantiles)
     next_advantage = torch.zeros_like(quantiles[:, 0])
-    next_quantiles = next_advantage if bootstrap is None else bootstrap.sort(dim=-1).values
+    next_quantiles = next_advantage
+    if bootstrap is not None:
+        next_quantiles = bootstrap.to(quantiles).sort(dim=-1).values
     assert next_quantiles.shape == next_advantage.shape, f"bootstrap {tuple(bootstrap.shape)}"
     for t in reversed(range(mask.shape[1])):
         valid = mask[:, t, None]
@@ -204,8 +205,9 @@ def explained_variance(values, targets, mask):
     1 perfect, 0 no better than a constant; NaN where rounding alone (1e-6) varies targets. In fp64.
     """
     assert values.shape == targets.shape, f"{tuple(values.shape)}, {tuple(targets.shape)}"
-    spread, left = (masked_variance(x.double(), mask) for x in (targets, targets - values))
-    rounding = 1e-6 * torch.where(mask, targets.double(), 0).abs().amax()
+    targets = targets.double()
+    spread, left = (masked_variance(x, mask) for x in (targets, targets - values))
+    rounding = 1e-6 * torch.where(mask, targets, 0).abs().amax()
     return torch.where(spread > rounding.square(), 1 - left / spread, torch.nan)
 
 
@@ -246,6 +248,7 @@ def robust_gae(rewards, head_values, mask, gamma, lam, bootstrap=None):
 
         delta = r_t + gamma min_n V_n(s_{t+1}) - mean_n V_n(s_t)
     """
+    head_values = head_values.to(torch.promote_types(head_values.dtype, torch.float32))
     mean, worst = head_values.mean(dim=-1, keepdim=True), head_values.amin(dim=-1, keepdim=True)
     if bootstrap is not None:
         assert bootstrap.shape == head_values[:, 0].shape, f"bootstrap {tuple(bootstrap.shape)}"

@@ -59,6 +59,8 @@ def write_parts(args):
         expected = "expected the columns reference, acts, values, dialogue_id, found no"
         raise InputError(f"data: {args.data}: {expected} {', '.join(sorted(missing))}")
     parts = {part: [] for part in PARTS}
+    if Path(args.data).resolve() in [(args.output / f"{part}.jsonl").resolve() for part in PARTS]:
+        raise InputError(f"output: expected a folder without the data's file, found {args.output}")
     for row in data:
         digest = hashlib.sha256(str(row["dialogue_id"]).encode()).hexdigest()
         part, ids = PARTS[int(digest, 16) % len(PARTS)], row.pop(PROMPT_IDS)

@@ -6,7 +6,6 @@
 Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME.png (figure.png).
 """
 
-import contextlib
 import json
 import sys
 from pathlib import Path
@@ -17,12 +16,11 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import train
 from critic import quantile_levels
 from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
 from experiments.inspect_tokens import forward
-from experiments.scripts import current_commit, load_run, new_parser, run_script
+from experiments.scripts import current_commit, load_run, new_parser, run_script, train_quietly
 from experiments.tables import RESULTS, interval
 from harness.setup import judge, respond
 from risk import RiskConfig
@@ -107,8 +105,8 @@ def bands_of(runs):
 
 def beliefs(method, seed, folder):
     """{domain: its scores and the critic's quantiles at the last token}, once a run has ended."""
-    with contextlib.redirect_stdout(None):
-        train.main(noise.seeded(noise.flags_of("long", method, "reward model"), seed, folder))
+    words = noise.seeded(noise.flags_of("long", method, "reward model"), seed, folder)
+    train_quietly(f"{method}, seed {seed}", words)
     run, args = load_run(folder)
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)

@@ -190,6 +190,8 @@ def inspect(args):
         args.html.open("a").close()  # what cannot be written ends it here
     with naming(f"run: {args.run}"):
         run, flags = load_run(args.run)
+        if not run.evals:
+            raise InputError("expected held-out prompts, found none")
     which = f"PPO's, of {args.scalar}, which learned from its own policy's responses"
     if scalar is None:
         scalar, count = fitted_critic(run, flags, args.samples)

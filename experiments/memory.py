@@ -26,9 +26,9 @@ if __name__ == "__main__":
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from experiments.scripts import COUNT, new_parser, run_script
+from experiments.scripts import COUNT, new_parser, refuse, run_script
 from harness.flags import ALGORITHMS, parse_args
-from tasks import naming
+from tasks import SAFE, naming
 
 
 def count_parameters(config, auto_class=AutoModelForCausalLM):
@@ -82,12 +82,13 @@ def needs(policy, critic, args, prompt):
 
 def read_config(name):
     with naming(f"model: cannot read the config of {name!r}"):
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, **SAFE)
         widths(config), count_parameters(config)  # not every model has such widths
     return config
 
 
 def show(own):
+    refuse(own.flags, "resume|output-dir|model-name-or-path")
     # By default a run might go where the model is, and be refused.
     args = parse_args(["--output-dir=-", "--model-name-or-path", own.model, *own.flags])
     names = (own.model, args.critic_model_name_or_path or own.model)

@@ -5,7 +5,8 @@
 
 A log for each seed: responses of the starting policy, as many as a run of noise.py samples, scored
 as there. On it a method fits a critic, Q (B, T, V) over the vocabulary, and takes a policy in one
-step. cql and rfqi with alpha or radius 0 are awr, bit for bit. Rows that are there are kept.
+step. cql and rfqi with alpha or radius 0 are awr, bit for bit. Rows that are there are kept; those
+of one noise and seed are made, and written, together.
 """
 
 import copy
@@ -235,7 +236,7 @@ def found_rows():
 def run_and_print(args):
     """Runs what the file lacks, a task for each noise and seed, and prints the tables."""
     found, asked, todo = found_rows(), set(), []
-    for seed, kind in itertools.product(args.seeds, args.noise):
+    for seed, kind in itertools.product(*map(dict.fromkeys, (args.seeds, args.noise))):
         flags = noise.flags_of("main", "ppo", kind)
         keys = [(*own, flags, seed) for own in settings_of(args)]
         asked.update(keys)

@@ -33,7 +33,7 @@ from experiments.tables import RESULTS, add_row
 from harness.gpu import COMPILED
 from harness.setup import autocast, respond
 from rollout import Rollout, generate
-from tasks import one_line
+from tasks import InputError, one_line
 from tasks.prompts import PROMPT_IDS
 
 AIMS = {"difference": "< 1e-4", "decoding, compiled": ">= 0.5"}
@@ -225,7 +225,7 @@ def shares(args, found, run, own, experience, of_update):
 
 def trained(args, found, name, flags):
     """A run of train.py: adds scores before and after, seconds."""
-    folder = args.output.with_suffix("") / name
+    folder = args.output.with_suffix(".runs") / name
     if status := train.main([*flags, "--output-dir", str(folder)]):
         raise RuntimeError(f"train.py ended with status {status}")
     results = json.loads((folder / "results.json").read_text())
@@ -252,6 +252,8 @@ def parts_of(args):
 def run_parts(args):
     if DEVICE != "cuda" and not args.small:
         sys.exit("on_gpu.py: expected a GPU, found none; --small tries the script on a CPU")
+    if args.flags and not args.model:
+        raise InputError("--model: expected one for the flags behind --, found none")
     device = torch.cuda.get_device_name() if DEVICE == "cuda" else "CPU"
     about = {"device": device, "torch": torch.__version__, "commit": current_commit()}
     args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -71,9 +71,9 @@ def label(args):
     data = load_prompts("data", args.data, "train", tokenizer, room, limit=known)
     for name in {"row", "agreement", "true_answer"} & {*data.column_names}:
         raise InputError(f"data: expected no column {name!r}, which is written here, found one")
-    lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
-    # A run that was killed may have torn its last line.
     with naming(f"output: {args.output}: expected rows of an earlier call, or no such file"):
+        lines = args.output.read_text().splitlines(keepends=True) if args.output.exists() else []
+        # A run that was killed may have torn its last line.
         done = [json.loads(line) for line in lines if line.endswith("\n")]
         first = max([-1, *(row["row"] for row in done)]) + 1
         same = all(row["prompt"] == data[row["row"]]["prompt"] for row in done)

@@ -9,6 +9,7 @@ out by `dialogue_id`. The reward is the probability of "good".
 """
 
 import json
+import math
 import random
 import statistics
 import sys
@@ -24,7 +25,7 @@ from experiments.scripts import COUNT, DEVICE, new_parser, run_script
 from experiments.tables import read_rows
 from harness.flags import number_in
 from harness.setup import context_of, load
-from tasks import InputError, as_messages, naming
+from tasks import SAFE, InputError, as_messages, naming
 from tasks.rewards import judged_text, load_reward
 from tasks.warm_start import fine_tune
 
@@ -85,9 +86,10 @@ def load_both(name, max_length):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError("encoder: expected a tokenizer with a padding or an end token, found none")
-    labels = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+    options = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, **SAFE}
+    options |= {"num_labels": 2, "use_safetensors": True}
     with naming(f"encoder: cannot load {name!r}"):
-        model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2, **labels)
+        model = AutoModelForSequenceClassification.from_pretrained(name, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, context_of(model))
     return model.to(DEVICE).train(), tokenizer
@@ -107,7 +109,9 @@ def train_judge(args):
         return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
 
     args.output.mkdir(parents=True, exist_ok=True)  # or nothing could be saved
-    fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
+    losses = fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
+    if not math.isfinite(losses[-1]):
+        raise InputError(f"--learning-rate: expected a finite loss, found {losses[-1]}")
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     prompts, completions, truth, _ = zip(*held_out)
@@ -118,7 +122,8 @@ def train_judge(args):
     report |= {"train_rows": len(train), "held_out_rows": len(held_out), "accuracy": right}
     report |= {"majority": max(good, 1 - good), "auc": area}
     (args.output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    print(f"right on {right:.3f} of {len(held_out)} held-out rows; AUC {area or 0:.3f}")
+    shown = "none" if area is None else f"{area:.3f}"
+    print(f"right on {right:.3f} of {len(held_out)} held-out rows; AUC {shown}")
     print(f"always saying the commoner would be right on {report['majority']:.3f}")
 
 

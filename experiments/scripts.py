@@ -3,6 +3,7 @@
 import argparse
 import concurrent.futures
 import contextlib
+import fcntl
 import io
 import json
 import multiprocessing
@@ -61,7 +62,8 @@ def run_script(parser, function):
         parser.error(error)
     except OSError as error:
         names = [key for key, value in vars(args).items() if value and str(value) == error.filename]
-        flags = [f"--{name}" if f"--{name}" in words else name for name in names]
+        given = {word.split("=")[0] for word in words}
+        flags = [f"--{name}" if f"--{name}" in given else name for name in names]
         parser.error(": ".join([*flags, str(error)]))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: stopped\n")
@@ -99,7 +101,8 @@ def machine():
     """What ran, and on what: rounding differs between kinds of CPU, and so do runs."""
     info = Path("/proc/cpuinfo")
     cpu = re.search("model name.*: (.*)", info.read_text() if info.exists() else "")
-    about = {"commit": current_commit(), "torch": torch.__version__, "cores": os.cpu_count()}
+    about = {"commit": current_commit(), "torch": torch.__version__}
+    about |= {"python": platform.python_version(), "cores": os.cpu_count()}
     return about | {"cpu": cpu[1] if cpu else platform.machine()}
 
 
@@ -152,6 +155,13 @@ def add_runs(run, todo, jobs, target, method="fork"):
 
     Forks share what is imported; a GPU takes the method spawn.
     """
+    if not todo:
+        return 0
+    lock = open(target, "a")  # until the program ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(f"{target}: expected one program at a time, found another") from error
     failed, about, context = 0, machine(), multiprocessing.get_context(method)
     with concurrent.futures.ProcessPoolExecutor(jobs, context, begin_process) as pool:
         futures = [pool.submit(run, *arguments) for arguments in todo]

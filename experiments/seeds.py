@@ -3,11 +3,9 @@
     python experiments/seeds.py --seeds 5 --algos dvpo ppo     # 2 minutes a run on one core
     python experiments/seeds.py --name sums -- --task sums     # behind --: flags of train.py
 
-One thread a run; finished runs are kept. Raw numbers: experiments/results/NAME.jsonl.
+One thread a run. Finished runs stand in experiments/results/NAME.jsonl, and are not run again.
 """
 
-import itertools
-import json
 import re
 import sys
 from pathlib import Path
@@ -19,9 +17,11 @@ import torch
 from tqdm import tqdm
 
 from experiments import scripts
-from experiments.tables import RESULTS, by_seed, compared, is_text, read_results
+from experiments.tables import RESULTS, add_row, by_seed, compared, read_results
 from harness.flags import ALGORITHMS, number_in, parse_args
 from tasks import InputError
+
+KEPT = ("iteration", "objective/", "val/explained_var", "quantile/", "eval/")  # of metrics.jsonl
 
 
 def assert_same(where, own, asked):
@@ -32,13 +32,15 @@ def assert_same(where, own, asked):
 
 
 def run(algo, seed, words, asked):
-    """A finished run as a row: flags, versions, evaluation before and after."""
+    """A finished run as a row: flags, versions, evaluation before and after, its curves."""
     folder = Path(asked["output_dir"])
     if not (folder / "results.json").exists():
         scripts.train_quietly(f"{algo}, seed {seed}", words)
-    found, _ = scripts.read_run(folder)
+    found, rows = scripts.read_run(folder)
     assert_same(folder, found["flags"], asked)
-    return {"algo": algo, "seed": seed, **found}
+    del found["flags"]["output_dir"]
+    curve = [{name: row[name] for name in row if name.startswith(KEPT)} for row in rows]
+    return {"algo": algo, "seed": seed, **found, "curve": curve}
 
 
 def print_table(runs, algos):
@@ -54,6 +56,13 @@ def print_table(runs, algos):
         print(f"{name:26}" + "".join("{:11.3f} ±{:.3f}".format(*pair) for pair in pairs))
 
 
+def words_of(args, algo, seed):
+    """All flags of a run, in a list; train.py refuses those that cannot work."""
+    folder = scripts.ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"
+    words = scripts.seeded(["--algo", algo, "--eval-steps", "15", *args.flags], seed, folder)
+    return words, vars(parse_args(words))
+
+
 def run_and_print(args):
     if args.flags and args.name == "default":
         raise InputError("--name: expected one for a run with further flags, found 'default'")
@@ -61,25 +70,21 @@ def run_and_print(args):
         raise InputError(f"--name: no path, noise-* or setting-* expected, found {args.name!r}")
     scripts.refuse(args.flags, "algo|seed|reward-noise-seed|output-dir|resume")
     torch.set_num_threads(1)
-    about, algos, todo = scripts.machine(), [*dict.fromkeys(args.algos)], {}
-    for seed, algo in itertools.product(range(args.seeds), algos):
-        folder = scripts.ROOT / "runs" / f"{args.name}-{algo}-seed{seed}"
-        words = scripts.seeded(["--algo", algo, "--eval-steps", "15", *args.flags], seed, folder)
-        # It ends here what cannot work, before the first run.
-        todo[algo, seed] = words, vars(parse_args(words))
-    target = RESULTS / f"{args.name}.jsonl"
-    held = {"algo": is_text, "flags": lambda flags: isinstance(flags, dict)}
+    algos, target = [*dict.fromkeys(args.algos)], RESULTS / f"{args.name}.jsonl"
+    # What cannot work ends it here, before the first run.
+    keys = [(algo, seed) for seed in range(args.seeds) for algo in algos]
+    todo = {key: words_of(args, *key) for key in keys}
+    held = {"algo": lambda algo: algo in ALGORITHMS, "flags": lambda flags: isinstance(flags, dict)}
+    finished = {}
     for row in read_results(target, "seed", *held, **held):
         key = row["algo"], row["seed"]
-        if key not in todo:
-            raise InputError(f"--name: expected a new one, found other runs in {target}")
-        assert_same(target, row["flags"], todo[key][1])
-    runs = []
-    for key, own in tqdm(todo.items(), desc="runs"):
-        runs.append(run(*key, *own))
-    print_table(runs, algos)
-    target.write_text("".join(json.dumps(about | run) + "\n" for run in runs))
-    print(f"written: {target.relative_to(scripts.ROOT)}")
+        assert_same(target, row["flags"], words_of(args, *key)[1])
+        finished[key] = row
+    for key in tqdm([key for key in keys if key not in finished], desc="runs"):
+        finished[key] = scripts.machine() | run(*key, *todo[key])
+        add_row(target, finished[key])
+    print_table([finished[key] for key in keys], algos)
+    print(f"in {target.relative_to(scripts.ROOT)}")
 
 
 def main():

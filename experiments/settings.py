@@ -118,8 +118,9 @@ def run_grid(args, target):
         row = {"method": "start", "noise": "none", "seed": 0, **scripts.machine()}
         row["flags"] = flags_of(args, "ppo", "none")
         add_row(target, row | {"after": true_scores(args.model, args, TRUE)})
-    seeds, kinds, todo = sorted({*(args.seeds or range(5))}), args.kinds or USUAL, []
-    for seed, kind, method in itertools.product(seeds, kinds, args.methods):
+    asked = sorted(args.seeds or range(5)), args.kinds or USUAL, args.methods
+    todo = []
+    for seed, kind, method in itertools.product(*map(dict.fromkeys, asked)):
         if (method, kind, seed) not in finished and (kind != "none" or method == "ppo"):
             todo.append((args, method, kind, seed))
     # A fork could not use the GPU, which its parent has looked at.

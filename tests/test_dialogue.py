@@ -58,7 +58,15 @@ def test_the_dialogues_parts_share_no_dialogue_and_the_policys_is_short(
     assert lengths[0] <= {1, 2} and lengths[1] == {1, 2, 3, 4}
     assert len(parts["judge"]) + len(parts["strict"]) < 60
     assert parts["judge"][0].keys() == rows[0].keys()
+    # Its own data are not overwritten.
+    before = (out / "judge.jsonl").read_text()
+    monkeypatch.setattr("sys.argv", [*words[:2], str(out / "judge.jsonl"), str(out)])
+    with pytest.raises(SystemExit):
+        dialogue.main()
+    assert "output: expected a folder without the data's file" in capsys.readouterr().err
+    assert (out / "judge.jsonl").read_text() == before
     write_rows(tmp_path / "data.jsonl", [{"prompt": "area"}])
+    monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit):
         dialogue.main()
     assert "found no acts, dialogue_id, reference, values" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import train
 from experiments import figures, noise
 from harness.flags import RISK_TERMS
 from tasks import InputError
@@ -47,6 +48,12 @@ def test_the_figures_data_are_computed(monkeypatch):
     stored = data_of("first")
     assert found["bands"] == stored["bands"] and found["seeds"] == stored["seeds"] == 10
     assert [*found["fits"]] == ["b", "c"]
+
+
+def test_a_run_that_fails_draws_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda words: 2)
+    with pytest.raises(InputError, match="seed 0: stopped"):
+        figures.beliefs("dvpo, spread, lr 2e-4", 0, tmp_path)
 
 
 @pytest.mark.slow

@@ -77,6 +77,8 @@ def test_memory_takes_train_pys_flags_behind_two_dashes(tmp_path, monkeypatch, c
         ([str(tmp_path / "t5")], "model:"),
         ([folder, "--prompt", "0"], "--prompt"),
         (["nowhere"], "cannot read the config of 'nowhere'"),
+        ([folder, "--", "--resume"], "--resume: expected another flag behind --"),
+        ([folder, "--", "--model-name-or-path=x"], "expected another flag behind --"),
     ):
         with pytest.raises(SystemExit) as stopped:
             show(*words)

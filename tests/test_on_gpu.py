@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import refused_by
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from experiments import on_gpu
@@ -47,6 +48,12 @@ def test_on_gpu_skips_what_has_no_time_and_goes_on_behind_what_fails(tmp_path, m
     assert rows["tiny"]["skipped"] == "30 s wanted, 24 s left"
     assert rows["built-in task"]["skipped"] == "60 s wanted, 24 s left"
     assert "bf16            number                      0.25" in capsys.readouterr().out
+
+
+def test_flags_without_a_model_are_refused(tmp_path, monkeypatch, capsys):
+    flags = ("--small", "--output", tmp_path / "on.jsonl", "--", "--lam", "0.5")
+    found = refused_by(on_gpu, capsys, monkeypatch, *flags)
+    assert "--model: expected one for the flags behind --" in found
 
 
 def test_update_share_by_hand():

@@ -1,5 +1,6 @@
 """experiments/scripts.py: flags, and the line with which a script ends."""
 
+import fcntl
 import importlib
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 from common import REPOSITORY, refused_by
 
 from experiments import evaluate, scripts, tables
+from tasks import InputError
 
 FILES = sorted((REPOSITORY / "experiments").glob("*.py"))
 # many_gpus.py has train.py's flags, bench_trl.py needs TRL.
@@ -29,6 +31,15 @@ def test_bad_flags_of_every_script_are_one_line(name, monkeypatch, capsys):
     module = importlib.import_module(f"experiments.{name}")
     said = refused_by(module, capsys, monkeypatch, "--no-such-flag")
     assert said.startswith(f"{name}.py: error: ")
+
+
+def test_two_programs_do_not_add_to_one_file(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    with open(rows, "a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="rows.jsonl: expected one program at a time"):
+            scripts.add_runs(list, [()], 1, rows)
+    assert scripts.add_runs(list, [()], 1, rows) == 0 and scripts.add_runs(list, [], 1, rows) == 0
 
 
 @pytest.mark.parametrize("words", [["--output", "no/rows.jsonl"], ["no/rows.jsonl"]])

@@ -54,8 +54,22 @@ def test_seeds_run_once_each_and_are_one_table(seeds_of):
         assert cells in " ".join(said.split())
 
 
+def test_finished_rows_stay_as_they_are_and_others_are_added(seeds_of, tmp_path, monkeypatch):
+    """Of fewer seeds or algorithms, too; what was run at one commit is not of another."""
+    assert seeds_of("--algos", "ppo")[0] == 0
+    rows = (tmp_path / "results" / "default.jsonl").read_text()
+    monkeypatch.setattr(scripts, "current_commit", lambda: "another")
+    status, _, done = seeds_of("--algos", "grpo")
+    assert status == 0 and done[2:] == [("grpo", 0), ("grpo", 1)]
+    found = (tmp_path / "results" / "default.jsonl").read_text()
+    assert found.startswith(rows) and found.count("another") == 2
+    assert seeds_of("--algos", "ppo")[0] == 0
+    assert (tmp_path / "results" / "default.jsonl").read_text() == found
+
+
 def test_seeds_of_a_run_that_was_resumed_or_moved_are_read(seeds_of, tmp_path):
     assert seeds_of("--algos", "ppo")[0] == 0
+    (tmp_path / "results" / "default.jsonl").unlink()
     path = tmp_path / "runs" / "default-ppo-seed1" / "args.json"
     saved = json.loads(path.read_text())
     saved["flags"] |= {"output_dir": "runs/default-ppo-seed1", "of old": 1}
@@ -92,7 +106,6 @@ def test_a_run_that_fails_or_is_stopped_ends_seeds_in_one_line(
             "--name a --algos ppo -- --lam 0.5",
             "flags as now or a new --name, found other lam",
         ),
-        ("--name a --algos grpo", "--name: expected a new one, found other runs in"),
         ("--name noise --algos ppo", "noise.jsonl, line 1: expected a JSON object with seed"),
         ("--algos a2c", "invalid choice: 'a2c'"),
         ("--name new --algos ppo -- --seed 3", "found one that is set here"),
@@ -131,6 +144,7 @@ def test_seeds_leave_other_runs_and_results_alone(seeds_of, tmp_path, flags, fou
 )
 def test_a_damaged_run_folder_is_one_line(seeds_of, tmp_path, name, damaged, found):
     assert seeds_of("--algos", "ppo")[0] == 0
+    (tmp_path / "results" / "default.jsonl").unlink()
     (tmp_path / "runs" / "default-ppo-seed1" / name).write_text(damaged)
     status, said, done = seeds_of("--algos", "ppo")
     *bar, said = said.splitlines()  # of progress

@@ -142,6 +142,14 @@ def test_fine_tunings_bad_flags_are_one_line(flags, words, tune, tmp_path, capsy
     assert not (tmp_path / "out").exists()
 
 
+def test_a_loss_that_is_not_finite_is_one_line_and_nothing_is_saved(tune, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        tune([{"prompt": "area", "answer": "north"}] * 64, "--learning-rate", "1e30")
+    assert stopped.value.code == 2 and not [*(tmp_path / "out").iterdir()]
+    found = "sft.py: error: --learning-rate: expected a finite loss, found nan"
+    assert capsys.readouterr().err.splitlines()[-1] == found
+
+
 def test_a_folder_that_is_a_file_ends_it_before_training(tune, tmp_path, capsys, monkeypatch):
     (tmp_path / "out").write_text("kept")
     monkeypatch.setattr(sft, "fine_tune", lambda *rest: pytest.fail("it trained"))
