@@ -157,7 +157,7 @@ def add_runs(run, todo, jobs, target, method="fork"):
     """
     if not todo:
         return 0
-    lock = open(target, "a")  # until the program ends
+    lock = open(target, "a")  # held as long as it is open
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
