@@ -6,6 +6,7 @@
 Each writes what is drawn, experiments/results/figure-NAME.json, and figure-NAME.png (figure.png).
 """
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -16,11 +17,12 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+import train
 from critic import quantile_levels
 from experiments import noise
 from experiments.fit_tails import OFF, RETURNS, fitted_quantiles, tails
 from experiments.inspect_tokens import forward
-from experiments.scripts import current_commit, load_run, new_parser, run_script, train_quietly
+from experiments.scripts import current_commit, load_run, new_parser, run_script
 from experiments.tables import RESULTS, interval
 from harness.setup import judge, respond
 from risk import RiskConfig
@@ -106,7 +108,10 @@ def bands_of(runs):
 def beliefs(method, seed, folder):
     """{domain: its scores and the critic's quantiles at the last token}, once a run has ended."""
     words = noise.seeded(noise.flags_of("long", method, "reward model"), seed, folder)
-    train_quietly(f"{method}, seed {seed}", words)
+    with contextlib.redirect_stdout(None):  # its progress is shown
+        status = train.main(words)
+    if status:
+        raise InputError(f"{method}: expected a finished run, found status {status} of train.py")
     run, args = load_run(folder)
     batch = run.data[:NUM_BELIEFS]
     rollout = respond(run, args, batch, args.temperature)

@@ -52,7 +52,7 @@ def test_the_figures_data_are_computed(monkeypatch):
 
 def test_a_run_that_fails_draws_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "main", lambda words: 2)
-    with pytest.raises(InputError, match="seed 0: stopped"):
+    with pytest.raises(InputError, match="expected a finished run, found status 2"):
         figures.beliefs("dvpo, spread, lr 2e-4", 0, tmp_path)
 
 
