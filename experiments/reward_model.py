@@ -9,7 +9,6 @@ out by `dialogue_id`. The reward is the probability of "good".
 """
 
 import json
-import math
 import random
 import statistics
 import sys
@@ -109,9 +108,7 @@ def train_judge(args):
         return torch.nn.functional.cross_entropy(logits_of(model, tokenizer, rows), labels)
 
     args.output.mkdir(parents=True, exist_ok=True)  # or nothing could be saved
-    losses = fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
-    if not math.isfinite(losses[-1]):
-        raise InputError(f"--learning-rate: expected a finite loss, found {losses[-1]}")
+    fine_tune(model, train, loss, batches, len(batches), args.learning_rate)
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
     prompts, completions, truth, _ = zip(*held_out)

@@ -54,11 +54,10 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
     truncated where a turn found no stop token or the next would begin behind more than max_tokens.
     """
     ours = ("prompt", "messages", PROMPT_IDS, PSEUDO_LABEL)
-    talks = []
+    live = talks = []
     for row, prompt in enumerate(batch["prompt"]):
         columns = {name: values[row] for name, values in batch.items() if name not in ours}
         talks.append(Conversation(batch[PROMPT_IDS][row], as_messages(prompt), columns))
-    live = talks
     for turns_left in reversed(range(max_turns)):
         # What was sampled is not encoded again: the next turn reads the same ids.
         part = take_turn([talk.prompt + talk.ids for talk in live])
@@ -81,9 +80,8 @@ def converse(take_turn, batch, user, tokenizer, pad_id, stop_ids, max_turns, max
 
 def hear(talk, user, tokenizer, max_tokens, limit):
     """Adds the user's reply, if it has one and there is room -> whether; raises InputError."""
-    copies = [dict(message) for message in talk.opening + talk.messages]  # a user may swap roles
-    with users_code("--user"):
-        reply = user(copies, **talk.columns)
+    with users_code("--user"):  # it gets copies, as it may swap roles
+        reply = user([dict(message) for message in talk.opening + talk.messages], **talk.columns)
         if not isinstance(reply, str | None):
             raise InputError(f"--user: expected a str, or None at the end, found {reply!r:.80}")
     if reply is None:

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from rollout import padded
-from tasks import as_messages
+from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
 from tasks.conversations import continuation
 from tasks.prompts import encode_prompts
@@ -45,6 +45,8 @@ def fine_tune(model, examples, loss_of, batches, num_steps, learning_rate, half=
             group["lr"] = learning_rate * (min(1, (step + 1) / 20) * (1 - step / num_steps))
         with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
             loss = loss_of(model, [examples[row] for row in rows])
+        if not loss.isfinite():
+            raise InputError(f"--learning-rate: expected a finite loss, found {loss.item()}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
