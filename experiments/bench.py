@@ -9,6 +9,7 @@ iteration: a machine that slows down slows all rows. Medians.
 
 import contextlib
 import copy
+import json
 import math
 import multiprocessing
 import platform
@@ -29,7 +30,6 @@ from tqdm import trange
 
 import train
 from experiments.scripts import COUNT, DEVICE, current_commit, new_parser
-from experiments.tables import add_row
 from harness.flags import parse_args
 from harness.reports import quiet
 from harness.setup import build
@@ -75,9 +75,9 @@ def make_model(args, folder):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **special)
     fast.save_pretrained(folder)
     rng = random.Random(0)
-    for _ in range(2 * args.batch + 2):
-        prompt = " ".join(rng.choices(words[2:], k=args.prompt))
-        add_row(folder / "prompts.jsonl", {"prompt": prompt})
+    prompts = [" ".join(rng.choices(words[2:], k=args.prompt)) for _ in range(2 * args.batch + 2)]
+    lines = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
+    (folder / "prompts.jsonl").write_text("".join(lines))
 
 
 def shape_lengths(model, prompt_length, ragged):

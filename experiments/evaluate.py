@@ -56,13 +56,17 @@ def evaluate(name, rewards, args):
     stop = flags.get("stop_token")
     stop_ids = stop_token_ids(model, tokenizer, stop and str(stop))
     template, room = flags.get("chat_template") != "never", context_of(model) - args.response_length
-    results = []
+    results, answered = [], {}  # two rewards for one file: its responses are sampled once
     for file, reward in args.set:
-        own = {"rewards": [rewards[reward]], "limit": model.config.vocab_size}
-        data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
-        data = data.take(args.rows)
-        texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], args.response_length)
-        mean = score(rewards[reward], data.to_dict(), texts).mean().item()
+        if file not in answered:
+            own = {"rewards": [rewards[other] for name, other in args.set if name == file]}
+            own |= {"limit": model.config.vocab_size}
+            data = load_prompts("--set", file, "train", tokenizer, room, template, **own)
+            data, length = data.take(args.rows), args.response_length
+            texts = respond(model, tokenizer, stop_ids, data[PROMPT_IDS], length)
+            answered[file] = data.to_dict(), texts
+        batch, texts = answered[file]
+        mean = score(rewards[reward], batch, texts).mean().item()
         found = {"set": file, "reward": reward, "rows": len(texts), "score": mean}
         results.append(found | {"words": statistics.fmean(len(text.split()) for text in texts)})
     return results

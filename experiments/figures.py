@@ -44,7 +44,6 @@ FITS = {  # that are drawn in full: colour, line, legend
     "core": (BLUE, "--", "core: quantile regression"),
     "all": (RED, "-", "all of DVPO's terms"),
 }
-BAND = ("iteration", "mean", "half")  # of a curve: means and half-widths over seeds
 NUM_BELIEFS = 1024  # responses
 STYLE = {"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False}
 STYLE |= {"legend.loc": "upper left", "legend.frameon": False, "legend.fontsize": 8}
@@ -94,14 +93,15 @@ def draw_terms(figure, data):
 
 
 def bands_of(runs):
-    """{measure: a BAND over seeds}; iteration 0: before training."""
+    """{measure: iterations, means and half-widths over seeds}; iteration 0: before training."""
     bands = {}
     for measure in noise.SPLITS:
         key = "eval/" + measure.replace(", ", "/").replace(" ", "_")
         curve = {0: [run["before"][measure] for run in runs.values()]}
         for row in (row for run in runs.values() for row in run["curve"]):
             curve.setdefault(row["iteration"], []).append(row[key])
-        bands[measure] = dict(zip(BAND, (list(curve), *zip(*map(interval, curve.values())))))
+        mean, half = zip(*map(interval, curve.values()))
+        bands[measure] = {"iteration": list(curve), "mean": mean, "half": half}
     return bands
 
 
@@ -148,9 +148,10 @@ def draw_first(figure, data):
     titles = (f"a reward model's noise, {data['seeds']} seeds", "the same models, longer dialogues")
     for ax, measure, title in zip(axes, noise.SPLITS, titles):
         for method, text, colour, line in CURVES:
-            at, mean, half = (data["bands"][method][measure][key] for key in BAND)
-            low, high = ([m + sign * h for m, h in zip(mean, half)] for sign in (-1, 1))
-            ax.plot(at, mean, linestyle=line, color=colour, label=text)
+            band = data["bands"][method][measure]
+            at, pairs = band["iteration"], [*zip(band["mean"], band["half"])]
+            low, high = ([mean + sign * half for mean, half in pairs] for sign in (-1, 1))
+            ax.plot(at, band["mean"], linestyle=line, color=colour, label=text)
             ax.fill_between(at, low, high, color=colour, alpha=0.15, linewidth=0)
         words = {"xlabel": "iteration (128 responses each)", "ylabel": "held-out accuracy, greedy"}
         ax.set(title=title, **words)

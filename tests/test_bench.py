@@ -1,18 +1,13 @@
 """experiments/bench.py, at sizes of seconds."""
 
-import subprocess
-import sys
-
 import pytest
-
-from experiments.scripts import ROOT
+from common import script
 
 
 @pytest.mark.slow
 def test_bench_prints_a_row_per_value_with_its_phases():
     flags = "--shape tiny --ragged --batch 4 --response 12 --iterations 1 --vary algo=dvpo,ppo"
-    command = [sys.executable, "experiments/bench.py", *flags.split(), "--", "--num-quantiles", "8"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = script("experiments/bench.py", *flags.split(), "--", "--num-quantiles", "8")
     assert done.returncode == 0, done.stderr[-2000:]
     header, *rows = done.stdout.splitlines()[-3:]
     assert [row.split()[:2] for row in rows] == [["algo", "dvpo"], ["algo", "ppo"]]

@@ -23,7 +23,10 @@ def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch,
     sets = "--set data.jsonl exact --set data.jsonl ours:longer --rows 3".split()
     sets += "--response-length 4".split()
     monkeypatch.setattr("sys.argv", ["evaluate.py", model_folder, "run", *sets])
+    respond, answered = evaluate.respond, []
+    monkeypatch.setattr(evaluate, "respond", lambda *own: answered.append(1) or respond(*own))
     evaluate.main()
+    assert len(answered) == 2  # two rewards of a file read the same responses
     policies, files, rewards, scores, *sizes = zip(
         *map(str.split, capsys.readouterr().out.splitlines())
     )
