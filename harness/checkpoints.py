@@ -50,8 +50,7 @@ def newest_checkpoint(output_dir, flag="--resume"):
     """The folder of the newest checkpoint; raises InputError where there is none."""
     for folder in reversed(checkpoints(output_dir).values()):
         return folder
-    found = "none" if output_dir.is_dir() else "no such folder"
-    raise InputError(f"{flag}: expected a checkpoint in {str(output_dir)!r}, found {found}")
+    raise InputError(f"{flag}: expected a checkpoint in {str(output_dir)!r}, found none")
 
 
 def write_checkpoint(run, folder):

@@ -14,8 +14,7 @@ from tasks import one_line
 class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
-    weights: str  # what counts the same in the policy loss: each token, or each response; or
-    # constant: each token, the sum divided by the most that could be
+    weights: str  # of tokens in the policy loss: token, response: each counts alike; or constant
 
 
 ALGORITHMS = {

@@ -21,7 +21,6 @@ from harness.flags import ALGORITHMS, tracker_of
 from harness.setup import respond
 from rollout import completion_texts
 from tasks import InputError, as_messages, users_code
-from tasks.builtin import BUILT_IN
 from tasks.noise import assert_flippable
 from tasks.rewards import score
 
@@ -139,14 +138,10 @@ def announce(run, args, num_iterations):
     """What is about to happen, in a line or two."""
     sizes = ", ".join(f"{len(data)} {name}" for name, data in run.evals.items()) or "none"
     print(f"{len(run.data)} prompts to train on; evaluated on {sizes}")
-    if args.dataset_name is None and run.reward is not BUILT_IN[args.task][1]:
-        print(f"note: --reward {args.reward} takes the place of the one of --task {args.task}")
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"
         print(f"note: {what} iterations: the policy will not change")
-    if run.iteration:
-        print(f"{run.iteration} of {num_iterations} iterations are done")
-    elif run.before and (scores := torch.cat([*run.before.values()])).min() == scores.max():
+    if run.before and (scores := torch.cat([*run.before.values()])).min() == scores.max():
         print(f"note: at first all {len(scores)} scores are {scores[0]:g}: nothing to learn from?")
 
 

@@ -146,7 +146,7 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
     if args.pseudo_label_noise:
         generator = torch.Generator().manual_seed(args.reward_noise_seed)
         with naming("--pseudo-label-noise"):
-            labels = pseudo_labels(train["answer"][:], args.pseudo_label_noise, generator)
+            labels = pseudo_labels(train.to_dict(), reward, args.pseudo_label_noise, generator)
         train = train.add_column(PSEUDO_LABEL, labels)
     return train, evals
 

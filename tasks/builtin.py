@@ -1,13 +1,13 @@
 """The built-in tasks: seeded examples of any number, a small tokenizer, a reward."""
 
+import json
 import random
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tasks import as_messages
-from tasks.booking import SLOTS, booking_reward, booking_row, in_order, scripted_user
-from tasks.verifiers import exact_reward, math_reward
+from tasks.verifiers import exact_reward, math_reward, text_of
 
 # Per split: least and most terms, user turns or slots, and the share of long sums or of turns that
 # revise an earlier one. The warm start knows both, a little: something is left for RL to learn.
@@ -15,6 +15,14 @@ TASKS = {
     "sums": dict(warm=(2, 3, 0.1), train=(2, 4, 0.0), test=(2, 4, 0.0), ood=(5, 6, 0.0)),
     "dialogue": dict(warm=(2, 5, 0.03), train=(2, 5, 0.5), test=(2, 5, 0.5), ood=(6, 8, 0.5)),
     "booking": dict(warm=(3, 4, 0.03), train=(3, 4, 0.5), test=(3, 4, 0.5), ood=(5, 5, 0.5)),
+}
+
+SLOTS = {
+    "area": "north south east west".split(),
+    "food": "thai greek indian french".split(),
+    "price": "cheap fair dear".split(),
+    "day": "monday tuesday friday sunday".split(),
+    "people": "two three four five six".split(),
 }
 
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
@@ -32,6 +40,10 @@ def sums_row(length, odd, rng):
     return {"prompt": prompt, "answer": totals[-1], "completion": completion}
 
 
+def in_order(values):
+    return " ".join(f"{slot} {values[slot]}" for slot in SLOTS if slot in values)
+
+
 def dialogue_row(length, odd, rng):
     """A user fills slots in `length` turns, sometimes one again, and asks for what stands then."""
     values, messages = {}, []
@@ -43,6 +55,49 @@ def dialogue_row(length, odd, rng):
         messages += as_messages(f"{slot} {values[slot]}") + as_messages("ok", "assistant")
     messages += as_messages("book")
     return {"prompt": messages, "answer": in_order(values), "completion": in_order(values)}
+
+
+def booking_row(num_slots, odd, rng):
+    """`book area food thai`: ask `area`, hear `area north`, perhaps also `food greek`, and book."""
+    values = {slot: rng.choice(SLOTS[slot]) for slot in rng.sample(list(SLOTS), num_slots)}
+    given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
+    opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
+    known = [slot for slot in values if slot in given]
+    replies, completion = {}, []
+    for slot in [slot for slot in values if slot not in given]:
+        replies[slot] = f"{slot} {values[slot]}"
+        if rng.random() < odd:
+            changed = rng.choice(known)
+            values[changed] = rng.choice([v for v in SLOTS[changed] if v != values[changed]])
+            replies[slot] += f" {changed} {values[changed]}"
+        known.append(slot)
+        completion += as_messages(slot, "assistant") + as_messages(replies[slot])
+    completion += as_messages(f"book {in_order(values)}", "assistant")
+    prompt = as_messages(f"book {opening}")
+    return {"prompt": prompt, "replies": json.dumps(replies), "completion": completion}
+
+
+def scripted_user(messages, replies, **columns):
+    """Answers a slot's name with its value, anything else with ok, and leaves after a booking."""
+    said = messages[-1]["content"]
+    return None if said.startswith("book") else json.loads(replies).get(said.strip(), "ok")
+
+
+def booking_reward(prompts, completions, **columns):
+    """1.0 where the last turn books every slot the user named, as the user said last, else 0.0."""
+    scores = []
+    for prompt, completion in zip(prompts, completions):
+        heard = [turn["content"] for turn in [*prompt, *completion] if turn["role"] == "user"]
+        values = {}  # of the slots that were named; None: the user has not said which
+        for word in " ".join(heard).split():
+            if word in SLOTS:
+                slot = word
+                values.setdefault(slot)
+            elif word not in ("book", "ok"):
+                values[slot] = word
+        right = text_of(completion).split() == ["book", *in_order(values).split()]
+        scores.append(float(right and None not in values.values()))
+    return scores
 
 
 BUILT_IN = {  # a row, its reward, and the user between the policy's turns if there are several

@@ -3,6 +3,7 @@
 import torch
 
 from tasks import InputError
+from tasks.verifiers import meaning
 
 PSEUDO_LABEL = "_pseudo_label"  # a column of ours beside the user's
 
@@ -39,14 +40,19 @@ def model_scores(scores, domains, scale, seed, generator):
     return level + (0.5 * slope).exp() * scores + error
 
 
-def pseudo_labels(answers, share, generator):
-    """Labels as a majority vote would leave them: a fixed share replaced by others. [ours]"""
-    if share and len(set(map(str, answers))) < 2:
-        raise InputError("expected different values in 'answer', found one")
+def pseudo_labels(columns, reward, share, generator):
+    """Labels as a majority vote would leave them: for a fixed share another row's answer. [ours]"""
+    answers, choices = columns["answer"], columns.get("choices")
     labels, order = list(answers), torch.randperm(len(answers), generator=generator)
     for row in order[: round(share * len(answers))].tolist():
-        while str(labels[row]) == str(answers[row]):
+        options = choices and choices[row]
+        right = meaning(reward, answers[row], options)
+        for _ in range(10_000):
             labels[row] = answers[int(torch.randint(len(answers), (1,), generator=generator))]
+            if meaning(reward, labels[row], options) not in (None, right):
+                break
+        else:
+            raise InputError(f"row {row}: expected wrong answers in other rows, found none")
     return labels
 
 

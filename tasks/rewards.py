@@ -118,11 +118,10 @@ def numbers_in(scores, prompts):
     if not is_list or len(scores) != len(prompts):
         found = f"{len(scores)} values" if is_list else type(scores).__name__
         raise InputError(f"--reward: expected a list of {len(prompts)} numbers, found {found}")
-    numbers = []
+    numbers = [math.nan] * len(scores)
     for row, value in enumerate(scores):
         # float() reads texts, and drops what is imaginary.
         is_other = isinstance(value, (str, bytes)) or "complex" in str(getattr(value, "dtype", ""))
-        numbers.append(math.nan)
         with contextlib.suppress(Exception):  # as many kinds as there are libraries
             numbers[row] = math.nan if is_other else float(value)
         if not abs(numbers[row]) < 3e38:  # NaN is not less

@@ -162,6 +162,20 @@ def exact_reward(prompts, completions, answer, **columns):
 
 
 VERIFIERS = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
+READABLE = {math_reward: "a number", choice_reward: "one of 'choices'", exact_reward: "a text"}
+
+
+def meaning(reward, answer, choices=None):
+    """What reward takes an answer for: a number, an option's letter, a text; None for nothing."""
+    if reward is choice_reward:
+        return right_letter(answer, *options_of(choices))
+    if reward is math_reward:
+        # A float stands for the short decimal nearby.
+        text = f"{answer:.9g}" if isinstance(answer, float) else str(answer)
+        found = as_number(text.split("####")[-1])
+        return found and found[1]
+    is_text = isinstance(answer, str | int | float) and answer == answer  # neither date nor NaN
+    return " ".join(str(answer).split()) if is_text or reward is not exact_reward else None
 
 
 def assert_readable(columns, reward):
@@ -169,15 +183,9 @@ def assert_readable(columns, reward):
     answers = columns.get("answer", [None]) if reward in VERIFIERS.values() else []
     choices = columns.get("choices") or [None] * len(answers)
     for row, (answer, own) in enumerate(zip(answers, choices)):
-        is_text = isinstance(answer, str | int | float) and answer == answer  # neither date nor NaN
-        expected, read = "an 'answer'", answer if is_text else None
-        if reward is math_reward:
-            expected = "a number as 'answer'"
-            read = as_number(str(answer).split("####")[-1])
-        elif reward is choice_reward:
-            expected = "one option's letter, label, text or place from 0 in 'choices' as 'answer'"
-            with naming(f"row {row}"):
-                read = right_letter(answer, *options_of(own))
+        with naming(f"row {row}"):
+            read = meaning(reward, answer, own)
         if read is None:
-            where = f"row {row}: expected {expected} for --reward (docs/your-own.md)"
-            raise InputError(f"{where}, found {answer!r:.60} in the columns {', '.join(columns)}")
+            expected = f"expected {READABLE[reward]} as 'answer' for --reward (docs/your-own.md)"
+            found = f"found {answer!r:.60} in the columns {', '.join(columns)}"
+            raise InputError(f"row {row}: {expected}, {found}")

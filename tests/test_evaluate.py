@@ -7,7 +7,7 @@ from common import write_rows
 from transformers import AutoTokenizer
 
 from experiments import evaluate, pseudo_labels, sft
-from tasks.booking import SLOTS
+from tasks.builtin import SLOTS
 
 
 def test_evaluation_of_a_model_and_of_a_run(model_folder, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import train
 from experiments import figures, noise
 from harness.flags import RISK_TERMS
 from tasks import InputError
-from tasks.booking import SLOTS
+from tasks.builtin import SLOTS
 
 
 def data_of(figure):

@@ -168,7 +168,7 @@ def test_a_scalar_critic_is_fitted_where_none_is_given(pair, inspect, capsys):
     "flags,found",
     [
         ("{}/ppo --scalar {}/ppo", "expected a run with --algo dvpo, found ppo"),
-        ("{}/none --scalar {}/ppo", "expected a checkpoint in '{}/none', found no such folder"),
+        ("{}/none --scalar {}/ppo", "expected a checkpoint in '{}/none', found none"),
         ("{}/dvpo --scalar {}/dvpo", "expected a run with --algo ppo, found dvpo"),
         ("{}/dvpo --samples 0", "--samples: expected a whole number in [1, inf)"),
         ("{}/dvpo --scalar {}/ppo --rows 0", "--rows: expected a whole number in [1, inf)"),

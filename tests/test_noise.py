@@ -1,10 +1,14 @@
 """tasks/noise.py: rates, seeds, and independence of the scores."""
 
+import zlib
+
 import pytest
 import torch
 
 from tasks import InputError
+from tasks.builtin import task_rows
 from tasks.noise import model_scores, noisy_scores, pseudo_labels
+from tasks.verifiers import choice_reward, exact_reward, math_reward, options_of, right_letter
 
 NO_OUTLIER = (0.0, 0.0)
 
@@ -91,11 +95,75 @@ def test_a_reward_model_ranks_right_above_wrong_as_often_as_its_docstring_says()
 
 def test_pseudo_labels_are_wrong_for_a_fixed_share():
     answers = [str(i % 7) for i in range(1000)]
-    labels = pseudo_labels(answers, 0.3, torch.Generator().manual_seed(0))
+    labels = drawn(exact_reward, 0.3, answers)
     assert sum(a != b for a, b in zip(answers, labels)) == 300
-    assert labels == pseudo_labels(answers, 0.3, torch.Generator().manual_seed(0)) and set(
-        labels
-    ) <= set(answers)
-    assert pseudo_labels(answers, 0.0, torch.Generator()) == answers
-    with pytest.raises(InputError, match="expected different values"):
-        pseudo_labels(["same"] * 3, 0.5, torch.Generator())
+    assert labels == drawn(exact_reward, 0.3, answers) and set(labels) <= set(answers)
+    assert drawn(exact_reward, 0.0, answers) == answers
+    for same in (["same"] * 3, ["a b", "a  b"]):
+        with pytest.raises(InputError, match="expected wrong answers in other rows, found none"):
+            drawn(exact_reward, 0.5, same)
+    assert drawn(exact_reward, 0.5, []) == []
+
+
+def drawn(reward, share, answers, seed=0, **columns):
+    generator = torch.Generator().manual_seed(seed)
+    return pseudo_labels({"answer": answers, **columns}, reward, share, generator)
+
+
+@pytest.mark.parametrize(
+    "task,reward,seed,checksum",
+    [
+        ("dialogue", exact_reward, 0, 821343151),
+        ("dialogue", exact_reward, 1, 1331809155),
+        ("sums", math_reward, 0, 94391235),
+        ("sums", math_reward, 1, 1821600635),
+    ],
+)
+def test_the_labels_of_a_seed_stay_what_they_were(task, reward, seed, checksum):
+    """Runs with wrong labels can be made again: these are the labels that e54154c drew."""
+    answers = [row["answer"] for row in task_rows(task, "train", 512, 0)]
+    labels = drawn(reward, 0.2, answers, seed)
+    assert zlib.crc32("\n".join(labels).encode()) == checksum
+
+
+SAME = {  # a column of answers, of which some mean the same
+    math_reward: ["x #### 18", "18", "3.0", "3", "$3$", "x = 3", "1,000", "1000", "0.5", "1/2"],
+    exact_reward: ["area north", "area  north", " area north", "food thai"],
+}
+
+
+@pytest.mark.parametrize("reward", SAME)
+def test_a_wrong_label_is_wrong_as_the_verifier_reads_it(reward):
+    """Said in so many words, the label is judged wrong under the right answer."""
+    for seed in range(20):
+        labels = drawn(reward, 1.0, SAME[reward], seed)
+        said = [label.split("####")[-1] for label in labels]
+        assert reward(None, said, answer=SAME[reward]) == [0.0] * len(said)
+        assert reward(None, said, answer=labels) == [1.0] * len(said)
+
+
+def test_floats_that_stand_for_one_number_are_one_label():
+    labels = drawn(math_reward, 1.0, [0.3, 0.1 + 0.2, 0.7])
+    assert labels[:2] == [0.7, 0.7] and labels[2] < 0.5
+
+
+CHOICES = {"choices": [["a", "12", "none"], ["12", "a"], {"text": ["p", "q"], "label": ["1", "2"]}]}
+
+
+@pytest.mark.parametrize("answers", [["A", "B", "1"], [0, 1, 2]])
+def test_a_wrong_choice_is_another_option_of_the_row(answers):
+    """Row 0 has three options, the others two: no label is an option that its row lacks."""
+    answers, three = [*answers, "C"], {"choices": [*CHOICES["choices"], ["x", "y", "z"]]}
+    seen = set()
+    for seed in range(30):
+        labels = drawn(choice_reward, 1.0, answers, seed, **three)
+        letters = [right_letter(x, *options_of(own)) for x, own in zip(labels, three["choices"])]
+        assert choice_reward(None, letters, answer=labels, **three) == [1.0] * 4
+        assert choice_reward(None, letters, answer=answers, **three) == [0.0] * 4
+        seen.add(letters[0])
+    assert seen == {"B", "C"} and letters[1] == "A"
+
+
+def test_a_label_that_is_no_option_of_its_row_would_be_right_for_no_response():
+    with pytest.raises(InputError, match="row [01]: expected wrong answers in other rows"):
+        drawn(choice_reward, 1.0, ["fish", "iron"], choices=[["fish", "owl"], ["iron", "tin"]])

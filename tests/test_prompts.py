@@ -222,14 +222,20 @@ def test_a_row_without_an_answer_is_named_where_answers_are_needed(value, tmp_pa
     path.write_text('{"prompt": "a", "answer": 1.5}\n{"prompt": "b", "answer": ' + value + "}\n")
     where = ("--dataset-name", str(path), "train", bos_tokenizer(), 9)
     assert len(load_prompts(*where)) == 2
-    with pytest.raises(InputError, match="--dataset-name: .*row 1: expected an 'answer'.*--reward"):
+    with pytest.raises(
+        InputError, match="--dataset-name: .*row 1: expected a text as 'answer'.*--reward"
+    ):
         load_prompts(*where, rewards=[exact_reward])
     # As datasets reads it: a date, which no response is.
     path.write_text('{"prompt": "a", "answer": "1969-07-20"}\n')
-    with pytest.raises(InputError, match=r"row 0: expected an 'answer'.* datetime.datetime\(1969"):
+    with pytest.raises(
+        InputError, match=r"row 0: expected a text as 'answer'.* datetime.datetime\(1969"
+    ):
         load_prompts(*where, rewards=[exact_reward])
     path.write_text('{"prompt": "a", "text": 1.5}\n')
-    with pytest.raises(InputError, match="row 0: expected an 'answer'.* columns prompt, text"):
+    with pytest.raises(
+        InputError, match="row 0: expected a text as 'answer'.* columns prompt, text"
+    ):
         load_prompts(*where, rewards=[exact_reward])
 
 

@@ -272,7 +272,6 @@ def test_what_was_not_measured_is_not_shown(tmp_path, capsys):
 def test_a_reward_that_gives_all_the_same_is_noted(
     spoiled, warm_start, tmp_path, capsys, monkeypatch
 ):
-    """Not so the task's own, also by its name."""
     (tmp_path / "strict_reward.py").write_text(STRICT)
     monkeypatch.chdir(tmp_path)
     flags = f"--reward {'strict_reward:none' if spoiled else 'exact'} --eval-samples 8".split()
@@ -282,10 +281,7 @@ def test_a_reward_that_gives_all_the_same_is_noted(
     reports.announce(run, args, 24)
     first, *notes = capsys.readouterr().out.splitlines()
     assert first.endswith(" prompts to train on; evaluated on 8 in domain, 8 out of domain")
-    expected = [
-        "note: --reward strict_reward:none takes the place of the one of --task dialogue",
-        "note: at first all 32 scores are 0: nothing to learn from?",
-    ]
+    expected = ["note: at first all 32 scores are 0: nothing to learn from?"]
     assert notes == (expected if spoiled else [])
 
 

@@ -446,7 +446,7 @@ def test_the_working_folder_may_be_the_repository(monkeypatch):
     monkeypatch.chdir(REPOSITORY)
     modules = dict(sys.modules)
     assert load_reward("tasks.verifiers:exact_reward") is exact_reward
-    assert load_function("--user", "tasks.booking:scripted_user")([{"content": "book"}], "") is None
+    assert load_function("--user", "tasks.builtin:scripted_user")([{"content": "book"}], "") is None
     assert dict(sys.modules) == modules
 
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 from experiments import settings
 from experiments.tables import read_rows
 from tasks import InputError
-from tasks.booking import SLOTS
+from tasks.builtin import SLOTS
 
 OTHER = settings.TRUE["other"]
 

@@ -41,8 +41,7 @@ from harness.flags import parse_args
 from harness.setup import build, load_splits
 from risk import RiskConfig
 from tasks import InputError
-from tasks.booking import SLOTS
-from tasks.builtin import task_tokenizer
+from tasks.builtin import SLOTS, task_tokenizer
 
 
 def test_a_folder_a_file_and_a_python_reward(model_folder, tmp_path, monkeypatch):
@@ -551,8 +550,8 @@ BAD_DATA = [
     ),
     (
         ONE * 3,
-        "--pseudo-label-noise 0.1 --eval-dataset-name other.jsonl",
-        ["--pseudo-label-noise", "different"],
+        "--pseudo-label-noise 0.5 --eval-dataset-name other.jsonl",
+        ["--pseudo-label-noise", "row", "wrong answers"],
     ),
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
     (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import rollout
 from experiments import sft
 from tasks import warm_start
-from tasks.booking import SLOTS
-from tasks.builtin import task_rows, task_tokenizer
+from tasks.builtin import SLOTS, task_rows, task_tokenizer
 from tasks.conversations import continuation
 from tasks.prompts import encode_prompts
 
