@@ -1,7 +1,7 @@
 """The critic: a distribution of the return at every token, as N sets (heads) of M quantiles.
 
 Reading order: levels -> the loss as defined -> the network -> the same loss, fast -> consistency.
-Layout: heads on dim -2, quantiles on dim -1. After the network's head nothing is half precision.
+Layout: heads on dim -2, quantiles on dim -1. From the heads on nothing is half precision.
 """
 
 import json
@@ -36,7 +36,7 @@ def pairwise_quantile_huber_loss(quantiles, targets, levels, kappa):
         u_ij = y_j - q_i,  loss = mean_ij |tau_i - 1{u_ij < 0}| H_kappa(u_ij) / kappa
 
     H_kappa(u) is u^2 / 2 within kappa, and further out the straight line that goes on from it.
-    Builds M x K numbers per token: training uses quantile_huber_loss, which says the rest.
+    Builds M x K numbers per token: training uses quantile_huber_loss.
     """
     assert levels.shape == quantiles.shape[-1:] and quantiles.shape[:-1] == targets.shape[:-1]
     u = targets.detach().unsqueeze(-2) - quantiles.unsqueeze(-1)
@@ -121,7 +121,7 @@ class QuantileCritic(nn.Module):
         return critic
 
 
-# The loss at the top again, in O((M + K) log K) a token. For a fixed q_i it is a polynomial in q_i
+# The loss at the top again, in O((M + K) log K) a token. As a function of q_i it is a polynomial
 # between the points y_j and y_j +- kappa. So: sort the targets once, keep prefix sums of y and
 # y^2, and look up three edges per quantile.
 

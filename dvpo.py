@@ -14,7 +14,7 @@ LOG_RATIO_LIMIT = 20.0  # exp(20) = 5e8: far outside any trust region, far insid
 
 
 def masked_mean(values, mask, num_tokens=None):
-    """The mean of values (B, T) where mask is True (or 0), or their sum / num_tokens: a scalar."""
+    """Mean of values (B, T) over mask, 0 if it is empty, or their sum / num_tokens: a scalar."""
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
     count = mask.sum() if num_tokens is None else torch.as_tensor(num_tokens, device=values.device)
     # where, not *: 0 * NaN is NaN
@@ -24,7 +24,7 @@ def masked_mean(values, mask, num_tokens=None):
 def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
-    shift_mean=False adds the mean again, as TRL does to rewards. A single valid token: 0. [ours]:
+    shift_mean=False adds the mean again, as TRL does to rewards. A single token counts 0. [ours]:
     std is at least 1e-6 of the largest |value|: relative, so that rewards have no unit.
     """
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
@@ -75,7 +75,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef):
 
 @torch.no_grad()
 def distributional_gae(rewards, quantiles, mask, gamma, lam, bootstrap=None, successors=None):
-    """Generalised advantage estimation for each quantile index by itself, over the policy's tokens.
+    """Generalised advantage estimation by index of the sorted quantiles, over the policy's tokens.
 
     rewards, mask (B, T), quantiles (B, T, M) -> advantages, targets (B, T, M), 0 off the mask.
     bootstrap (B, M) or None: the quantiles after the last token; None = 0, also for cut-off rows.
@@ -126,9 +126,9 @@ def advantage_readout(quantiles, targets, mask, readout, width=1.0):
     ValueError for another readout. With the surprise x = mean_j y_j - mean_i q_i:
 
         mean:    x, reward units: what scalar_advantage makes of GAE's, and so PPO's
-        spread:  tanh(x / (width * s)): no surprise counts for more than 1 [ours]
+        spread:  tanh(x / (width * s)): within 1, before it is whitened [ours]
     s: q's standard deviation, at least a tenth of that of the batch's mean targets, as a nearly
-    certain state would blow a small error up. M = 1, the control: the batch's median |x|.
+    certain state would blow a small error up. For M = 1: the batch's median |x|.
     """
     assert quantiles.shape[:-1] == targets.shape[:-1] == mask.shape, f"mask {tuple(mask.shape)}"
     if readout not in ("mean", "spread"):
@@ -171,7 +171,7 @@ def critic_loss(head_quantiles, targets, mask, levels, kappa, risk, num_tokens=N
     head_quantiles (B, T, N, M), targets (B, T, K), mask (B, T), levels (M,), kappa >= 0 in their
     unit, risk a RiskConfig or None -> loss, {quantile, calibration, shift, shape, curvature,
     consistency}, scalars that add up like the loss. kappa=None is the scalar critic of PPO and
-    robust PPO (M = K = 1): half the squared error of each head, no terms, no value clipping.
+    robust PPO (M = K = 1): half the heads' mean squared error, no terms, no value clipping.
     """
     shapes = f"head_quantiles {tuple(head_quantiles.shape)}, mask {tuple(mask.shape)}"
     assert head_quantiles.shape[:-2] == targets.shape[:-1] == mask.shape, shapes

@@ -46,8 +46,8 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
     """Pulls both tail means towards those of what the targets are drawn from.
 
     quantiles (..., M), targets (..., K) -> (...), their unit squared. Raises as the tail means.
-    [reported] "tail calibration"; [ours] in form (Rockafellar-Uryasev), since the tails of one
-    state's targets, at its last token all the same number, are not the tails of its returns:
+    [reported] "tail calibration"; [ours] in form (Rockafellar-Uryasev), since one state's targets
+    (at the last token a single number) are not the distribution of its returns:
 
         (CVaR_alpha(q) - t_low)^2 + (gain_beta(q) - t_up)^2
         t_low = v - mean_j (v - y_j)_+ / alpha,  v = stop_grad Q(alpha)
@@ -65,7 +65,7 @@ def tail_calibration_loss(quantiles, targets, alpha, beta):
 
 
 def mean_shift_loss(quantiles, targets):
-    """Holds the mean while the tails move: (mean_i q_i - mean_j y_j)^2, as a scalar critic's loss.
+    """Holds the mean while the tails move: (mean_i q_i - mean_j y_j)^2.
 
     quantiles (..., M), targets (..., K) -> (...), their unit squared. [reported]; [ours] in form.
     """
@@ -77,8 +77,8 @@ def tail_shape_loss(quantiles, alpha, beta, ratio, reach=math.inf):
     """Asks for a lower tail at most `ratio` times as long as the upper: (S_low - ratio * S_up)_+.
 
     quantiles (..., M) -> (...), their unit. Raises as the tail means. [reported]; [ours] in form.
-    reach [ours]: nothing is pushed further that is more than reach * mean_i |q_i - mean q| above
-    the mean. Else the topmost few, hardly held by data, go to 18 where returns end at 2.
+    reach [ours]: what is more than reach * mean_i |q_i - mean q| above the mean is not pushed up.
+    Else the topmost few, hardly held by data, go to 18 where returns end at 2.
     """
     q = quantiles.sort(dim=-1).values
     mean = q.mean(dim=-1)
@@ -108,8 +108,8 @@ def tail_curvature_loss(quantiles, alpha, beta):
 class RiskConfig:
     """Tail shares, ratio and reach of tail_shape_loss, a weight per term: 0 turns it off exactly.
 
-    alpha, beta in (0, 1], others finite and >= 0, else ValueError; consistency is of critic.py's
-    heads. [ours]: the smallest round weights that move the tails, not the mean.
+    alpha, beta in (0, 1], others finite and >= 0, else ValueError; consistency, of the heads, is
+    added in critic_loss. [ours]: the smallest round weights that move the tails, not the mean.
     """
 
     alpha: float = 0.1

@@ -153,8 +153,8 @@ def sample(
     """Samples one response to each prompt (temperature 0: greedy), and says what was sampled.
 
     prompt_ids: B lists of ids -> Rollout on the model's device. Draws from torch's generator.
-    record_logprobs: keep those that sampling drew from (not for temperature 0), which saves a
-    scoring pass where they are those of scoring. more: settings of transformers' generate.
+    record_logprobs: keep sampling's own (not for temperature 0); where they are those of scoring,
+    that saves a pass. more: settings of transformers' generate.
     """
     device = model.device
     prompts = padded(prompt_ids, pad_id, device)
@@ -266,7 +266,7 @@ def micro_batches(rollout, rows, max_rows, max_tokens):
 def in_micro_batches(function, model, rollout, max_rows, max_tokens, *rest):
     """function(model, some rows of rollout, *rest) for all rows, put together flush right.
 
-    function gives (rows, T or more, ...) -> (B, T or more, ...), 0 where a row is shorter.
+    function gives (rows, T or more, ...) -> (B, T or more, ...), anything off the mask.
     """
     result, num_rows = None, len(rollout.lengths)
     for rows in micro_batches(rollout, torch.arange(num_rows), max_rows, max_tokens):

@@ -50,9 +50,9 @@ class Experience:
     # (B, T) what the policy learns from; (B, T, K) what the critic learns to predict, K = M or 1.
     advantages: torch.Tensor
     targets: torch.Tensor | None
-    # (B, T) what each token counts in the policy loss; of a minibatch.
+    # Set in minibatch_backward: (B, T) what each token counts in the policy loss; in robust PPO
+    # (B, 1, N, 1), the heads that a response does not teach: they get no error.
     weights: torch.Tensor | None = None
-    # (B, 1, N, 1) in robust PPO, the heads that a response does not teach: they get no error.
     untaught: torch.Tensor | None = None
 
     def __getitem__(self, rows):
@@ -144,9 +144,9 @@ def collect(run, args):
     if run.critic is not None:
         if run.iteration == 0:
             run.critic.start_at(returns[mask])
+        critic_inputs = (run.critic, rollout, *limits, args.bootstrap_truncated)
         with autocast(run):
-            inputs = (run.critic, rollout, *limits, args.bootstrap_truncated)
-            head_quantiles = in_micro_batches(response_quantiles, *inputs)
+            head_quantiles = in_micro_batches(response_quantiles, *critic_inputs)
 
     # 6. Who gets the credit?
     advantages, targets = estimate(args, scores, rewards, head_quantiles, rollout)
@@ -194,7 +194,7 @@ def estimate(args, scores, rewards, head_quantiles, rollout):
         # A response that was cut off goes on being worth what the critic says after its end.
         bootstrap = torch.where(rollout.truncated[:, None], values[:, -1], 0)
         quantiles, values = quantiles[:, :-1], values[:, :-1]
-    _, targets = gae(rewards, values, mask, args.gamma, args.lam, bootstrap)
+    _, targets = gae(rewards, values, mask, args.gamma, args.lam, bootstrap)  # y = q + A
     readout = dvpo.advantage_readout(quantiles, targets, mask, args.readout, args.readout_width)
     return dvpo.masked_whiten(readout, mask), targets
 
@@ -212,7 +212,7 @@ def update(run, args, experience):
         minibatches += torch.randperm(args.batch_size).chunk(args.num_mini_batches)
     for number, rows in enumerate(minibatches, 1):
         sums = minibatch_backward(run, args, experience[rows], train_policy)
-        watched = {name: value for name, value in sums.items() if name.startswith("loss/")}
+        watched = {k: v for k, v in sums.items() if k in ("loss/policy_avg", "loss/value_avg")}
         for model, _ in models:
             name = f"the gradient of {type(model).__name__}"
             watched[name] = clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -275,7 +275,7 @@ def critic_backward(run, args, part, num_tokens):
         head_quantiles = torch.where(part.untaught, part.targets.unsqueeze(-1), head_quantiles)
     # In the critic's own units, whatever the reward is counted in.
     q, y = head_quantiles / run.critic.scale, part.targets / run.critic.scale
-    # kappa and risk. Without, it is the squared error of a value: PPO has one head, robust PPO N.
+    # kappa and risk. No kappa: the squared error of PPO's one head, or of robust PPO's N.
     pair = (args.kappa, run.risk) if ALGORITHMS[args.algo].critic == "quantiles" else (None, None)
     loss, terms = dvpo.critic_loss(q, y, part.rollout.mask, run.critic.levels, *pair, num_tokens)
     loss.backward()

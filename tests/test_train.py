@@ -40,6 +40,7 @@ from harness import reports, setup
 from harness.checkpoints import newest_checkpoint
 from harness.flags import ALGORITHMS, parse_args
 from harness.setup import build
+from risk import RiskConfig
 from rollout import Rollout
 from tasks import InputError
 from tasks.builtin import task_tokenizer
@@ -280,6 +281,15 @@ def test_losses_and_gradients_that_are_not_finite_stop_the_run_before_a_step(
         train.update(run, args, experience)
     assert torch.equal(before.nan_to_num(9.0), numbers_of(run.policy, run.critic).nan_to_num(9.0))
     assert not run.optimizer.state and not run.critic_optimizer.state  # Adam has seen nothing
+
+
+def test_a_term_of_weight_0_that_overflows_does_not_stop_the_run(warm_start, tmp_path):
+    run, args = run_of(warm_start, tmp_path, "--critic-warmup-steps", "0")
+    experience, _ = train.collect(run, args)
+    run.risk = RiskConfig(calibration=0, shift=0, shape=0, curvature=0, consistency=0)
+    run.critic.heads.bias.data.fill_(3e25)  # squared, it is beyond fp32
+    metrics = train.update(run, args, experience)
+    assert metrics["loss/critic_shift"].isinf() and metrics["loss/value_avg"].isfinite()
 
 
 def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
