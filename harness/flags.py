@@ -216,6 +216,7 @@ def check(args):
     require(compared, args, "group_size", f"at least 2 for {args.algo}")
     for flag in ("model_name_or_path", "reward"):
         require(getattr(args, flag) or not has_data, args, flag, "one with --dataset-name")
+    require(has_data or args.eval_samples <= 512, args, "eval_samples", "at most 512 of a --task")
     usual = {"dataset_config": None, "dataset_split": "train", "prompt_column": "prompt"}
     for flag, value in {**usual, "eval_dataset_name": None, "eval_dataset_split": "train"}.items():
         needed = "eval_dataset_name" if flag == "eval_dataset_split" else "dataset_name"
@@ -240,10 +241,6 @@ def check(args):
         tracker_of(args.report_to)
     known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)
     require(known, args, "device", "auto, cpu, cuda or cuda:N")
-    own = str(Path(args.output_dir).resolve() / "checkpoint-")
-    for flag, value in vars(args).items():
-        is_own = str(Path(str(value).removeprefix("model:")).resolve()).startswith(own)
-        require(not is_own, args, flag, f"nothing in --output-dir's own checkpoints, {own}*")
 
 
 def parse_args(argv=None):
@@ -260,7 +257,8 @@ def parse_args(argv=None):
     argv = [re.sub("^--[^=]*", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
     args = parser.parse_args(argv)
     algo = args.algo if args.readout == "mean" else f"{args.algo}-{args.readout}"
-    default_dir = f"runs/{Path(args.dataset_name or args.task).stem}-{algo}-seed{args.seed}"
+    data = re.sub("[.](jsonl?|parquet)$", "", Path(args.dataset_name or args.task).name)
+    default_dir = f"runs/{data}-{algo}-seed{args.seed}"
     if args.resume is not None:
         args.resume = args.resume or args.output_dir or default_dir
         args = resumed(argv, parser, args)

@@ -132,7 +132,8 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
         train = load(*where, config=args.dataset_config)
         if args.eval_dataset_name:
             where = ("--eval-dataset-name", args.eval_dataset_name, args.eval_dataset_split)
-            evals["held out"] = load(*where).take(args.eval_samples)
+            config = args.dataset_config if args.eval_dataset_name == args.dataset_name else None
+            evals["held out"] = load(*where, config=config).take(args.eval_samples)
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import pairwise
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -60,11 +61,10 @@ def dialogue_row(length, odd, rng):
 def booking_row(num_slots, odd, rng):
     """`book area food thai`: ask `area`, hear `area north`, perhaps also `food greek`, and book."""
     values = {slot: rng.choice(SLOTS[slot]) for slot in rng.sample(list(SLOTS), num_slots)}
-    given = set(rng.sample(list(values), rng.randint(1, num_slots - 1)))
-    opening = " ".join(f"{slot} {values[slot]}" if slot in given else slot for slot in values)
-    known = [slot for slot in values if slot in given]
+    known = sorted(rng.sample([*values], rng.randint(1, num_slots - 1)), key=[*values].index)
+    opening = " ".join(f"{slot} {values[slot]}" if slot in known else slot for slot in values)
     replies, completion = {}, []
-    for slot in [slot for slot in values if slot not in given]:
+    for slot in [slot for slot in values if slot not in known]:
         replies[slot] = f"{slot} {values[slot]}"
         if rng.random() < odd:
             changed = rng.choice(known)
@@ -88,13 +88,10 @@ def booking_reward(prompts, completions, **columns):
     scores = []
     for prompt, completion in zip(prompts, completions):
         heard = [turn["content"] for turn in [*prompt, *completion] if turn["role"] == "user"]
-        values = {}  # of the slots that were named; None: the user has not said which
-        for word in " ".join(heard).split():
-            if word in SLOTS:
-                slot = word
-                values.setdefault(slot)
-            elif word not in ("book", "ok"):
-                values[slot] = word
+        words = " ".join(heard).split()
+        # None: the user has named the slot, and not said which.
+        values = dict.fromkeys(word for word in words if word in SLOTS)
+        values |= {slot: word for slot, word in pairwise(words) if word in SLOTS.get(slot, ())}
         right = text_of(completion).split() == ["book", *in_order(values).split()]
         scores.append(float(right and None not in values.values()))
     return scores
@@ -120,8 +117,7 @@ def task_rows(task, split, num_rows, seed):
 
 def task_tokenizer(task):
     """A small real tokenizer: characters for sums, words and a chat template for the others."""
-    words = [*sum(SLOTS.values(), [*SLOTS]), "ok", "book"]
-    words = list("0123456789+=,#") if task == "sums" else words
+    words = "0123456789+=,#" if task == "sums" else [*sum(SLOTS.values(), [*SLOTS]), "ok", "book"]
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>"}
     roles = ["<user>", "<assistant>"]
     vocabulary = {word: index for index, word in enumerate([*names.values(), *roles, *words])}

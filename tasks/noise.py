@@ -31,17 +31,17 @@ def model_scores(scores, domains, scale, seed, generator):
     At scale 1.05 it ranks right above wrong in 77 of 100 pairs of one domain and in 67 of two; the
     paper's reward model in 72 [reported]. A critic can learn a_d and how noisy a domain is.
     """
-    drawn = {}
-    for domain in set(domains):
-        seeded = torch.Generator().manual_seed(1_000_003 * seed + domain)
-        drawn[domain] = torch.randn(3, generator=seeded)
-    level, slope, noise = torch.stack([drawn[domain] for domain in domains]).unbind(dim=1)
+    seeds = [1_000_003 * seed + domain for domain in domains]
+    drawn = [torch.randn(3, generator=torch.Generator().manual_seed(own)) for own in seeds]
+    level, slope, noise = torch.stack(drawn).unbind(dim=1)
     error = scale * (0.8 * noise).exp() * torch.randn(len(scores), generator=generator)
     return level + (0.5 * slope).exp() * scores + error
 
 
 def pseudo_labels(columns, reward, share, generator):
     """Labels as a majority vote would leave them: for a fixed share another row's answer. [ours]"""
+    if "answer" not in columns:
+        raise InputError(f"expected a column 'answer', found {', '.join(columns)}")
     answers, choices = columns["answer"], columns.get("choices")
     labels, order = list(answers), torch.randperm(len(answers), generator=generator)
     for row in order[: round(share * len(answers))].tolist():

@@ -25,7 +25,9 @@ def load_data(name, split, config=None, prompt_column="prompt"):
     elif kind is None and (path.is_file() or path.is_dir() and has_magic(str(path.resolve()))):
         raise InputError("expected a json, jsonl or parquet file, or a folder without *, ? or [")
     elif kind is None:
-        data = load_dataset(name, config, split=split)
+        # Or datasets takes an edited folder for what its cache has of that name and README.
+        again = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+        data = load_dataset(name, config, split=split, **(again if path.is_dir() else {}))
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     elif path.stat().st_size == 0:

@@ -25,9 +25,9 @@ PLAIN = [
     (rf"\\[dtc]?frac{PART}{PART}", r" \1\2/\3\4 "),  # also \frac12
     (r"\| ?-? ?([0-9.]+) ?\|", r"(\1)"),  # |-4|
     # No units, and no signs: not read.
-    (r"(?<=[0-9]) (?=(?:hundred|thousand|lakh|dozen|[mbt]r?illion|halve|hundredth)s?\b)", "^"),
-    (r"(?<=[0-9]) (?:squared|cubed|(?:over|plus|minus|times|point|to)(?= [0-9]))\b ?", "^"),
-    (r"(?i)\b(?:minus|negative|twice|half of|at least|at most|sqrt|root of) ?(?=\(?[0-9])", "^"),
+    (r"(?<=[0-9]) (?=(?:hundred|thousand|lakh|dozen|[mbt]r?illion|halve|hundredth)s?\b)", "^^"),
+    (r"(?<=[0-9]) (?:squared|cubed|(?:over|plus|minus|times|point|to)(?= [0-9]))\b ?", "^^"),
+    (r"(?i)\b(?:minus|negative|twice|half of|at least|at most|sqrt|root of) ?(?=\(?[0-9])", "^^"),
 ]
 # A whole answer: a name, sums that it equals, the number, its units.
 SUMS = r"(?:([A-Za-z\\°](?:[\w\\|°'{} $]|\([^()]*\))*)=)?(?:[-+*/^()0-9.!°÷$\s]*=)*[\s$*([]*"
@@ -38,7 +38,8 @@ BOX = r"\\f?box(?:ed)?\s*\{((?:[^{}]|\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\})*)
 LISTED = r"(?:[^a-z0-9\\]|\\(?!f?box)[a-z]*|\b(?:and|or|also|else|maybe|perhaps|possibly)\b)*"
 CUE = r"(?i)(?:####|\banswer\b[^.0-9]{0,60}?(?:\bis\b|\bequals?\b|[:=]))(?=[^0-9]{0,50}[0-9])"
 # What stands between two numbers: words, one that is denied, all but signs, ends of lines.
-WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,})"
+WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])"
+WORDS += r"(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,}(?:['’]s)?)"
 BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
@@ -53,8 +54,8 @@ NAMED = [
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
     WORD + r"(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
-    r"^\W*([A-Za-z])(?:\W*$|[.):,*]|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
-    r"\(([A-Z])\)",
+    r"^\W*([A-Za-z])(?:\W*$|[.):,*](?! is (?:wro|not))|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
+    r"\(([A-Z])\)(?! is (?:wrong|not))",
 ]
 
 
@@ -171,7 +172,7 @@ def meaning(reward, answer, choices=None):
         return right_letter(answer, *options_of(choices))
     if reward is math_reward:
         # A float stands for the short decimal nearby.
-        text = f"{answer:.9g}" if isinstance(answer, float) else str(answer)
+        text = f"{answer:.12g}" if isinstance(answer, float) else str(answer)
         found = as_number(text.split("####")[-1])
         return found and found[1]
     is_text = isinstance(answer, str | int | float) and answer == answer  # neither date nor NaN

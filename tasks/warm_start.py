@@ -5,7 +5,7 @@ import os
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rollout import padded
 from tasks import InputError, as_messages
@@ -70,8 +70,7 @@ def warm_start(task, seed, folder):
     sizes = dict(hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=3)
     sizes |= dict(num_attention_heads=4, max_position_embeddings=256, tie_word_embeddings=True)
     special = dict(vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, bos_token_id=2)
-    config = LlamaConfig(initializer_range=0.05, **sizes, **special)
-    model = AutoModelForCausalLM.from_config(config)
+    model = LlamaForCausalLM(LlamaConfig(initializer_range=0.05, **sizes, **special))
     held_out = task_rows(task, "test", 512, seed) + task_rows(task, "ood", 512, seed)
     held_out = {str(row["prompt"]) for row in held_out}
     rows = task_rows(task, "warm", count, seed)

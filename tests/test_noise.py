@@ -142,9 +142,16 @@ def test_a_wrong_label_is_wrong_as_the_verifier_reads_it(reward):
         assert reward(None, said, answer=labels) == [1.0] * len(said)
 
 
+def test_a_data_set_without_answers_has_no_labels():
+    with pytest.raises(InputError, match="expected a column 'answer', found prompt, text"):
+        pseudo_labels({"prompt": ["a"], "text": ["b"]}, None, 0.5, torch.Generator())
+
+
 def test_floats_that_stand_for_one_number_are_one_label():
     labels = drawn(math_reward, 1.0, [0.3, 0.1 + 0.2, 0.7])
     assert labels[:2] == [0.7, 0.7] and labels[2] < 0.5
+    near = [1000000001.0, 1000000002.0]
+    assert drawn(math_reward, 1.0, near) == near[::-1]
 
 
 CHOICES = {"choices": [["a", "12", "none"], ["12", "a"], {"text": ["p", "q"], "label": ["1", "2"]}]}

@@ -435,6 +435,9 @@ def test_two_folders_do_not_share_their_modules(tmp_path, monkeypatch):
 def test_a_users_module_may_use_ours(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "risk.py").write_text("name = 'theirs'\n")
+    (tmp_path / "tasks.jsonl").touch()  # data hide nothing
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "rows.jsonl").touch()
     (tmp_path / "uses_ours.py").write_text(
         "import risk\nfrom tasks.verifiers import math_reward as reward\nname = risk.name\n"
     )

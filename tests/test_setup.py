@@ -42,6 +42,7 @@ from harness.setup import build, load_splits
 from risk import RiskConfig
 from tasks import InputError
 from tasks.builtin import SLOTS, task_tokenizer
+from tasks.prompts import load_data
 
 
 def test_a_folder_a_file_and_a_python_reward(model_folder, tmp_path, monkeypatch):
@@ -117,10 +118,33 @@ def test_a_data_set_as_the_hub_has_them_with_a_config_and_a_column_of_another_na
     args = parse_args([*flags, *right[:4], "--dataset-split", "test"])
     data, evals = load_splits(args, AutoTokenizer.from_pretrained(model_folder), 64)
     assert len(data) == len(evals["held out"]) == 2
+    both = ["--eval-dataset-name", str(hub), "--eval-dataset-split", "test"]
+    args = parse_args([*flags, *right[:4], *both])
+    _, evals = load_splits(args, AutoTokenizer.from_pretrained(model_folder), 64)
+    assert all("main" in prompt for prompt in evals["held out"]["prompt"])
     assert train.main([*flags, *right]) == 0
     refused(capsys, [*flags, "--prompt-column", "question"], "--dataset-name", "main")
     wrong = "--dataset-config main --prompt-column query".split()
     refused(capsys, [*flags, *wrong], "--dataset-name", "'query'", "--prompt-column")
+
+
+def test_an_edited_folder_is_read_again(tmp_path):
+    """datasets knows a folder with a README by both their names."""
+    folder = like_the_hub(tmp_path / "gsm")
+    options = {"config": "main", "prompt_column": "question"}
+    assert "edited" not in load_data(str(folder), "test", **options)["prompt"]
+    write_rows(folder / "main" / "test.jsonl", [{"question": "edited", "answer": "1"}])
+    assert load_data(str(folder), "test", **options)["prompt"] == ["edited"]
+
+
+def test_a_time_in_a_message_is_kept_as_a_text(model_folder, tmp_path):
+    """A checkpoint's state holds examples, which torch.load reads as plain types alone."""
+    said = [{"role": "user", "content": "area", "time": "2024-01-01T10:00:00"}]
+    rows = [{"prompt": said, "answer": "a"}, {"prompt": said[:1] * 2, "answer": "a"}]
+    data = write_rows(tmp_path / "d.jsonl", rows * 2)
+    flags = [*own(model_folder, data, "exact"), "--output-dir", str(tmp_path / "run")]
+    assert train.main(flags) == 0
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
 
 
 def test_held_out_prompts_stay_out_of_training(warm_start, tmp_path):

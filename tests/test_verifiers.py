@@ -739,3 +739,28 @@ def test_an_option_that_holds_another_one_is_meant_by_its_whole_text(said):
         with pytest.raises(InputError, match="row 0"):
             columns = {"answer": [missing], "choices": [["None", "nan"]]}
             assert_readable(columns, choice_reward)
+
+
+@pytest.mark.parametrize(
+    "text,wrong",
+    [
+        ("The answer is 2 plus 3.", "8"),
+        ("It takes 2 to 3 days.", "8"),
+        ("2 times 3", "8"),
+        ("5 over 2", "25"),
+        ("minus 3", "3"),
+    ],
+)
+def test_words_that_are_not_read_are_no_powers(text, wrong):
+    """What is not read is read twice: a mark in the first reading was a power in the second."""
+    assert math_reward([""], [text], [wrong]) == [0.0]
+
+
+@pytest.mark.parametrize("text", ["It's $7.", "That's 7", "Tom's 7", "Tom\u2019s 7", "it's 7."])
+def test_a_number_behind_an_apostrophe_is_read(text):
+    assert math_reward([""], [text], ["7"]) == [1.0]
+
+
+def test_an_option_in_brackets_that_is_denied_is_not_chosen():
+    said = ["(A) is wrong because of ice, so (B)", "A) is not right; (B)", "(A) is right", "A) ice"]
+    assert choice_reward([""] * 4, said, ["B", "B", "A", "A"]) == [1.0] * 4
