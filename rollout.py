@@ -153,8 +153,8 @@ def sample(
     """Samples one response to each prompt (temperature 0: greedy), and says what was sampled.
 
     prompt_ids: B lists of ids -> Rollout on the model's device. Draws from torch's generator.
-    record_logprobs: keep sampling's own (not for temperature 0); where they are those of scoring,
-    that saves a pass. more: settings of transformers' generate.
+    record_logprobs: keep the log-probs that it drew from (not for temperature 0); where scoring's
+    are the same, that saves a pass. more: settings of transformers' generate.
     """
     device = model.device
     prompts = padded(prompt_ids, pad_id, device)

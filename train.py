@@ -50,9 +50,9 @@ class Experience:
     # (B, T) what the policy learns from; (B, T, K) what the critic learns to predict, K = M or 1.
     advantages: torch.Tensor
     targets: torch.Tensor | None
-    # Set in minibatch_backward: (B, T) what each token counts in the policy loss; in robust PPO
-    # (B, 1, N, 1), the heads that a response does not teach: they get no error.
+    # Both set in minibatch_backward. (B, T) what each token counts in the policy loss.
     weights: torch.Tensor | None = None
+    # (B, 1, N, 1) in robust PPO, the heads that a response does not teach: they get no error.
     untaught: torch.Tensor | None = None
 
     def __getitem__(self, rows):

@@ -14,7 +14,7 @@ from tasks import one_line
 class Algorithm(NamedTuple):
     critic: str  # what predicts returns: N heads of M quantiles, a scalar, N scalars, or none
     kl: str  # where the KL to the starting policy goes: into the token rewards, or the loss
-    weights: str  # of tokens in the policy loss: token, response: each counts alike; or constant
+    weights: str  # each token or response counts the same; constant: tokens over the most possible
 
 
 ALGORITHMS = {
@@ -36,7 +36,7 @@ FLAGS = {
         ("model-name-or-path", None, None, "policy: hub name or folder; else a tiny model is made"),
         ("critic-model-name-or-path", None, None, "the critic's trunk; else the policy's"),
         ("dataset-name", None, None, "prompts: a hub name, or a json, jsonl or parquet file"),
-        ("dataset-config", None, None, "config of --dataset-name, where the hub asks for one"),
+        ("dataset-config", None, None, "config of the data set, where the hub asks for one"),
         ("dataset-split", "train", None, "split of --dataset-name"),
         ("prompt-column", "prompt", None, "the column with the prompts, in both data sets"),
         ("eval-dataset-name", None, None, "held-out prompts; else training rows"),
@@ -73,7 +73,7 @@ FLAGS = {
         ("whiten-rewards", False, None, "token rewards scaled to variance 1 about their mean"),
     ],
     "distributional critic (readouts and heads: of other critics, too)": [
-        ("readout", "mean", ["mean", "spread"], "the mean, or surprises in spreads, bounded"),
+        ("readout", "mean", ["mean", "spread"], "the mean, or advantages in spreads, bounded"),
         ("readout-width", 1.0, "(0, inf)", "spreads at which the readout is 0.76"),
         ("num-quantiles", (50, 200), "[1, 10000]", "M"),
         ("num-heads", 4, "[1, 1000]", "N"),
@@ -83,7 +83,7 @@ FLAGS = {
         ("beta", 0.1, "(0, 1]", "share of the upper tail"),
         ("tail-ratio", 0.5, "[0, inf)", "lower tail at most this times the upper one"),
         ("tail-reach", 4.0, "[0, inf)", "mean deviations beyond which shape pushes no quantile"),
-        ("calibration-weight", 0.01, "[0, inf)", "tail means as in the returns; 0: off"),
+        ("calibration-weight", 0.01, "[0, inf)", "tail means as in the targets; 0: off"),
         ("shift-weight", 0.1, "[0, inf)", "the mean stays while tails move; 0: off"),
         ("shape-weight", 0.1, "[0, inf)", "the --tail-ratio of tails; 0: off"),
         ("curvature-weight", 0.1, "[0, inf)", "quantiles convex at both ends; 0: off"),
@@ -216,7 +216,8 @@ def check(args):
     require(compared, args, "group_size", f"at least 2 for {args.algo}")
     for flag in ("model_name_or_path", "reward"):
         require(getattr(args, flag) or not has_data, args, flag, "one with --dataset-name")
-    require(has_data or args.eval_samples <= 512, args, "eval_samples", "at most 512 of a --task")
+    is_held_out = has_data or args.resume or args.eval_samples <= 512  # of what a warm start meets
+    require(is_held_out, args, "eval_samples", "at most 512 without --dataset-name")
     usual = {"dataset_config": None, "dataset_split": "train", "prompt_column": "prompt"}
     for flag, value in {**usual, "eval_dataset_name": None, "eval_dataset_split": "train"}.items():
         needed = "eval_dataset_name" if flag == "eval_dataset_split" else "dataset_name"
@@ -231,16 +232,15 @@ def check(args):
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
         require(has_critic, args, flag, f"an --algo with a critic, not {args.algo}")
-    is_number = args.reward != "math" or has_data or args.task == "sums"
-    require(is_number, args, "reward", f"another for --task {args.task}, whose answers are words")
     written = args.chat_template == "auto" or not args.user
     require(written, args, "chat_template", "auto with --user, whose turns it writes")
-    can_chat = not args.user or args.model_name_or_path or args.task != "sums"
-    require(can_chat, args, "user", "none with --task sums, whose model has no chat template")
     if args.report_to != "none":
         tracker_of(args.report_to)
     known = re.fullmatch("auto|cpu|cuda(:[0-9]+)?", args.device)
     require(known, args, "device", "auto, cpu, cuda or cuda:N")
+    own = str(Path(args.output_dir).resolve() / "checkpoint-")
+    is_own = str(Path(args.model_name_or_path or "").resolve()).startswith(own)
+    require(not is_own, args, "model_name_or_path", f"none of --output-dir's own, {own}*")
 
 
 def parse_args(argv=None):

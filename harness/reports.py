@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -84,7 +83,7 @@ def evaluate(run, args):
             # Or training would refuse them, when an earlier run is moved aside.
             assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)
             shown = [dict(zip(("prompt", "completion", "score"), row)) for row in rows]
-            examples = examples or json.loads(json.dumps(shown, default=str))  # a time is none
+            examples = examples or json.loads(json.dumps(shown, default=str))  # for torch.load
     return scores, examples
 
 
@@ -128,11 +127,7 @@ def log_iteration(log, run, args, metrics):
     bar.update()
     if 10 * run.iteration % bar.total < 10:  # every tenth of the run, a line that stays
         with bar.external_write_mode():
-            try:
-                print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
-            except BrokenPipeError:
-                # Nobody reads on, as behind `| head`: the run goes on.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
 
 
 def announce(run, args, num_iterations):
@@ -142,7 +137,11 @@ def announce(run, args, num_iterations):
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"
         print(f"note: {what} iterations: the policy will not change")
-    if run.before and (scores := torch.cat([*run.before.values()])).min() == scores.max():
+    if (
+        not run.iteration
+        and run.before
+        and (scores := torch.cat([*run.before.values()])).min() == scores.max()
+    ):
         print(f"note: at first all {len(scores)} scores are {scores[0]:g}: nothing to learn from?")
 
 

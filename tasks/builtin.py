@@ -17,7 +17,6 @@ TASKS = {
     "dialogue": dict(warm=(2, 5, 0.03), train=(2, 5, 0.5), test=(2, 5, 0.5), ood=(6, 8, 0.5)),
     "booking": dict(warm=(3, 4, 0.03), train=(3, 4, 0.5), test=(3, 4, 0.5), ood=(5, 5, 0.5)),
 }
-
 SLOTS = {
     "area": "north south east west".split(),
     "food": "thai greek indian french".split(),
@@ -25,7 +24,6 @@ SLOTS = {
     "day": "monday tuesday friday sunday".split(),
     "people": "two three four five six".split(),
 }
-
 CHAT_TEMPLATE = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}"
 CHAT_TEMPLATE += "{% if message['role'] == 'assistant' %} <eos>{% endif %} {% endfor %}"
 CHAT_TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"

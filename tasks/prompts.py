@@ -1,5 +1,6 @@
 """Prompts: from a file, a hub name or a built-in task to token ids."""
 
+import tempfile
 from glob import escape, has_magic
 from math import inf
 from pathlib import Path
@@ -25,9 +26,10 @@ def load_data(name, split, config=None, prompt_column="prompt"):
     elif kind is None and (path.is_file() or path.is_dir() and has_magic(str(path.resolve()))):
         raise InputError("expected a json, jsonl or parquet file, or a folder without *, ? or [")
     elif kind is None:
-        # Or datasets takes an edited folder for what its cache has of that name and README.
-        again = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
-        data = load_dataset(name, config, split=split, **(again if path.is_dir() else {}))
+        # A folder not by the usual cache, which knows it by its name and README alone.
+        with tempfile.TemporaryDirectory() as fresh:
+            own = {"cache_dir": fresh, "keep_in_memory": True} if path.is_dir() else {}
+            data = load_dataset(name, config, split=split, **own)
     elif config:
         raise InputError(f"a file has no config, found {config!r}")
     elif path.stat().st_size == 0:

@@ -26,8 +26,8 @@ def take_out(names):
 
 def import_theirs(name):
     """A user's module, from the working folder first; what it imports may have names of ours."""
-    code = [*Path.cwd().glob("*.py"), *(path.parent for path in Path.cwd().glob("*/*.py"))]
-    shared = OURS & {path.stem for path in code if Path.cwd() != REPOSITORY}
+    here, names = Path.cwd(), OURS if Path.cwd() != REPOSITORY else ()
+    shared = {n for n in names if (here / f"{n}.py").exists() or any((here / n).glob("**/*.py"))}
     ours, before = take_out(shared), [*sys.path]
     # A package of ours would win over a folder of theirs without an __init__.py.
     sys.path[:] = [str(Path.cwd())] + [p for p in before if Path(p).resolve() != REPOSITORY]

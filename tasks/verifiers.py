@@ -39,11 +39,12 @@ LISTED = r"(?:[^a-z0-9\\]|\\(?!f?box)[a-z]*|\b(?:and|or|also|else|maybe|perhaps|
 CUE = r"(?i)(?:####|\banswer\b[^.0-9]{0,60}?(?:\bis\b|\bequals?\b|[:=]))(?=[^0-9]{0,50}[0-9])"
 # What stands between two numbers: words, one that is denied, all but signs, ends of lines.
 WORDS = r"(?ai)(?<![\\a-z])(?!(?:or|and)[ $*-]+[0-9])"
-WORDS += r"(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,}(?:['’]s)?)"
+WORDS += r"(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,}(?:['’]s\b)?)"
 BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
-MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b(?! is (?:wrong|not))"
+MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b"
+DENIED = r"(?! is (?:wrong|not (?:right|correct|true))\b)"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -54,8 +55,8 @@ NAMED = [
     r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
     WORD + r"(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
-    r"^\W*([A-Za-z])(?:\W*$|[.):,*](?! is (?:wro|not))|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
-    r"\(([A-Z])\)(?! is (?:wrong|not))",
+    r"^\W*([A-Za-z])(?:\W*$|[.):,*]" + DENIED + r"|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
+    r"\(([A-Z])\)" + DENIED,
 ]
 
 
@@ -110,7 +111,7 @@ def chosen_letter(text, choices, numbers=""):
     for pattern in NAMED:
         found = re.search(pattern, text)
         if found and (letter := found[1].upper()) in letters + numbers:
-            other = re.match(MORE, text[found.end(1) :])  # "B or C" names two
+            other = re.match(MORE + DENIED, text[found.end(1) :])  # "B or C" names two
             return None if other and other[1] in (letters + numbers).replace(letter, "") else letter
     said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
     words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
@@ -163,7 +164,7 @@ def exact_reward(prompts, completions, answer, **columns):
 
 
 VERIFIERS = {"math": math_reward, "choice": choice_reward, "exact": exact_reward}
-READABLE = {math_reward: "a number", choice_reward: "one of 'choices'", exact_reward: "a text"}
+READABLE = {math_reward: "a number", choice_reward: "an option", exact_reward: "a text"}
 
 
 def meaning(reward, answer, choices=None):
@@ -171,9 +172,7 @@ def meaning(reward, answer, choices=None):
     if reward is choice_reward:
         return right_letter(answer, *options_of(choices))
     if reward is math_reward:
-        # A float stands for the short decimal nearby.
-        text = f"{answer:.12g}" if isinstance(answer, float) else str(answer)
-        found = as_number(text.split("####")[-1])
+        found = as_number(str(answer).split("####")[-1])
         return found and found[1]
     is_text = isinstance(answer, str | int | float) and answer == answer  # neither date nor NaN
     return " ".join(str(answer).split()) if is_text or reward is not exact_reward else None

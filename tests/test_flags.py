@@ -96,8 +96,6 @@ BAD_FLAGS = [
     ("--model-name-or-path nosuchmodel", "--model-name-or-path"),
     ("--dataset-split test", "--dataset-name: expected one with --dataset-split"),
     ("--eval-dataset-split test", "--eval-dataset-name: expected one with --eval-dataset-split"),
-    ("--reward math", "--reward: expected another for --task dialogue, whose answers are words"),
-    ("--task sums --user json:dumps", "--user: expected none with --task sums"),
     ("--cliprange 1e308", "--cliprange: expected a number of 32 bits"),
     ("--num-quantiles 2000000000", "--num-quantiles: expected a whole number in [1, 10000]"),
     ("--total-episodes 99999999999999999999", "--total-episodes: expected a whole number of 32"),
@@ -214,6 +212,17 @@ def test_a_folder_with_the_name_of_a_logging_package_is_not_the_package(
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     refused(capsys, ["--report-to", "wandb"], "--report-to: expected wandb", "no attribute 'init'")
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
+
+
+def test_a_run_does_not_begin_from_what_it_will_move(tmp_path, monkeypatch, capsys):
+    """As a second stage does that is started into the first one's folder."""
+    monkeypatch.chdir(tmp_path)
+    own = "--dataset-name data.jsonl --reward math --model-name-or-path".split()
+    for path in ("run/checkpoint-000001/policy", "run/../run/checkpoint-000002/policy"):
+        found = "--model-name-or-path: expected none of --output-dir's own, "
+        refused(capsys, [*own, path, "--output-dir", "run"], found, str(tmp_path / "run"))
+        for folder in ("other", "run2", "run/warm_start"):
+            assert parse_args([*own, path, "--output-dir", folder]).output_dir == folder
 
 
 @pytest.mark.parametrize("flags", ["--help", "--alpha 0", "--algo grpo --group-size 1"])

@@ -575,7 +575,7 @@ BAD_DATA = [
     (
         ONE * 3,
         "--pseudo-label-noise 0.5 --eval-dataset-name other.jsonl",
-        ["--pseudo-label-noise", "row", "wrong answers"],
+        ["--pseudo-label-noise", "different"],
     ),
     (ONE, "--dataset-split nosuch", ["--dataset-name", "nosuch"]),
     (ONE, "--dataset-config nosuch", ["--dataset-name", "a file has no config", "nosuch"]),
@@ -692,3 +692,13 @@ def test_the_risk_terms_are_as_the_flags_say(warm_start, tmp_path):
     assert run.risk == RiskConfig(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0, 7.0)
     run, _ = run_of(warm_start, tmp_path)
     assert run.risk == RiskConfig()
+
+
+@pytest.mark.parametrize("flags,found", [("--reward math", "number"), ("--task sums", "template")])
+def test_a_reward_or_user_that_a_task_cannot_have_is_one_line(flags, found, warm_start, tmp_path):
+    """Once there is a model: its own words say it."""
+    user = ["--user", "tasks.builtin:scripted_user"] if "sums" in flags else []
+    with pytest.raises(
+        InputError, match=f"row 0: expected a {found}|--user: expected a chat {found}"
+    ):
+        run_of(warm_start, tmp_path, *flags.split(), *user)
