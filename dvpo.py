@@ -24,7 +24,7 @@ def masked_mean(values, mask, num_tokens=None):
 def masked_whiten(values, mask, shift_mean=True):
     """values (B, T) with mean 0 and (unbiased) variance 1 over the True slots, 0 in the others.
 
-    shift_mean=False adds the mean again, as TRL does to rewards. Of a single token 0 is left. [ours]:
+    A lone token becomes 0. shift_mean=False then adds the mean, as TRL does to rewards. [ours]:
     std is at least 1e-6 of the largest |value|: relative, so that rewards have no unit.
     """
     assert values.shape == mask.shape, f"values {tuple(values.shape)}, mask {tuple(mask.shape)}"
