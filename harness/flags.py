@@ -216,8 +216,7 @@ def check(args):
     require(compared, args, "group_size", f"at least 2 for {args.algo}")
     for flag in ("model_name_or_path", "reward"):
         require(getattr(args, flag) or not has_data, args, flag, "one with --dataset-name")
-    is_held_out = has_data or args.resume or args.eval_samples <= 512  # of what a warm start meets
-    require(is_held_out, args, "eval_samples", "at most 512 without --dataset-name")
+    require(has_data or args.resume or args.eval_samples <= 512, args, "eval_samples", "up to 512")
     usual = {"dataset_config": None, "dataset_split": "train", "prompt_column": "prompt"}
     for flag, value in {**usual, "eval_dataset_name": None, "eval_dataset_split": "train"}.items():
         needed = "eval_dataset_name" if flag == "eval_dataset_split" else "dataset_name"

@@ -127,7 +127,10 @@ def log_iteration(log, run, args, metrics):
     bar.update()
     if 10 * run.iteration % bar.total < 10:  # every tenth of the run, a line that stays
         with bar.external_write_mode():
-            print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            try:
+                print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
+            except BrokenPipeError:
+                sys.stdout = None  # nobody reads on, as behind `| head`: the run goes on
 
 
 def announce(run, args, num_iterations):

@@ -29,8 +29,6 @@ from tasks.warm_start import warm_start
 
 @dataclass
 class Run:
-    """All that a run holds."""
-
     policy: Any  # what is trained, in fp32
     sampler: Any  # what decodes: the policy, or its bf16 copy
     reference: Any  # the policy as it was at first; None with --kl-coef 0
