@@ -26,10 +26,11 @@ from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
 
-def final_answer(text, choices=()):
-    """The letter or the number that a response answers with; or None."""
+def final_answer(text, choices=(), letters=()):
+    """The letter or the number that a response answers with; or None. letters: of digit labels."""
     if choices:
-        return verifiers.chosen_letter(text, choices)
+        named = verifiers.chosen_letter(text, choices, verifiers.digits if letters else "")
+        return dict(letters).get(named, named)
     found = verifiers.final_number(text)
     return found and str(found[1])
 
@@ -40,8 +41,8 @@ def labelled(problem, texts, row):
     What has no answer votes for nothing, but counts in `agreement`; the first wins a tie.
     """
     with naming(f"data: row {row}"):
-        choices, _ = verifiers.options_of(problem.get("choices"))
-    answers = [final_answer(text, choices) for text in texts]
+        options = verifiers.options_of(problem.get("choices"))
+    answers = [final_answer(text, *options) for text in texts]
     votes = [answer for answer in answers if answer is not None]
     if not votes:
         return None

@@ -71,12 +71,11 @@ def run_and_print(args):
     scripts.refuse(args.flags, "algo|seed|reward-noise-seed|output-dir|resume")
     torch.set_num_threads(1)
     algos, target = [*dict.fromkeys(args.algos)], RESULTS / f"{args.name}.jsonl"
-    # What cannot work ends it here, before the first run.
     keys = [(algo, seed) for seed in range(args.seeds) for algo in algos]
     todo = {key: words_of(args, *key) for key in keys}
     held = {"algo": lambda algo: algo in ALGORITHMS, "flags": lambda flags: isinstance(flags, dict)}
     finished = {}
-    for row in read_results(target, "seed", *held, **held):
+    for row in read_results(target, "seed", "before", "after", *held, **held):
         key = row["algo"], row["seed"]
         assert_same(target, row["flags"], words_of(args, *key)[1])
         finished[key] = row

@@ -25,7 +25,6 @@ ALGORITHMS = {
     "dr_grpo": Algorithm(critic="none", kl="loss", weights="constant"),
     "reinforce++": Algorithm(critic="none", kl="reward", weights="token"),
 }
-
 RISK_TERMS = ("calibration", "shift", "shape", "curvature", "consistency")
 
 # group: (name, default, allowed, help). A default in a tuple is (built-in model, pretrained

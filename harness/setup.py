@@ -135,9 +135,9 @@ def load_splits(args, tokenizer, context, limit=float("inf"), reward=None):
         elif len(train) > 1:
             size = min(args.eval_samples, len(train) // 2)
             train, evals["held out"] = train.train_test_split(size, seed=args.seed).values()
-    held_out = {str(prompt) for data in evals.values() for prompt in data["prompt"]}
+    held_out = {tuple(ids) for data in evals.values() for ids in data[PROMPT_IDS]}
     count = len(train)
-    train = train.filter(lambda prompt: str(prompt) not in held_out, input_columns="prompt")
+    train = train.filter(lambda ids: tuple(ids) not in held_out, input_columns=PROMPT_IDS)
     if args.dataset_name and len(train) < count:
         print(f"--dataset-name: {count - len(train)} of {count} rows left out, as held out too")
     if len(train) == 0:

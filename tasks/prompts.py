@@ -94,11 +94,12 @@ def encode_prompts(prompts, tokenizer, use_chat_template=True, limit=inf):
 
 
 def render_chat(prompt, tokenizer, row=0):
-    """The text of a prompt after the tokenizer's chat template; raises InputError."""
+    """The text of a prompt by the chat template, without keys of None, as parquet has them."""
     where, messages, keys = f"row {row}: prompt", as_messages(prompt), ("role", "content")
     is_list = prompt and isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
     if not (is_list and all(isinstance(m.get(key), str) for m in messages for key in keys)):
         raise InputError(f"{where}: expected a text or [{{role, content}}], found {prompt!r:.60}")
+    messages = [{key: m[key] for key in m if m[key] is not None} for m in messages]
     with naming(f"{where}: the tokenizer cannot write it as a chat"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 

@@ -8,7 +8,7 @@ from tasks import InputError, naming
 
 DECIMAL = r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
 PART = rf" ?(?:\{{ ?([-+]?{DECIMAL}) ?\}}|([0-9]))"  # of a fraction
-POWER = r"(?<![\w.,)}\]^])(?<![0-9] )([1-9][0-9]{0,3}) ?\^ ?([-+]?[0-9]{1,2})(?! ?[\^0-9])"
+POWER = r"(?<![\w.,)}\]^])(?<![0-9] )([1-9][0-9]{0,3}) ?\^ ?([-+]?[0-9]{1,2})(?! ?[\^0-9]|\.[0-9])"
 # In this order: one spelling for what has many; a unit becomes °.
 PLAIN = [
     (r"<<[^<>]*>>|\\!\s*|\\(?:left|right)(?![a-z])|\\(?=[$%])|\{(?=,\})|(?<=\{,)\}", ""),
@@ -17,7 +17,7 @@ PLAIN = [
     (r"\^ ?\{ ?([-+]?[0-9]+|\\circ) ?\}", r"^\1 "),
     (r"\\(?:text|mathrm|mbox)[a-z]* ?\{(?![^{}]* or )(?:[^{}0-9]|\^-?[0-9])*\}|\^ ?\\circ|%", "°"),
     (r"[\u2010-\u2013\u207b\u2212\ufe63\uff0d]", "-"),
-    (r"(?<=[0-9])[\u00b9\u2044\u2070\u2074-\u2079]", "^^"),  # not read
+    (r"(?<=[0-9])[\u00b9\u2044\u2070\u2074-\u2079\u2080-\u2089]", "^^"),  # not read
     (r"(?<=[0-9])(?<![0-9]{4})[, ](?=[0-9]{3}(?![0-9/]))", ""),  # 2,000
     (r"\\(?:times|cdot)(?![a-z])|[×·]|(?<=[0-9]) ?x ?(?=[0-9])", "*"),
     (r"(?<![\w.])([0-9.]+) ?\* ?10 ?\^ ?([-+]?[0-9]{1,3})(?![0-9])", r"\1e\2"),  # 2 * 10^3
@@ -44,7 +44,7 @@ BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
 MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b"
-DENIED = r"(?! is (?:wrong|not (?:right|correct|true))\b)"
+DENIED = r"(?! is (?:wrong|incorrect|false|not (?:right|correct|true))\b)"
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -142,7 +142,7 @@ def right_letter(answer, texts, letters):
     upper = [str(said).strip().upper() for said in texts]
     if given in letters or (len(given) == 1 and given in known):
         return letters.get(given, given)
-    if type(answer) is int and answer not in texts:  # MMLU's places; texts may be digits, too
+    if type(answer) is int and answer not in texts and not letters:  # MMLU's places
         return dict(enumerate(known[: len(texts)])).get(answer)
     return dict(zip(upper, known)).get(given) if upper.count(given) == 1 and given else None
 

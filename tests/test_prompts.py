@@ -10,7 +10,14 @@ from tokenizers import processors
 from tasks import InputError, as_messages
 from tasks.builtin import task_rows, task_tokenizer
 from tasks.noise import PSEUDO_LABEL
-from tasks.prompts import PROMPT_IDS, batch_rows, encode_prompts, load_data, load_prompts
+from tasks.prompts import (
+    PROMPT_IDS,
+    batch_rows,
+    encode_prompts,
+    load_data,
+    load_prompts,
+    render_chat,
+)
 from tasks.verifiers import exact_reward
 
 TEMPLATE = (
@@ -259,3 +266,12 @@ def test_batches_walk_through_seeded_permutations_of_the_rows():
     assert all(sorted(epoch) == [0, 1, 2, 3, 4] for epoch in epochs) and len(set(epochs)) > 1
     assert batch_rows(5, 3, 12, seed=1) == rows[3:15]
     assert any(batch_rows(5, 0, 5, seed) != rows[:5] for seed in range(2, 5))
+
+
+def test_keys_of_none_as_parquet_has_them_are_no_keys():
+    tokenizer = bos_tokenizer()
+    marked = "{% if 'name' in m %}!{% endif %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + marked + "{% endfor %}"
+    for names in ({}, {"name": None}):
+        said = [{"role": "user", "content": "hi", **names}]
+        assert render_chat(said, tokenizer) == "hi"

@@ -71,3 +71,9 @@ def test_pseudo_labels_take_the_place_of_no_column(
 def test_choices_that_cannot_be_read_are_one_line():
     with pytest.raises(InputError, match="data: row 3: choices: expected texts or"):
         pseudo_labels.labelled({"prompt": "a", "choices": [["a"], ["b"]]}, ["a"], 3)
+
+
+def test_digit_labels_are_voted_for_as_the_verifier_reads_them():
+    choices = {"text": ["2", "3"], "label": ["1", "2"]}
+    found = pseudo_labels.labelled({"prompt": "x", "choices": choices}, ["2"] * 3, 0)
+    assert found["answer"] == "B"

@@ -21,6 +21,8 @@ from tasks.verifiers import (
     exact_reward,
     final_number,
     math_reward,
+    options_of,
+    right_letter,
 )
 
 MATH = [  # (completion, answer column, right)
@@ -777,3 +779,16 @@ def test_an_option_in_brackets_that_is_denied_is_not_chosen():
 )
 def test_an_option_that_is_not_something_is_not_denied(text, choices):
     assert choice_reward([""], [text], ["A"], [choices]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    "text,wrong", [("2^0.5", "1.5"), ("10^3.5", "1000.5"), ("101\u2082", "101")]
+)
+def test_powers_with_a_point_and_bases_are_not_read(text, wrong):
+    assert math_reward([""], [rf"\boxed{{{text}}}"], [wrong]) == [0.0]
+
+
+def test_a_whole_number_beside_digit_labels_is_a_label():
+    texts, letters = options_of({"text": list("wxyz"), "label": list("1234")})
+    found = [right_letter(answer, texts, letters) for answer in range(5)]
+    assert found == [None, "A", "B", "C", "D"]
