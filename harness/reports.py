@@ -5,6 +5,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -130,7 +131,8 @@ def log_iteration(log, run, args, metrics):
             try:
                 print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
             except BrokenPipeError:
-                sys.stdout = None  # nobody reads on, as behind `| head`: the run goes on
+                # Nobody reads on, as behind `| head`: the run goes on.
+                sys.stdout = open(os.devnull, "w")
 
 
 def announce(run, args, num_iterations):
@@ -140,11 +142,8 @@ def announce(run, args, num_iterations):
     if run.critic is not None and args.critic_warmup_steps >= num_iterations:
         what = f"--critic-warmup-steps {args.critic_warmup_steps} covers all {num_iterations}"
         print(f"note: {what} iterations: the policy will not change")
-    if (
-        not run.iteration
-        and run.before
-        and (scores := torch.cat([*run.before.values()])).min() == scores.max()
-    ):
+    is_first = run.before and not run.iteration
+    if is_first and (scores := torch.cat([*run.before.values()])).min() == scores.max():
         print(f"note: at first all {len(scores)} scores are {scores[0]:g}: nothing to learn from?")
 
 
