@@ -230,6 +230,8 @@ def check(args):
     for flag, value in {"bootstrap_truncated": False, "readout": "mean"}.items():
         has_critic = algorithm.critic != "none" or getattr(args, flag) == value
         require(has_critic, args, flag, f"an --algo with a critic, not {args.algo}")
+    can_chat = not args.user or args.model_name_or_path or args.task != "sums"
+    require(can_chat, args, "user", "none with --task sums, whose model has no chat template")
     written = args.chat_template == "auto" or not args.user
     require(written, args, "chat_template", "auto with --user, whose turns it writes")
     if args.report_to != "none":

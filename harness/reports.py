@@ -131,8 +131,7 @@ def log_iteration(log, run, args, metrics):
             try:
                 print(f"iteration {run.iteration} of {bar.total}:", *shown[1:], flush=True)
             except BrokenPipeError:
-                # Nobody reads on, as behind `| head`: the run goes on.
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = open(os.devnull, "w")  # nobody reads on, as behind `| head`
 
 
 def announce(run, args, num_iterations):

@@ -64,6 +64,7 @@ BAD_FLAGS = [
     ("--algo dr_grpo --group-size 200", "--group-size"),
     ("--max-turns 0", "--max-turns"),
     ("--eval-samples 513", "--eval-samples"),
+    ("--task sums --user json:dumps", "--user: expected none with --task sums"),
     ("--user nonsense", "--user"),
     ("--user json:nosuch", "--user"),
     ("--user os:sep", "--user"),
