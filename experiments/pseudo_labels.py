@@ -26,11 +26,10 @@ from tasks import InputError, naming, verifiers
 from tasks.prompts import PROMPT_IDS, load_prompts
 
 
-def final_answer(text, choices=(), letters=()):
-    """The letter or the number that a response answers with; or None. letters: of digit labels."""
+def final_answer(text, choices=(), labels=()):
+    """The letter or the number that a response answers with; or None."""
     if choices:
-        named = verifiers.chosen_letter(text, choices, verifiers.digits if letters else "")
-        return dict(letters).get(named, named)
+        return verifiers.chosen_letter(text, choices, labels)
     found = verifiers.final_number(text)
     return found and str(found[1])
 

@@ -71,6 +71,7 @@ def run_and_print(args):
     scripts.refuse(args.flags, "algo|seed|reward-noise-seed|output-dir|resume")
     torch.set_num_threads(1)
     algos, target = [*dict.fromkeys(args.algos)], RESULTS / f"{args.name}.jsonl"
+    # What cannot work ends it here, before the first run.
     keys = [(algo, seed) for seed in range(args.seeds) for algo in algos]
     todo = {key: words_of(args, *key) for key in keys}
     held = {"algo": lambda algo: algo in ALGORITHMS, "flags": lambda flags: isinstance(flags, dict)}

@@ -83,9 +83,8 @@ def evaluate(run, args):
             scores[name] = torch.tensor([row[-1] for row in rows])
             # Or training would refuse them, when an earlier run is moved aside.
             assert_flippable(scores[name], args.reward_noise_fp, args.reward_noise_fn)
-            shown = [dict(zip(("prompt", "completion", "score"), row)) for row in rows]
-            examples = examples or json.loads(json.dumps(shown, default=str))  # for torch.load
-    return scores, examples
+            examples = examples or [dict(zip(("prompt", "completion", "score"), x)) for x in rows]
+    return scores, json.loads(json.dumps(examples, default=str))  # plain, for torch.load
 
 
 @contextlib.contextmanager

@@ -48,9 +48,9 @@ def pseudo_labels(columns, reward, share, generator):
     choices = columns.get("choices") or [None] * len(answers)
     meant = [meaning(reward, *pair) for pair in zip(answers, choices)]
     options = [ascii_uppercase[: len(options_of(own)[0])] if chooses else "" for own in choices]
-    if share and min([len(own) for own in options if own] or [len({*meant})]) < 2:
+    labels, distinct = list(meant if chooses else answers), {*meant}
+    if share and min((len(own or distinct) for own in options), default=0) < 2:
         raise InputError("expected two different values of 'answer' or options, found fewer")
-    labels = list(meant if chooses else answers)
     order, everywhere = torch.randperm(len(labels), generator=generator), [*zip(labels, meant)]
     for row in order[: round(share * len(labels))].tolist():
         others, means = [*zip(options[row], options[row])] or everywhere, meant[row]

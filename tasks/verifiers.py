@@ -43,8 +43,8 @@ WORDS += r"(?:(?:not|than)[ $*-]+[0-9./]+|[a-z]{2,}(?:['’]s\b)?)"
 BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
-MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b"
 DENIED = r"(?! is (?:wrong|incorrect|false|not (?:right|correct|true))\b)"
+MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b" + DENIED
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -105,15 +105,17 @@ def math_reward(prompts, completions, answer, **columns):
     return scores
 
 
-def chosen_letter(text, choices, numbers=""):
-    """The option that text names, by letter, digit or its own text; None for none, or several."""
-    text, letters = text.strip()[:10_000], ascii_uppercase[: len(choices) or 26]
+def chosen_letter(text, choices, labels=()):
+    """The option that text names, by letter, label ({digit: letter}) or its own text; or None."""
+    text = text.strip()[:10_000]
+    known = ascii_uppercase[: len(choices) or 26] + (digits if labels else "")
     for pattern in NAMED:
         found = re.search(pattern, text)
-        if found and (letter := found[1].upper()) in letters + numbers:
-            other = re.match(MORE + DENIED, text[found.end(1) :])  # "B or C" names two
-            return None if other and other[1] in (letters + numbers).replace(letter, "") else letter
-    said = {a: str(own).strip().lower() for a, own in zip(letters, choices) if own is not None}
+        if found and (name := found[1].upper()) in known:
+            other = re.match(MORE, text[found.end(1) :])  # "B or C" names two
+            is_one = not (other and other[1] in known.replace(name, ""))
+            return dict(labels).get(name, name) if is_one else None
+    said = {a: str(own).strip().lower() for a, own in zip(known, choices) if own is not None}
     words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
     whole = [a for a in words if re.search(words[a], text.lower())]
     # "not true" says "true", too.
@@ -151,10 +153,9 @@ def choice_reward(prompts, completions, answer, choices=None, **columns):
     """1.0 where the option named is the answer; choices: texts, or the hub's {text, label}."""
     scores = []
     for completion, expected, own in zip(completions, answer, choices or [None] * len(answer)):
-        texts, letters = options_of(own)
-        named = chosen_letter(text_of(completion), texts, digits if letters else "")
-        right = right_letter(expected, texts, letters)
-        scores.append(float(named is not None and letters.get(named, named) == right))
+        options = options_of(own)
+        named = chosen_letter(text_of(completion), *options)
+        scores.append(float(named is not None and named == right_letter(expected, *options)))
     return scores
 
 

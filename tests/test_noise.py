@@ -171,6 +171,13 @@ def test_choices_without_options_are_those_of_other_rows():
     assert drawn(choice_reward, 1.0, ["A", "b", "A"]) == ["B", "A", "B"]
 
 
+@pytest.mark.parametrize("choices", [[["ice", "12"], None], [None, ["ice", "12"]]])
+def test_rows_without_options_beside_others_do_not_draw_for_ever(choices):
+    with pytest.raises(InputError, match="expected two different values of 'answer'"):
+        drawn(choice_reward, 1.0, ["A", "A"], choices=choices)
+    assert drawn(choice_reward, 1.0, ["A", "B"], choices=choices) == ["B", "A"]
+
+
 def test_a_rare_wrong_answer_is_found():
     answers = ["7"] * 5000 + ["8"]
     labels = drawn(math_reward, 0.0004, answers)
