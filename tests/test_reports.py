@@ -212,8 +212,11 @@ class Screen:
         monkeypatch.setattr(sys, "stderr", open(writer, "w", encoding="utf-8"))
 
     def lines(self):
-        sys.stderr.flush()
-        return re.split("[\r\n]+", os.read(self.reader, 65536).decode().replace("\x1b[A", ""))
+        print("\nend", file=sys.stderr, flush=True)
+        drawn = b""
+        while not drawn.endswith(b"end\r\n"):  # one read may get a part
+            drawn += os.read(self.reader, 65536)
+        return re.split("[\r\n]+", drawn.decode().replace("\x1b[A", ""))[:-2]
 
 
 def log_of(folder, num_iterations, metrics):
