@@ -86,7 +86,7 @@ def load_both(name, max_length):
     if tokenizer.pad_token is None:
         raise InputError("encoder: expected a tokenizer with a padding or an end token, found none")
     options = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, **SAFE}
-    options |= {"num_labels": 2, "use_safetensors": True}
+    options |= {"num_labels": 2, "use_safetensors": True, "dtype": torch.float32}
     with naming(f"encoder: cannot load {name!r}"):
         model = AutoModelForSequenceClassification.from_pretrained(name, **options)
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -5,8 +5,9 @@ import shutil
 import sys
 
 import pytest
+import torch
 from common import bos_tokenizer, write_rows
-from transformers import AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from experiments import reward_model
 from tasks import InputError
@@ -87,6 +88,15 @@ def test_what_a_chat_template_refuses_is_one_line(tmp_path):
     data = write_rows(tmp_path / "d.jsonl", [row])
     with pytest.raises(InputError, match="row 1: expected texts .*: it begins"):
         reward_model.read(data, bos_tokenizer(strict))
+
+
+def test_an_encoder_in_half_precision_is_trained_in_fp32(model_folder, tmp_path):
+    """In bf16 an Adam step of 5e-5 is less than most weights' last digit."""
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(tmp_path)
+    model, _ = reward_model.load_both(tmp_path, 64)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
 
 
 def test_rows_longer_than_the_encoder_reads_are_cut(model_folder, tmp_path, monkeypatch, capsys):
