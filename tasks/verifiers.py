@@ -12,7 +12,7 @@ POWER = r"(?<![\w.,)}\]^])(?<![0-9] )([1-9][0-9]{0,3}) ?\^ ?([-+]?[0-9]{1,2})(?!
 # In this order: one spelling for what has many; a unit becomes °.
 PLAIN = [
     (r"<<[^<>]*>>|\\!\s*|\\(?:left|right)(?![a-z])|\\(?=[$%])|\{(?=,\})|(?<=\{,)\}", ""),
-    (r"\\(?:text|math|mbox|f?box)[a-z]*\s*\{\s*([-+0-9.][^{}]*)\}", r" \1 "),
+    (r"\\(?:text|math|mbox|f?box)[a-z]*\s*\{\s*((?:[-+0-9.]|\w*illio|thou|hund)[^{}]*)\}", r" \1 "),
     (r"(?:[^\S\n]|\\[,;:() \[\]]|\\q?quad\b|~|\\f?box(?:ed)?\s*\{?)+", " "),
     (r"\^ ?\{ ?([-+]?[0-9]+|\\circ) ?\}", r"^\1 "),
     (r"\\(?:text|mathrm|mbox)[a-z]* ?\{(?![^{}]* or )(?:[^{}0-9]|\^-?[0-9])*\}|\^ ?\\circ|%", "°"),
@@ -44,7 +44,7 @@ BREAK = WORDS + r"|\b[ai] |\n(?:- )?"
 BREAK += r"|(?!(?<=\d)(?:, |:)\d|\.\d|!\$)[^\w\s\\+*/^=(){}[\]|<>$°±√π²³½¼≥≤≠∛-]"
 WORD = r"\b(?i:answer|option|choice)\b"
 DENIED = r"(?! is (?:wrong|incorrect|false|not (?:right|correct|true))\b)"
-MORE = r"[)}\s]*(?:[,;/&]|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b" + DENIED
+MORE = r"[)}\s]*(?:[,;/&]|\((?=\w\))|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b" + DENIED
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
@@ -56,7 +56,7 @@ NAMED = [
     WORD + r"(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
     r"^\W*([A-Za-z])(?:\W*$|[.):,*]" + DENIED + r"|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",
-    r"\(([A-Z])\)" + DENIED,
+    r"(?<!\bnot )\(([A-Z])\)" + DENIED,
 ]
 
 
@@ -116,7 +116,7 @@ def chosen_letter(text, choices, labels=()):
             is_one = not (other and other[1] in known.replace(name, ""))
             return dict(labels).get(name, name) if is_one else None
     said = {a: str(own).strip().lower() for a, own in zip(known, choices) if own is not None}
-    words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|\.\d)" for a, own in said.items() if own}
+    words = {a: rf"(?<![\w.-]){re.escape(own)}(?!\w|[-.–]\d)" for a, own in said.items() if own}
     whole = [a for a in words if re.search(words[a], text.lower())]
     # "not true" says "true", too.
     named = [a for a in whole if not any(said[a] in said[b] for b in whole if b != a)]

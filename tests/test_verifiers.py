@@ -257,6 +257,9 @@ MATH = [  # (completion, answer column, right)
     ("The answer is 513x.", "513", False),
     ("The answer is ±513.", "513", False),
     ("The answer is 5 million.", "5", False),
+    (r"\boxed{5\text{ million}}", "5", False),
+    (r"The answer is $5 \mathrm{thousand}$.", "5", False),
+    (r"\boxed{5\text{ hundred metres}}", "5", False),
     ("The answer is negative 5.", "5", False),
     ("5 squared", "5", False),
     ("5²", "5", False),
@@ -591,6 +594,10 @@ CHOICE = [
     ("The answer is B, B is right", "B"),
     ("(B), (B)", "B"),
     ("The answer is B, C is wrong", "B"),
+    ("It is not (C) but (B)", "B"),
+    ("(C)(B)", None),
+    ("(B) (B)", "B"),
+    ("(B) (C is close, too)", "B"),
 ]
 
 
@@ -779,6 +786,11 @@ def test_an_option_in_brackets_that_is_denied_is_not_chosen():
 )
 def test_an_option_that_is_not_something_is_not_denied(text, choices):
     assert choice_reward([""], [text], ["A"], [choices]) == [1.0]
+
+
+@pytest.mark.parametrize("text", ["between 5-7", "5\u20137 of them"])
+def test_an_option_is_no_end_of_a_range(text):
+    assert choice_reward([""], [text], ["A"], [["5", "9"]]) == [0.0]
 
 
 @pytest.mark.parametrize(
