@@ -165,12 +165,6 @@ def table(row):
     return "\n".join(lines)
 
 
-def print_rows(shown):
-    print("Per token: the return predicted before it, the advantage, and the scalar critic's view.")
-    for index, row in enumerate(shown, 1):
-        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}\n{table(row)}")
-
-
 def page(shown, said):
     """The whole HTML page as text: the template escapes texts, its script gets numbers alone."""
     rows, names = [row["tokens"] for row in shown], ("quantiles", "shown", "reward", *CELLS)
@@ -202,7 +196,9 @@ def inspect(args):
     said = f"{args.run}, temperature {flags.temperature:g}, gamma {flags.gamma:g}"
     said += f", lambda {flags.lam:g}, KL coefficient {flags.kl_coef:g}. Scalar critic: {which}."
     print(said)
-    print_rows(shown)
+    print("Per token: the return predicted before it, the advantage, and the scalar critic's view.")
+    for index, row in enumerate(shown, 1):
+        print(f"\n{index}. prompt: {visible(row['prompt'])}\n   {scored(row)}\n{table(row)}")
     if args.html:
         args.html.write_text(page(shown, said), encoding="utf-8")
         print(f"\nwritten: {args.html}")

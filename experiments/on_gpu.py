@@ -238,8 +238,7 @@ def parts_of(args):
     """{name: (least seconds that it takes, function of the flags and of what is found)}."""
     parts = {"CPU and GPU": (20, agreement), "bf16": (20, half_precision)}
     shapes = {"tiny": 30} if args.small else {"small": 30, "qwen3-0.6b": 90, "qwen3-1.7b": 150}
-    for shape, least in shapes.items():
-        parts[shape] = (least, functools.partial(one_size, shape=shape))
+    parts |= {name: (s, functools.partial(one_size, shape=name)) for name, s in shapes.items()}
     small = "--total-episodes 16 --batch-size 8 --eval-samples 8"
     task = (small if args.small else "--total-episodes 6400").split()
     parts["built-in task"] = (60, functools.partial(trained, name="task", flags=task))

@@ -11,6 +11,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -146,6 +147,7 @@ def read_run(folder):
 
 def begin_process():
     """One thread, and nothing to be heard: what fails is told by its exception."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(os.devnull, "w")
 
@@ -162,6 +164,7 @@ def add_runs(run, todo, jobs, target, method="fork"):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(f"{target}: expected one program at a time, found another") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     failed, about, context = 0, machine(), multiprocessing.get_context(method)
     with concurrent.futures.ProcessPoolExecutor(jobs, context, begin_process) as pool:
         futures = [pool.submit(run, *arguments) for arguments in todo]
@@ -175,5 +178,8 @@ def add_runs(run, todo, jobs, target, method="fork"):
                     for row in future.result():
                         add_row(target, about | row)
         finally:
-            pool.shutdown(cancel_futures=True)  # Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C
+            while workers := multiprocessing.active_children():
+                workers[0].terminate()  # its run ends in order; it may have been handed one more
+                workers[0].join(5)
     return failed

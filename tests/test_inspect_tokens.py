@@ -139,7 +139,7 @@ def test_what_is_shown_of_a_token_is_what_single_rows_give_by_hand(
     runs, request, model_folder, monkeypatch, inspect
 ):
     folder, rows = request.getfixturevalue(runs), []
-    monkeypatch.setattr(inspect_tokens, "print_rows", rows.extend)
+    monkeypatch.setattr(inspect_tokens, "table", rows.append)
     inspect(folder / "dvpo", "--scalar", folder / "ppo", "--rows", 8)
     assert len(rows) == 8 and {row["truncated"] for row in rows} == {True, False}
     assert len({len(row["tokens"]) for row in rows}) > 1

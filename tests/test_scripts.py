@@ -2,7 +2,10 @@
 
 import fcntl
 import importlib
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,37 @@ def test_two_programs_do_not_add_to_one_file(tmp_path):
         with pytest.raises(InputError, match="rows.jsonl: expected one program at a time"):
             scripts.add_runs(list, [()], 1, rows)
     assert scripts.add_runs(list, [()], 1, rows) == 0 and scripts.add_runs(list, [], 1, rows) == 0
+
+
+GRID = """
+import os, pathlib, sys, time
+from experiments import scripts
+
+def run(name):
+    pathlib.Path(name).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    scripts.add_runs(run, [("a",), ("b",), ("c",), ("d",)], 2, "rows.jsonl", sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_grid_that_is_told_to_end_leaves_no_run_behind(method, tmp_path):
+    """By SIGTERM, too, which only the first process gets; no run that waits is begun."""
+    (tmp_path / "grid.py").write_text(GRID)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    grid = subprocess.Popen([sys.executable, "grid.py", method], cwd=tmp_path, env=environment)
+    files = [tmp_path / "a", tmp_path / "b"]
+    while not all(file.exists() and file.read_text() for file in files):
+        assert grid.poll() is None
+        time.sleep(0.1)
+    grid.terminate()
+    assert grid.wait(60) != 0
+    for file in tmp_path.glob("?"):
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
 
 
 @pytest.mark.parametrize("words", [["--output", "no/rows.jsonl"], ["no/rows.jsonl"]])
