@@ -89,7 +89,7 @@ def run_and_print(args):
 
 def main():
     parser = scripts.new_parser(__doc__)
-    parser.add_argument("--seeds", type=number_in("[2, inf)", int), default=5, help="from 0 on")
+    parser.add_argument("--seeds", type=number_in("[2, inf)", int), default=5, help="how many")
     parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=["dvpo", "ppo"])
     parser.add_argument("--name", default="default", help="of the results and the runs' folders")
     parser.add_argument("flags", nargs="*", help="further flags of train.py, behind --")
