@@ -24,7 +24,7 @@ from experiments.scripts import COUNT, DEVICE, new_parser, run_script
 from experiments.tables import read_rows
 from harness.flags import number_in
 from harness.setup import context_of, load
-from tasks import SAFE, InputError, as_messages, naming
+from tasks import WEIGHTS, InputError, as_messages, naming
 from tasks.rewards import judged_text, load_reward
 from tasks.warm_start import fine_tune
 
@@ -85,10 +85,10 @@ def load_both(name, max_length):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise InputError("encoder: expected a tokenizer with a padding or an end token, found none")
-    options = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, **SAFE}
-    options |= {"num_labels": 2, "use_safetensors": True, "dtype": torch.float32}
+    options = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, **WEIGHTS}
+    options |= {"num_labels": 2}
     with naming(f"encoder: cannot load {name!r}"):
-        model = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        model, _ = AutoModelForSequenceClassification.from_pretrained(name, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, context_of(model))
     return model.to(DEVICE).train(), tokenizer

@@ -26,11 +26,11 @@ def take_out(names):
 
 def import_theirs(name):
     """A user's module, from the working folder first; what it imports may have names of ours."""
-    here, names = Path.cwd(), OURS if Path.cwd() != REPOSITORY else ()
+    names = OURS if (here := Path.cwd()) != REPOSITORY else ()
     shared = {n for n in names if (here / f"{n}.py").exists() or any((here / n).glob("**/*.py"))}
     ours, before = take_out(shared), [*sys.path]
     # A package of ours would win over a folder of theirs without an __init__.py.
-    sys.path[:] = [str(Path.cwd())] + [p for p in before if Path(p).resolve() != REPOSITORY]
+    sys.path[:] = [str(here)] + [p for p in before if Path(p).resolve() != REPOSITORY]
     try:
         return importlib.import_module(name)
     finally:
