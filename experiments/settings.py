@@ -5,11 +5,9 @@
 
 DATA is a folder: train.jsonl and held.jsonl, other.jsonl for out of domain, for the noise `votes`
 votes.jsonl, train.jsonl as pseudo_labels.py labels it, and for `judge` the folder judge, a reward
-model that pays in place of --reward. Finished runs stand in experiments/results/setting-DATA.jsonl
-and are skipped.
+model that pays in place of --reward. Runs in experiments/results/setting-DATA.jsonl are skipped.
 """
 
-import argparse
 import gc
 import itertools
 import statistics
@@ -72,10 +70,10 @@ def check(args):
 def true_scores(name, args, parts):
     """Greedy mean --reward of a model, or of a run's policy, on files of DATA."""
     flags = parse_args(flags_of(args, "ppo", "none"))
-    own = argparse.Namespace(rows=flags.eval_samples, response_length=flags.response_length)
-    own.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in parts]
+    flags.rows = args.rows or flags.eval_samples
+    flags.set = [(str(args.data / f"{part}.jsonl"), flags.reward) for part in parts]
     rewards = {flags.reward: load_reward(flags.reward, scripts.DEVICE)}
-    scores = [row["score"] for row in evaluate.evaluate(name, rewards, own)]
+    scores = [row["score"] for row in evaluate.evaluate(name, rewards, flags)]
     return dict(zip([TRUE[part] for part in parts], scores))
 
 
@@ -87,14 +85,14 @@ def run(args, method, kind, seed):
         scripts.train_quietly(f"{method}, {kind}, seed {seed}", words)
         found, rows = scripts.read_run(folder)
         gc.collect()  # or what was trained would stay while another model is loaded
-        scores = true_scores(folder, args, TRUE if kind == "judge" else ["other"])
+        scores = true_scores(folder, args, TRUE if kind == "judge" or args.rows else ["other"])
     if kind == "judge":
         for when in ("before", "after"):
             found[when] = {f"judge, {name}": score for name, score in found[when].items()}
     if scripts.DEVICE == "cuda":
         torch.cuda.empty_cache()
         found["device"] = torch.cuda.get_device_name()
-    found |= {"method": method, "noise": kind, "seed": seed, "flags": flags}
+    found |= {"method": method, "noise": kind, "seed": seed, "rows": args.rows, "flags": flags}
     found |= {name: [row.get(key) for row in rows] for name, key in CURVES.items()}
     return [found | {"after": found["after"] | scores}]
 
@@ -110,13 +108,14 @@ def run_grid(args, target):
     finished = set()
     for row in finished_rows(target):
         method, kind, seed = key = (row["method"], row["noise"], row["seed"])
-        if row["flags"] != flags_of(args, "ppo" if method == "start" else method, kind):
-            expected = f"expected flags as now, found {' '.join(row['flags'])}"
+        own, rows = flags_of(args, "ppo" if method == "start" else method, kind), row.get("rows")
+        if row["flags"] != own or rows != args.rows:
+            expected = f"expected flags as now, found --rows {rows}, {' '.join(row['flags'])}"
             raise InputError(f"{target}: {method}, {kind}, seed {seed}: {expected}")
         finished.add(key)
     if ("start", "none", 0) not in finished:
-        row = {"method": "start", "noise": "none", "seed": 0, **scripts.machine()}
-        row["flags"] = flags_of(args, "ppo", "none")
+        row = {"method": "start", "noise": "none", "seed": 0, "rows": args.rows}
+        row |= {"flags": flags_of(args, "ppo", "none"), **scripts.machine()}
         add_row(target, row | {"after": true_scores(args.model, args, TRUE)})
     asked = sorted(args.seeds or range(5)), args.kinds or USUAL, args.methods
     todo = []
@@ -170,6 +169,7 @@ def main():
     parser.add_argument("--model")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, help="to run: else none, verifier")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--rows", type=scripts.COUNT, help="at the end; else --eval-samples")
     parser.add_argument("--seeds", nargs="+", type=number_in("[0, 2e9]", int), help="else 0 to 4")
     scripts.add_grid_flags(parser)
     parser.add_argument("flags", nargs="*", help="of train.py, behind --")

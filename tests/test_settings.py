@@ -22,7 +22,7 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
     for name in ("train", "held", "other"):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     own = argparse.Namespace(data=tmp_path, model=model_folder, kinds=["none"], seeds=[0], jobs=1)
-    own.flags, own.methods = [*MODEL, "--reward", "exact"], ["ppo"]
+    own.flags, own.methods, own.rows = [*MODEL, "--reward", "exact"], ["ppo"], None
     target = tmp_path / "setting.jsonl"
     names = ["held out, greedy", "held out, sampled"]
     for _ in range(2):
@@ -48,7 +48,11 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
         assert table.pop().startswith("judge     ppo           2 ")
         assert [line[:25] for line in table] == ["none      ppo           1"] * len(others)
     own.flags += ["--gamma", "0.5"]
-    with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --mod"):
+    with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --row"):
+        settings.run_grid(own, target)
+    del own.flags[-2:]
+    own.rows = 2
+    with pytest.raises(InputError, match="seed 0: expected flags as now, found --rows None"):
         settings.run_grid(own, target)
     with pytest.raises(InputError, match="expected a start and finished runs, found others"):
         settings.print_table([start])
@@ -56,14 +60,18 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
 
 def test_true_scores_are_of_the_files_that_they_are_named_after(monkeypatch):
     def scored(name, rewards, args):
+        asked.append((args.rows, args.response_length))
         return [{"score": len(file)} for file, _ in args.set]
 
+    asked = []
     monkeypatch.setattr(settings.evaluate, "evaluate", scored)
-    flags = ["--reward", "exact", "--eval-samples", "8"]
-    own = argparse.Namespace(data=Path("d"), model="m", flags=flags)
+    flags = ["--reward", "exact", "--eval-samples", "8", "--response-length", "5"]
+    own = argparse.Namespace(data=Path("d"), model="m", flags=flags, rows=None)
     both = {"held out, greedy, fp32": len("d/held.jsonl"), OTHER: len("d/other.jsonl")}
     assert settings.true_scores("m", own, settings.TRUE) == both
+    own.rows = 70
     assert settings.true_scores("m", own, ["other"]) == {OTHER: len("d/other.jsonl")}
+    assert asked == [(8, 5), (70, 5)]
 
 
 def setting_rows():
