@@ -49,10 +49,10 @@ LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A 
 # How an answer names a digit, where options are numbered, or a letter; tried in this order.
 NAMED = [
     r"^\W*([0-9])\W*$",
-    r"\\boxed\{\s*([0-9])\s*\}",
+    r"(?s)^.*\\boxed\{\s*([0-9])\s*\}",
     WORD + r"(?:\s*(?i:is|:)){0,4}\W{0,4}([0-9])(?!\w|[.,/]\w|\s+\w|\s*[%$/])",
     r"\(([0-9])\)",
-    r"\\boxed\{(?:\\text\{)?\(?" + LETTER,
+    r"(?s)^.*\\boxed\{(?:\\text\{)?\(?" + LETTER,
     WORD + r"(?:\s*(?i:is|would\s+be|should\s+be|option|choice|:)){0,4}\W{0,4}" + LETTER,
     r"\b(?i:answer)\s*:\s*\(?([a-z])\)?\W*$",
     r"^\W*([A-Za-z])(?:\W*$|[.):,*]" + DENIED + r"|\s*\n|\s+is\s+(?:the\s+)?(?:correct|right))",

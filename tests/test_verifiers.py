@@ -588,6 +588,7 @@ CHOICE = [
     ("B or C", None),
     ("(B) or (C)", None),
     (r"\boxed{B, C}", None),
+    (r"First \boxed{A}." + "\n" + r"No: \boxed{\text{(B)}}", "B"),
     ("Answer: B, C, D, A", None),
     ("Answer: B and C are right", None),
     ("B, A plant is green", "B"),
@@ -615,6 +616,7 @@ def test_choices_as_the_hub_has_them_and_numbers():
     assert choice_reward([""] * 2, ["B", "it is 7"], ["B", "A"], [None, [7, 8]]) == [1.0, 1.0]
     numbered = {"text": CHOICES, "label": list("1234")}
     said = ["3", "The answer is 3.", "(2)", "C", CHOICES[2], "D", "30"]
+    assert chosen_letter(r"\boxed{3}, or rather \boxed{1}", *options_of(numbered)) == "A"
     assert choice_reward([""] * 7, said, ["3"] * 7, [numbered] * 7) == [
         1.0,
         1.0,
