@@ -86,9 +86,8 @@ def load_both(name, max_length):
     if tokenizer.pad_token is None:
         raise InputError("encoder: expected a tokenizer with a padding or an end token, found none")
     options = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}, **WEIGHTS}
-    options |= {"num_labels": 2}
     with naming(f"encoder: cannot load {name!r}"):
-        model, _ = AutoModelForSequenceClassification.from_pretrained(name, **options)
+        model, _ = AutoModelForSequenceClassification.from_pretrained(name, num_labels=2, **options)
     model.config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(max_length, tokenizer.model_max_length, context_of(model))
     return model.to(DEVICE).train(), tokenizer

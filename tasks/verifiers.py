@@ -46,7 +46,7 @@ WORD = r"\b(?i:answer|option|choice)\b"
 DENIED = r"(?! is (?:wrong|incorrect|false|not (?:right|correct|true))\b)"
 MORE = r"[)}\s]*(?:[,;/&]|\((?=\w\))|\b(?:or|and)\b)[\s(]*(A(?! [a-z])|[B-HJ-Z0-9])\b" + DENIED
 LETTER = r"(A(?!\s+(?!because|since|as\b|and\b)[a-z])|[B-Z])\b(?!['’])"  # `A plant`: an article
-# How an answer names a digit, where options are numbered, or a letter; tried in this order.
+# How an answer names a digit, where options have one, or a letter; in this order; the last box.
 NAMED = [
     r"^\W*([0-9])\W*$",
     r"(?s)^.*\\boxed\{\s*([0-9])\s*\}",

@@ -47,12 +47,13 @@ def test_a_setting_is_run_skipped_when_finished_and_printed(model_folder, tmp_pa
         _, _, *table = capsys.readouterr().out.splitlines()
         assert table.pop().startswith("judge     ppo           2 ")
         assert [line[:25] for line in table] == ["none      ppo           1"] * len(others)
+    others = "start, none, seed 0: expected flags as now, found --rows None, --model"
     own.flags += ["--gamma", "0.5"]
-    with pytest.raises(InputError, match="start, none, seed 0: expected flags as now, found --row"):
+    with pytest.raises(InputError, match=others):
         settings.run_grid(own, target)
     del own.flags[-2:]
     own.rows = 2
-    with pytest.raises(InputError, match="seed 0: expected flags as now, found --rows None"):
+    with pytest.raises(InputError, match=others):
         settings.run_grid(own, target)
     with pytest.raises(InputError, match="expected a start and finished runs, found others"):
         settings.print_table([start])
